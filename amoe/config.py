@@ -1,0 +1,165 @@
+"""Configuration: frozen, keyword-only, validated at construction. Every wrong value is a `ConfigError`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from amoe.errors import ConfigError
+
+ScheduleName = Literal["fcfs", "flfs", "mtfs", "defrag", "progress", "lockstep"]
+DTypeName = Literal["auto", "float32", "bfloat16"]
+SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
+DTYPES: tuple[str, ...] = get_args(DTypeName)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlacementConfig:
+    """Which workers there are.
+
+    Ranks: attention workers first, then expert workers; a colocated worker is both.
+
+    Attributes:
+        attention_workers: A >= 1 (ignored if `colocated`).
+        expert_workers: E >= 0; 0 means that the one attention worker holds the experts too.
+        colocated: N >= 1 workers that hold attention (data-parallel) and a share of the experts; 0 is off.
+    """
+
+    attention_workers: int = 1
+    expert_workers: int = 0
+    colocated: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.attention_workers >= 1, "--attention-workers must be at least 1")
+        _require(self.expert_workers >= 0, "--expert-workers must be at least 0")
+        _require(self.colocated >= 0, "--colocated must be at least 0")
+        _require(
+            not self.colocated or (self.attention_workers == 1 and self.expert_workers == 0),
+            "--colocated excludes --attention-workers and --expert-workers: choose one placement",
+        )
+        _require(
+            self.expert_workers > 0 or self.attention_workers == 1,
+            "--attention-workers above 1 needs --expert-workers, or use --colocated N",
+        )
+
+    @property
+    def attention_ranks(self) -> tuple[int, ...]:
+        return tuple(range(self.colocated or self.attention_workers))
+
+    @property
+    def expert_ranks(self) -> tuple[int, ...]:
+        if self.colocated:
+            return tuple(range(self.colocated))
+        if self.expert_workers == 0:
+            return (0,)
+        return tuple(range(self.attention_workers, self.attention_workers + self.expert_workers))
+
+    @property
+    def num_workers(self) -> int:
+        return max(self.attention_ranks[-1], self.expert_ranks[-1]) + 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerConfig:
+    """What runs next, and how many sequences and tokens are in flight at one attention worker.
+
+    Attributes:
+        schedule: see `amoe.policy.scheduler`.
+        defrag_decay, defrag_lookahead: δ and K of AMoE's Algorithm 1.
+        max_wait_s: a block whose oldest token has waited longer runs next, whatever the policy says.
+        micro_batches: 1 to 3, ping-pong micro-batches of `lockstep`.
+        max_num_seqs: running sequences.
+        max_num_batched_tokens: prompt tokens in flight, and so the largest prefill chunk.
+    """
+
+    schedule: ScheduleName = "progress"
+    defrag_decay: float = 0.8
+    defrag_lookahead: int = 4
+    max_wait_s: float = 0.5
+    micro_batches: int = 1
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        _require(self.schedule in SCHEDULES, f"--schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
+        _require(0.0 <= self.defrag_decay <= 1.0, "--defrag-decay must be in [0, 1]")
+        _require(self.defrag_lookahead >= 0, "--defrag-lookahead must be at least 0")
+        _require(self.max_wait_s > 0, "--max-wait must be greater than 0 seconds")
+        _require(1 <= self.micro_batches <= 3, "--micro-batches must be 1, 2 or 3")
+        _require(
+            self.micro_batches == 1 or self.schedule == "lockstep",
+            "--micro-batches above 1 is for --schedule lockstep: the other schedules have no barrier to overlap",
+        )
+        _require(self.max_num_seqs >= 1, "--max-num-seqs must be at least 1")
+        _require(self.max_num_batched_tokens >= 1, "--max-num-batched-tokens must be at least 1")
+
+    @property
+    def num_waves(self) -> int:
+        return self.micro_batches if self.schedule == "lockstep" else 1
+
+    @property
+    def num_token_slots(self) -> int:
+        """Tokens in flight at one attention worker: bounds every queue and every buffer."""
+        return self.max_num_seqs + self.max_num_batched_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    """The paged KV cache of one attention worker.
+
+    Attributes:
+        block_size: tokens per block.
+        num_blocks: blocks per attention worker; None derives it from `kv_cache_bytes`.
+        kv_cache_bytes: bytes of KV cache per attention worker; None: `memory_fraction` of what is free.
+        enable_prefix_caching: full blocks of finished prompts are found again by their content.
+    """
+
+    block_size: int = 16
+    num_blocks: int | None = None
+    kv_cache_bytes: int | None = None
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.block_size >= 1, "--block-size must be at least 1")
+        _require(self.num_blocks is None or self.num_blocks >= 1, "--num-kv-blocks must be at least 1")
+        _require(self.kv_cache_bytes is None or self.kv_cache_bytes >= 1, "--kv-cache-memory-bytes must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """All that a worker needs to know to serve a model.
+
+    Attributes:
+        model: directory of a checkpoint in Hugging Face format.
+        dtype: `auto` is the checkpoint's.
+        device: a torch device, `cpu`, `cuda` or `cuda:1`; plain `cuda` spreads workers over the GPUs there are.
+        max_model_len: prompt + generated tokens of a sequence; None: what the model was trained for.
+        threads_per_worker: intra-op threads; None: the cores divided by the workers, at least one.
+        max_waiting: requests that may wait beside the running ones before the engine refuses.
+        seed: base of the seeds of requests that bring none.
+    """
+
+    model: str
+    dtype: DTypeName = "auto"
+    device: str = "cpu"
+    max_model_len: int | None = None
+    threads_per_worker: int | None = None
+    max_waiting: int = 1024
+    seed: int = 0
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "MODEL must name a checkpoint directory")
+        _require(self.dtype in DTYPES, f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        _require(self.max_model_len is None or self.max_model_len >= 2, "--max-model-len must be at least 2")
+        _require(
+            self.threads_per_worker is None or self.threads_per_worker >= 1, "--threads-per-worker must be at least 1"
+        )
+        _require(self.max_waiting >= 0, "--max-waiting must be at least 0")

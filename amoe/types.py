@@ -1,0 +1,189 @@
+"""Words that every layer of amoe shares: blocks, token batches, sampling parameters, tokens that come out.
+
+Arrays are numpy, so that `core` and `policy` need no torch; only a batch's payload is a tensor.
+Shape letters: n tokens, K experts per token (top-k), H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from amoe.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+Int16Array = npt.NDArray[np.int16]
+Float32Array = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class BlockKind(IntEnum):
+    """The three kinds of block: the unit of execution and of placement."""
+
+    ATTENTION = 0
+    EXPERTS = 1
+    HEAD = 2
+
+
+class BlockId(NamedTuple):
+    """One block, and the wave (ping-pong micro-batch) whose tokens wait for it; wave 0 unless lockstep."""
+
+    kind: BlockKind
+    layer: int
+    wave: int = 0
+
+
+class BatchKind(IntEnum):
+    """What a batch on the wire is."""
+
+    DISPATCH = 1  # tokens on their way to experts
+    RESULT = 2  # one pre-summed row per token on its way home
+    ANNOUNCE = 3  # lockstep only: "this home starts epoch e of wave w with n tokens"
+
+
+@dataclass(slots=True)
+class Batch:
+    """Tokens that travel together between two workers: a struct of arrays.
+
+    Attributes:
+        kind: what it is; ANNOUNCE has no columns, and DISPATCH may have n = 0 (a lockstep marker).
+        src, dst: ranks of workers.
+        layer, wave, epoch: where the tokens stand; `epoch` counts lockstep iterations of a wave.
+        count: n, except for ANNOUNCE, where it is the number of tokens that the home brings.
+        slots: [n] token slots at the home worker.
+        generations: [n] of those slots: a late answer to a freed slot is recognised by them.
+        iterations: [n] (DISPATCH) iteration of each token, the major part of its progress key.
+        expert_ids: [n, K] (DISPATCH) global expert ids at this destination, -1 where there is none.
+        expert_weights: [n, K] (DISPATCH) weights of those pairs.
+        payload: [n, H] hidden states in the model's dtype; None if n = 0.
+        sent_at: seconds of the host's monotonic clock.
+    """
+
+    kind: BatchKind
+    src: int
+    dst: int
+    layer: int
+    wave: int = 0
+    epoch: int = 0
+    count: int = 0
+    slots: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))
+    generations: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))
+    iterations: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))
+    expert_ids: Int16Array = field(default_factory=lambda: np.empty((0, 0), np.int16))
+    expert_weights: Float32Array = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    payload: torch.Tensor | None = None
+    sent_at: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How to choose the tokens of one sequence, validated at construction.
+
+    Attributes:
+        max_tokens: tokens to generate at most (>= 1).
+        min_tokens: no end of sequence and no stop id before this many tokens.
+        temperature: 0 is greedy.
+        top_p, min_p: in (0, 1] and [0, 1].
+        top_k: 0 or -1 is off (stored as 0).
+        seed: the same seed, prompt and parameters give the same tokens, whatever else is in the batch.
+        presence_penalty, frequency_penalty: in [-2, 2], over the generated tokens.
+        repetition_penalty: > 0, over prompt and generated tokens.
+        stop: strings that end the text; not part of it unless `include_stop_str_in_output`.
+        stop_token_ids: ids that end the sequence.
+        ignore_eos: go on after the end-of-sequence token.
+        logprobs: None is off; k >= 0 gives the sampled token's and the k best.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    MAX_LOGPROBS: ClassVar[int] = 20
+    MAX_STOP_IDS: ClassVar[int] = 64
+
+    def __post_init__(self) -> None:
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        checks = (
+            ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "must be between 0 and max_tokens"),
+            ("temperature", 0.0 <= self.temperature < float("inf"), "must be a finite number of at least 0"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "must be in (0, 1]"),
+            ("top_k", self.top_k >= 0, "must be -1 or 0 (off) or at least 1"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "must be in [0, 1]"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "must be in [-2, 2]"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "must be in [-2, 2]"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "must be greater than 0"),
+            ("stop", all(self.stop), "must not hold an empty string"),
+            (
+                "stop_token_ids",
+                len(self.stop_token_ids) <= self.MAX_STOP_IDS and all(0 <= i < 2**31 for i in self.stop_token_ids),
+                f"must hold at most {self.MAX_STOP_IDS} ids, each at least 0",
+            ),
+            (
+                "logprobs",
+                self.logprobs is None or 0 <= self.logprobs <= self.MAX_LOGPROBS,
+                f"must be between 0 and {self.MAX_LOGPROBS}",
+            ),
+        )
+        for name, holds, rule in checks:
+            if not holds:
+                raise RequestError(f"{name} {rule}, not {getattr(self, name)!r}", param=name)
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, of the model's distribution before temperature and truncation.
+
+    Attributes:
+        logprob: of the sampled token.
+        top_ids, top_logprobs: of the k best tokens, best first.
+    """
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(slots=True)
+class SequenceOutput:
+    """What a worker has to say about one sequence after one head step.
+
+    Attributes:
+        request_id: the engine's number of the request.
+        token_ids: new tokens; empty with a `finish_reason` that brings none.
+        logprobs: one per new token if asked for, else empty.
+        finish_reason: set exactly once, in the sequence's one terminal event.
+        stop_token: the stop id that ended it, where one did.
+        num_cached_tokens: prompt tokens that the prefix cache spared.
+    """
+
+    request_id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    num_cached_tokens: int = 0
