@@ -1,0 +1,92 @@
+"""Control messages between the server and one worker, as msgspec structs: one definition, generated codec.
+
+Tokens between workers do not go this way: they are batches on a `Transport`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from amoe.stats import WorkerStats
+from amoe.types import SamplingParams, SequenceOutput
+
+
+class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Server to attention worker: serve this sequence. `request_id` is unique for the server's lifetime."""
+
+    request_id: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+
+class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Server to attention worker: free these sequences now. An unknown id is ignored (it has just finished)."""
+
+    request_ids: list[int]
+
+
+class Stop(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Server to worker: leave. The server has drained the requests before, if it wanted to."""
+
+
+class Loading(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Worker to server: `done` of `total` parameter bytes are loaded."""
+
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Worker to server: the worker's loop runs.
+
+    Attributes:
+        max_model_len: tokens of one sequence at most, what KV cache there is considered.
+        num_kv_blocks, block_size: of this worker's KV cache; 0 at an expert worker.
+        parameter_bytes: loaded weights.
+    """
+
+    max_model_len: int
+    num_kv_blocks: int
+    block_size: int
+    parameter_bytes: int
+
+
+class Outputs(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Attention worker to server: what one head step, an abort or a refusal brought."""
+
+    outputs: list[SequenceOutput]
+
+
+class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Worker to server, from within the worker's loop: it makes progress, and this is its state."""
+
+    stats: WorkerStats
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Worker to server: the worker cannot start or go on. `user_error`: the message is meant for the user as it is."""
+
+    message: str
+    user_error: bool
+
+
+ToWorker = AddRequest | AbortRequests | Stop
+ToServer = Loading | Ready | Outputs | Heartbeat | Failed
+
+
+class ControlPort(Protocol):
+    """A worker's end of its control channel. Neither call blocks."""
+
+    def receive(self) -> list[ToWorker]:
+        """Messages that have come since the last call. After the server has gone: one final `Stop`."""
+        ...
+
+    def send(self, message: ToServer) -> None:
+        """Queue a message and send what the socket takes."""
+        ...
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when `receive` would return something."""
+        ...

@@ -1,0 +1,109 @@
+"""What a worker counts about itself: a snapshot that travels to the server, where `amoe.metrics` names it.
+
+Counters and histograms are cumulative since the worker started, so that a lost snapshot loses nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+BATCH_SIZE_EDGES: tuple[float, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+JOIN_WAIT_EDGES: tuple[float, ...] = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1.0)
+
+
+@dataclass(slots=True)
+class HistogramSnapshot:
+    """One series of a histogram.
+
+    Attributes:
+        kind: name of a block kind, lower case.
+        layer: layer index.
+        counts: [len(edges) + 1] observations per bucket (not cumulated), the last one above all edges.
+        total: sum of the observed values.
+    """
+
+    kind: str
+    layer: int
+    counts: list[int]
+    total: float
+
+
+class LayerHistograms:
+    """One histogram per layer over common edges; observing costs two array operations, however many values."""
+
+    def __init__(self, num_layers: int, edges: tuple[float, ...]) -> None:
+        self._edges = np.asarray(edges, np.float64)
+        self._counts = np.zeros((num_layers, len(edges) + 1), np.int64)
+        self._totals = np.zeros(num_layers, np.float64)
+
+    def observe(self, layer: int, value: float) -> None:
+        """Count one value."""
+        self._counts[layer, self._edges.searchsorted(value)] += 1
+        self._totals[layer] += value
+
+    def observe_many(self, layer: int, values: npt.NDArray[np.float64]) -> None:
+        """Count values [n]."""
+        buckets = self._edges.searchsorted(values)
+        self._counts[layer] += np.bincount(buckets, minlength=self._counts.shape[1])
+        self._totals[layer] += values.sum()
+
+    def snapshot(self, kind: str) -> list[HistogramSnapshot]:
+        """The layers that have seen a value."""
+        seen = np.flatnonzero(self._counts.any(axis=1))
+        return [
+            HistogramSnapshot(kind, int(layer), self._counts[layer].tolist(), float(self._totals[layer]))
+            for layer in seen
+        ]
+
+
+@dataclass(slots=True)
+class QueueSnapshot:
+    """One μ-queue: `depth` tokens, the oldest of which has waited `age_s` seconds."""
+
+    kind: str
+    layer: int
+    depth: int
+    age_s: float
+
+
+@dataclass(slots=True)
+class WorkerStats:
+    """Snapshot of one worker.
+
+    Attributes:
+        rank, role: `role` is "attention", "experts" or "colocated" (both).
+        loops: turns of the worker's loop: they prove that it makes progress.
+        busy_s: seconds in which a block ran, cumulative.
+        steps: blocks run, cumulative.
+        num_running, num_waiting: sequences (attention workers).
+        kv_blocks_used, kv_blocks_total: blocks of the KV cache; cached but unreferenced blocks are not used.
+        prompt_tokens, generation_tokens, cached_prompt_tokens, num_preemptions: cumulative.
+        prefix_queries, prefix_hits: prompt tokens looked up in and found in the prefix cache, cumulative.
+        queues: the μ-queues of the worker.
+        batch_sizes: tokens per step, by kind and layer.
+        join_waits: seconds between a token's dispatch and its last answer, by layer.
+        expert_pairs: [num_layers][num_experts] (token, expert) pairs computed, cumulative (expert workers).
+    """
+
+    rank: int
+    role: str
+    loops: int = 0
+    busy_s: float = 0.0
+    steps: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    num_preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    queues: list[QueueSnapshot] = field(default_factory=list)
+    batch_sizes: list[HistogramSnapshot] = field(default_factory=list)
+    join_waits: list[HistogramSnapshot] = field(default_factory=list)
+    expert_pairs: list[list[int]] = field(default_factory=list)
