@@ -1,0 +1,276 @@
+"""The wire format of a batch: a 64-byte header, then the columns, then the payload, in one contiguous record.
+
+    offset  field                 bytes
+    0       size of the record    8       a multiple of 64; `amoe.transport.ring` relies on it being first
+    8       magic "AMOE"          4
+    12      version, kind, dtype  1 each  and one byte of padding
+    16      src, dst              2 each
+    20      layer                 4
+    24      wave, top_k           2 each
+    28      hidden size, n        4 each
+    36      count                 4
+    40      epoch                 8
+    48      sent_at               8       seconds, host's monotonic clock
+    56      padding               8
+    64      slots, generations    4n each
+    ...     iterations            4n      DISPATCH only, as are the next two
+    ...     expert_weights        4nK
+    ...     expert_ids            2nK
+    ...     payload               n · hidden size · item size
+
+Little endian. Each column and the payload begin at a multiple of 64 bytes, so that a record that lies at such a
+multiple can be read in place. There is one definition of all this, here; both directions are numpy and torch views of
+the record, whose number does not depend on the number of tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import struct
+
+import numpy as np
+import torch
+
+from amoe.errors import TransportError
+from amoe.types import Batch, BatchKind, Float32Array, Int16Array, Int32Array
+
+ALIGNMENT = 64
+HEADER_BYTES = 64
+MAGIC = int.from_bytes(b"AMOE", "little")
+VERSION = 1
+
+_HEADER = struct.Struct("<QIBBBxHHiHHIIiqd8x")
+_NO_PAYLOAD = 0
+_CODE_OF_DTYPE: dict[torch.dtype, int] = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_DTYPE_OF_CODE: dict[int, torch.dtype] = {code: dtype for dtype, code in _CODE_OF_DTYPE.items()}
+_ITEM_BYTES: tuple[int, ...] = (0, 4, 2, 2)  # by dtype code
+_KINDS: dict[int, BatchKind] = {int(kind): kind for kind in BatchKind}
+_DISPATCH = int(BatchKind.DISPATCH)
+_ANNOUNCE = int(BatchKind.ANNOUNCE)
+
+# Shared by all decoded batches that have no such column; nothing can be written into an empty array.
+_NO_INT32: Int32Array = np.empty(0, np.int32)
+_NO_IDS: Int16Array = np.empty((0, 0), np.int16)
+_NO_WEIGHTS: Float32Array = np.empty((0, 0), np.float32)
+
+
+def _aligned(num_bytes: int) -> int:
+    return (num_bytes + 63) & -64
+
+
+class WireBuffer:
+    """A writable region of memory that batches are encoded into and decoded from.
+
+    It keeps one view per element type, because slicing a view is several times cheaper than making one.
+
+    Attributes:
+        nbytes: size of the region; a multiple of 64.
+        octets: the region as bytes.
+    """
+
+    __slots__ = ("_address", "_tensors", "float32", "int16", "int32", "nbytes", "octets")
+
+    def __init__(self, region: bytearray | mmap.mmap) -> None:
+        self.octets = memoryview(region)
+        self.nbytes = len(self.octets)
+        if self.nbytes % ALIGNMENT:
+            raise ValueError(f"a wire buffer needs a multiple of {ALIGNMENT} bytes, not {self.nbytes}")
+        base = np.frombuffer(region, np.uint8)
+        self.int32: Int32Array = base.view(np.int32)
+        self.int16: Int16Array = base.view(np.int16)
+        self.float32: Float32Array = base.view(np.float32)
+        octets = torch.frombuffer(region, dtype=torch.uint8)
+        self._address = octets.data_ptr()
+        self._tensors = (octets, *(octets.view(_DTYPE_OF_CODE[code]) for code in (1, 2, 3)))
+
+    @classmethod
+    def allocate(cls, nbytes: int) -> WireBuffer:
+        """A fresh private region of `nbytes`, rounded up to a multiple of 64."""
+        return cls(bytearray(_aligned(nbytes)))
+
+    def read_payload(self, code: int, offset: int, n: int, hidden_size: int) -> torch.Tensor:
+        """A view [n, hidden_size] of the region, of the dtype with this `code`, from byte `offset`."""
+        return self._tensors[code].as_strided((n, hidden_size), (hidden_size, 1), offset // _ITEM_BYTES[code])
+
+    def write_payload(self, code: int, offset: int, payload: torch.Tensor) -> None:
+        """Copy `payload` [n, H], which may lie on an accelerator, to byte `offset`."""
+        n, hidden_size = payload.shape
+        num_bytes = n * hidden_size * _ITEM_BYTES[code]
+        if payload.is_cpu and payload.is_contiguous() and offset + num_bytes <= self.nbytes:
+            # A third of the price of copy_: at one token per batch the two tensor calls cost more than the bytes.
+            ctypes.memmove(self._address + offset, payload.data_ptr(), num_bytes)
+        else:
+            self.read_payload(code, offset, n, hidden_size).copy_(payload)
+
+
+def row_bytes(hidden_size: int, top_k: int, item_bytes: int) -> int:
+    """Bytes that one more token adds to a DISPATCH record (a RESULT record: less), without alignment."""
+    return 3 * 4 + top_k * (4 + 2) + hidden_size * item_bytes
+
+
+def max_record_bytes(num_tokens: int, hidden_size: int, top_k: int, item_bytes: int) -> int:
+    """Bytes of the largest record with `num_tokens` tokens."""
+    return HEADER_BYTES + 6 * ALIGNMENT + _aligned(num_tokens * row_bytes(hidden_size, top_k, item_bytes))
+
+
+def encoded_size(batch: Batch) -> int:
+    """Bytes of the record of `batch`: a multiple of 64."""
+    n = len(batch.slots)
+    if n == 0:
+        return HEADER_BYTES
+    payload = batch.payload
+    if payload is None:
+        raise TransportError(f"a batch of {n} tokens from rank {batch.src} to {batch.dst} has no payload")
+    columns = 2 * _aligned(4 * n)
+    if batch.kind == _DISPATCH:
+        pairs = n * batch.expert_ids.shape[1]
+        columns += _aligned(4 * n) + _aligned(4 * pairs) + _aligned(2 * pairs)
+    return HEADER_BYTES + columns + _aligned(payload.nbytes)
+
+
+def encode_into(batch: Batch, buffer: WireBuffer, offset: int = 0) -> int:
+    """Write the record of `batch` at byte `offset` (a multiple of 64) and return its size.
+
+    The caller has made sure that `encoded_size(batch)` bytes are there.
+
+    Raises:
+        TransportError: the batch has tokens but no payload, or one of an unknown dtype or shape.
+    """
+    n = len(batch.slots)
+    top_k = batch.expert_ids.shape[1]
+    size, code, hidden_size = HEADER_BYTES, _NO_PAYLOAD, 0
+    if n:
+        code, hidden_size = _describe(batch, n)
+        step = _aligned(4 * n)
+        at = (offset + HEADER_BYTES) // 4
+        int32 = buffer.int32
+        int32[at : at + n] = batch.slots
+        at += step // 4
+        int32[at : at + n] = batch.generations
+        size += 2 * step
+        if batch.kind == _DISPATCH:
+            pairs = n * top_k
+            at += step // 4
+            int32[at : at + n] = batch.iterations
+            at += step // 4
+            buffer.float32[at : at + pairs] = batch.expert_weights.ravel()
+            size += step + _aligned(4 * pairs)
+            at = (offset + size) // 2
+            buffer.int16[at : at + pairs] = batch.expert_ids.ravel()
+            size += _aligned(2 * pairs)
+        payload = batch.payload
+        assert payload is not None  # _describe has looked
+        buffer.write_payload(code, offset + size, payload)
+        size += _aligned(n * hidden_size * _ITEM_BYTES[code])
+    _HEADER.pack_into(
+        buffer.octets,
+        offset,
+        size,
+        MAGIC,
+        VERSION,
+        batch.kind,
+        code,
+        batch.src,
+        batch.dst,
+        batch.layer,
+        batch.wave,
+        top_k,
+        hidden_size,
+        n,
+        batch.count,
+        batch.epoch,
+        batch.sent_at,
+    )
+    return size
+
+
+def _describe(batch: Batch, n: int) -> tuple[int, int]:
+    """Dtype code and hidden size of the payload of a batch of n > 0 tokens."""
+    payload = batch.payload
+    if payload is None:
+        raise TransportError(f"a batch of {n} tokens from rank {batch.src} to {batch.dst} has no payload")
+    code = _CODE_OF_DTYPE.get(payload.dtype)
+    if code is None:
+        raise TransportError(f"a payload of {payload.dtype} cannot travel: float32, bfloat16 and float16 can")
+    if payload.dim() != 2 or payload.shape[0] != n:
+        raise TransportError(f"a batch of {n} tokens has a payload of shape {tuple(payload.shape)}")
+    return code, payload.shape[1]
+
+
+def decode(buffer: WireBuffer, offset: int = 0, limit: int | None = None) -> Batch:
+    """The batch whose record begins at byte `offset`: its arrays and payload are views of `buffer`, on the CPU.
+
+    Args:
+        limit: bytes that belong to the record at most; None: what the buffer holds.
+
+    Raises:
+        TransportError: the record is not one of ours or contradicts itself.
+    """
+    limit = buffer.nbytes - offset if limit is None else limit
+    if limit < HEADER_BYTES:
+        raise TransportError(f"a record of {limit} bytes is shorter than its header")
+    (size, magic, version, kind_code, code, src, dst, layer, wave, top_k, hidden_size, n, count, epoch, sent_at) = (
+        _HEADER.unpack_from(buffer.octets, offset)
+    )
+    kind = _KINDS.get(kind_code)
+    if magic != MAGIC or version != VERSION or kind is None or code >= len(_ITEM_BYTES):
+        raise TransportError(
+            f"not a batch: magic {magic:#x}, version {version} (this is {VERSION}), kind {kind_code}, dtype {code}"
+        )
+    step = _aligned(4 * n)
+    pairs = n * top_k if kind_code == _DISPATCH else 0
+    columns = 3 if kind_code == _DISPATCH else 2
+    start = HEADER_BYTES + columns * step + _aligned(4 * pairs) + _aligned(2 * pairs)
+    expected = start + _aligned(n * hidden_size * _ITEM_BYTES[code])
+    if size != expected or size > limit or (n and code == _NO_PAYLOAD) or (n and kind_code == _ANNOUNCE):
+        raise TransportError(
+            f"a {kind.name} record of {size} bytes (of {limit}) contradicts its header: "
+            f"{n} tokens, top-{top_k}, hidden size {hidden_size}, dtype {code}"
+        )
+    if n == 0:
+        return Batch(
+            kind,
+            src,
+            dst,
+            layer,
+            wave,
+            epoch,
+            count,
+            _NO_INT32,
+            _NO_INT32,
+            _NO_INT32,
+            _NO_IDS,
+            _NO_WEIGHTS,
+            None,
+            sent_at,
+        )
+    int32 = buffer.int32
+    at = (offset + HEADER_BYTES) // 4
+    step //= 4
+    slots = int32[at : at + n]
+    generations = int32[at + step : at + step + n]
+    iterations, expert_ids, expert_weights = _NO_INT32, _NO_IDS, _NO_WEIGHTS
+    if kind_code == _DISPATCH:
+        iterations = int32[at + 2 * step : at + 2 * step + n]
+        at += 3 * step
+        expert_weights = buffer.float32[at : at + pairs].reshape(n, top_k)
+        at = 2 * at + _aligned(4 * pairs) // 2
+        expert_ids = buffer.int16[at : at + pairs].reshape(n, top_k)
+    payload = buffer.read_payload(code, offset + start, n, hidden_size)
+    return Batch(
+        kind,
+        src,
+        dst,
+        layer,
+        wave,
+        epoch,
+        count,
+        slots,
+        generations,
+        iterations,
+        expert_ids,
+        expert_weights,
+        payload,
+        sent_at,
+    )

@@ -1,0 +1,131 @@
+"""The fault-injecting double: off by default, seeded, and it does what its plan says."""
+
+from __future__ import annotations
+
+import select
+
+import pytest
+from transport_batches import assert_same, make_batch
+
+from amoe.transport.faulty import FaultPlan, FaultyTransport
+from amoe.transport.inproc import InprocFabric
+from amoe.types import Batch
+
+
+class Pair:
+    """Rank 0 sends numbered batches to a faulty rank 1."""
+
+    def __init__(self, plan: FaultPlan | None = None) -> None:
+        self.fabric = InprocFabric(3)
+        self.faulty = FaultyTransport(self.fabric.endpoint(1), plan)
+        self.epochs: list[int] = []
+
+    def send(self, count: int, src: int = 0) -> None:
+        for epoch in range(count):
+            self.fabric.endpoint(src).send(make_batch(2, src=src, epoch=epoch, seed=epoch))
+
+    def poll(self) -> list[Batch]:
+        batches = self.faulty.poll()
+        for batch in batches:
+            assert_same(batch, make_batch(2, src=batch.src, epoch=batch.epoch, seed=batch.epoch))
+        self.epochs += [batch.epoch for batch in batches]
+        return batches
+
+    def drain(self, polls: int = 200) -> list[int]:
+        for _ in range(polls):
+            self.poll()
+        return self.epochs
+
+
+def test_off_by_default() -> None:
+    pair = Pair()
+    pair.send(50)
+    pair.poll()
+    assert pair.epochs == list(range(50))
+    assert pair.faulty.rank == 1
+    assert pair.faulty.flush()
+
+
+def test_delay_keeps_order_per_peer() -> None:
+    pair = Pair(FaultPlan(seed=1, delay=0.5))
+    pair.send(50)
+    pair.poll()
+    assert len(pair.epochs) < 50
+    assert pair.drain() == list(range(50))
+    assert pair.faulty.counts.delayed > 0
+
+
+def test_delay_may_reorder() -> None:
+    pair = Pair(FaultPlan(seed=1, delay=0.5, keep_order=False))
+    pair.send(50)
+    assert pair.drain() != list(range(50))
+    assert sorted(pair.epochs) == list(range(50))
+
+
+def test_held_batches_keep_the_descriptor_readable() -> None:
+    pair = Pair(FaultPlan(delay=1.0, max_delay_polls=3))
+    pair.send(1)
+    while not pair.poll():
+        assert select.select([pair.faulty.fileno()], [], [], 0)[0]
+    assert not select.select([pair.faulty.fileno()], [], [], 0)[0]
+
+
+def test_duplicate() -> None:
+    pair = Pair(FaultPlan(seed=2, duplicate=0.3))
+    pair.send(50)
+    epochs = pair.drain()
+    assert set(epochs) == set(range(50))
+    assert len(epochs) == 50 + pair.faulty.counts.duplicated > 50
+
+
+def test_drop() -> None:
+    pair = Pair(FaultPlan(seed=3, drop=0.3))
+    pair.send(50)
+    epochs = pair.drain()
+    assert len(epochs) == 50 - pair.faulty.counts.dropped < 50
+    assert epochs == sorted(epochs)
+
+
+def test_cut_severs_one_peer_both_ways() -> None:
+    pair = Pair()
+    pair.faulty.cut(0)
+    pair.send(3, src=0)
+    pair.send(2, src=2)
+    assert [batch.src for batch in pair.poll()] == [2, 2]
+    pair.faulty.send(make_batch(1, src=1, dst=0))
+    pair.faulty.send(make_batch(1, src=1, dst=2))
+    assert pair.fabric.endpoint(0).poll() == []
+    assert len(pair.fabric.endpoint(2).poll()) == 1
+    assert pair.faulty.counts.cut == 4
+    pair.faulty.heal(0)
+    pair.send(1, src=0)
+    assert len(pair.poll()) == 1
+
+
+def test_same_seed_same_faults() -> None:
+    plan = FaultPlan(seed=5, delay=0.4, duplicate=0.2, drop=0.2, keep_order=False)
+    runs = []
+    for _ in range(2):
+        pair = Pair(plan)
+        pair.send(40)
+        runs.append(pair.drain())
+    assert runs[0] == runs[1]
+
+
+def test_batches_to_oneself_do_not_suffer() -> None:
+    pair = Pair(FaultPlan(drop=1.0))
+    batch = make_batch(2, src=1, dst=1)
+    pair.faulty.send(batch)
+    assert pair.faulty.poll() == [batch]
+
+
+def test_close_is_idempotent() -> None:
+    pair = Pair()
+    pair.faulty.close()
+    pair.faulty.close()
+
+
+@pytest.mark.parametrize("wrong", [{"drop": 1.5}, {"delay": -0.1}, {"max_delay_polls": 0}])
+def test_plan_is_validated(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError):
+        FaultPlan(**wrong)
