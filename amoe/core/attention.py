@@ -1,0 +1,210 @@
+"""The attention side of a worker: homes of sequences, dispatch of their tokens, and the join of what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from amoe.core.batcher import Batcher, Entry
+from amoe.core.lockstep import HomeBarrier
+from amoe.core.micro_queue import MicroQueues
+from amoe.core.steps import NO_SLOTS, AttentionStep, ChunkSpan, HeadStep, Outgoing
+from amoe.stats import JOIN_WAIT_EDGES, LayerHistograms
+from amoe.types import Batch, BatchKind, BlockId, BlockKind, BoolArray, Float32Array, Int16Array, Int32Array
+
+
+class AttentionCore:
+    """Moves the tokens of one home worker from block to block. Knows no tensor and no clock.
+
+    Args:
+        rank: of this worker.
+        owner_ranks: [D] ranks of the expert workers; an *owner* is an index into it.
+        owners: [num_layers, num_experts] owner of each expert.
+        sparse_layers: [L] the layer has experts; a dense layer's MLP runs in its attention block.
+        barrier: lockstep only.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        owner_ranks: Sequence[int],
+        owners: Int16Array,
+        sparse_layers: Sequence[bool],
+        batcher: Batcher,
+        queues: MicroQueues,
+        barrier: HomeBarrier | None,
+    ) -> None:
+        self.rank = rank
+        self.batcher = batcher
+        self.join_waits = LayerHistograms(len(sparse_layers), JOIN_WAIT_EDGES)
+        self._owner_ranks = tuple(owner_ranks)
+        self._owner_of_rank = {owner_rank: owner for owner, owner_rank in enumerate(owner_ranks)}
+        self._owners = owners
+        self._sparse = tuple(sparse_layers)
+        self._num_layers = len(sparse_layers)
+        self._queues = queues
+        self._barrier = barrier
+
+    # ---- tokens enter
+
+    def start(self, now: float) -> list[Outgoing]:
+        """Start the iterations that can start now. Returns what there is to announce (lockstep only)."""
+        if self._barrier is not None:
+            return self._barrier.start(self, now)
+        if self.batcher.num_ready:
+            self.enter(self.batcher.start(), 0, now)
+        return []
+
+    def enter(self, entry: Entry, wave: int, now: float) -> None:
+        """Tokens join the μ-queue of attention(0)."""
+        for slots in (entry.decodes, *entry.chunks):
+            self._push(BlockId(BlockKind.ATTENTION, 0, wave), slots, now)
+
+    def _push(self, block: BlockId, slots: Int32Array, now: float) -> None:
+        columns = (slots, self.batcher.slots.generation[slots])
+        self._queues.push(block, columns, self.batcher.tokens.iteration[slots], now)
+
+    def _drain(self, index: int) -> Int32Array:
+        """Slots [n] that wait for a block, without those whose token is gone."""
+        columns = self._queues.drain(index)
+        if columns is None:
+            return NO_SLOTS
+        slots, generations = columns
+        current = self.batcher.slots.is_current(slots, generations)
+        return slots if current.all() else slots[current]
+
+    # ---- steps
+
+    def attention_step(self, index: int) -> AttentionStep:
+        """Take all tokens that wait for an attention block: decode tokens first, then chunk by chunk."""
+        tokens = self.batcher.tokens
+        slots = self._drain(index)
+        in_chunk = tokens.in_chunk[slots]
+        num_decodes = len(slots) - int(in_chunk.sum())
+        chunks = []
+        if num_decodes < len(slots):
+            chunked = slots[in_chunk]  # a chunk joins a queue as a whole, so its tokens are neighbours
+            slots = np.concatenate((slots[~in_chunk], chunked))
+            leaders = tokens.leader[chunked]
+            starts = np.flatnonzero(np.diff(leaders, prepend=-1)).tolist()
+            for start, end in zip(starts, [*starts[1:], len(chunked)], strict=True):
+                row = int(tokens.row[chunked[start]])
+                chunks.append(ChunkSpan(num_decodes + start, num_decodes + end, row))
+        block = self._queues.block(index)
+        return AttentionStep(block, slots, tokens.row[slots], tokens.position[slots], num_decodes, chunks)
+
+    def head_step(self, index: int) -> HeadStep:
+        """Take all tokens that wait for the head."""
+        slots = self._drain(index)
+        return HeadStep(self._queues.block(index), slots, self.batcher.tokens.row[slots])
+
+    def on_attention(
+        self,
+        step: AttentionStep,
+        topk_ids: npt.NDArray[np.int64] | None,
+        topk_weights: Float32Array | None,
+        now: float,
+    ) -> list[Outgoing]:
+        """attention(l) has run on `step`; the router says `topk_ids`, `topk_weights` [n, K] (None at a dense layer).
+
+        Returns:
+            One dispatch per expert worker that has something to do, with the rows of the step that it gets.
+        """
+        layer, wave = step.block.layer, step.block.wave
+        slots = step.slots
+        rows = np.arange(len(slots))
+        if layer == self._num_layers - 1 and step.chunks:
+            # Only tokens that will be sampled after need the experts of the last layer.
+            wanted = self.batcher.tokens.wants_logits[slots]
+            for leader in self.batcher.tokens.leader[slots[[span.start for span in step.chunks]]].tolist():
+                self.batcher.finish_chunk(leader)
+            slots, rows = slots[wanted], rows[wanted]
+        if topk_ids is None or topk_weights is None:
+            self._advance(layer, wave, slots, now, dense=True)
+            return []
+        return self._dispatch(step.block, slots, rows, topk_ids[rows], topk_weights[rows], now)
+
+    def _dispatch(
+        self,
+        block: BlockId,
+        slots: Int32Array,
+        rows: npt.NDArray[np.int64],
+        topk_ids: npt.NDArray[np.int64],
+        topk_weights: Float32Array,
+        now: float,
+    ) -> list[Outgoing]:
+        tokens = self.batcher.tokens
+        expert_ids = topk_ids.astype(np.int16)
+        owner_of_pair = self._owners[block.layer][topk_ids]
+        dispatched = np.empty((len(slots), len(self._owner_ranks)), np.bool_)
+        for owner in range(len(self._owner_ranks)):
+            dispatched[:, owner] = (owner_of_pair == owner).any(axis=1)
+        self.batcher.join.open(slots, tokens.leader[slots], block.layer, dispatched, now)
+        generations, iterations = self.batcher.slots.generation[slots], tokens.iteration[slots]
+        epoch = self._barrier.dispatched(block.wave) if self._barrier is not None else 0
+        outgoing = []
+        for owner, destination in enumerate(self._owner_ranks):
+            chosen = np.flatnonzero(dispatched[:, owner])
+            if len(chosen) == 0 and self._barrier is None:
+                continue
+            here = owner_of_pair[chosen] == owner
+            batch = Batch(
+                kind=BatchKind.DISPATCH,
+                src=self.rank,
+                dst=destination,
+                layer=block.layer,
+                wave=block.wave,
+                epoch=epoch,
+                count=len(chosen),
+                slots=slots[chosen],
+                generations=generations[chosen],
+                iterations=iterations[chosen],
+                expert_ids=np.where(here, expert_ids[chosen], np.int16(-1)),
+                expert_weights=topk_weights[chosen],
+            )
+            outgoing.append(Outgoing(batch, rows[chosen].astype(np.int32)))
+        return outgoing
+
+    def on_result(self, batch: Batch, now: float) -> BoolArray:
+        """Answers have come from an expert worker.
+
+        Returns:
+            [n]: the row is awaited, and its payload has to be kept. Late ones and duplicates are False.
+        """
+        join, slots = self.batcher.join, batch.slots
+        owner = self._owner_of_rank[batch.src]
+        current = self.batcher.slots.is_current(slots, batch.generations)
+        accepted = join.accept(slots, current, batch.layer, owner)
+        slots = slots if accepted.all() else slots[accepted]
+        leaders = join.settle(slots, self.batcher.tokens.leader[slots], owner)
+        if self._barrier is not None:
+            self._barrier.on_result(batch)
+        if len(leaders):
+            self.join_waits.observe_many(batch.layer, join.waits(leaders, now))
+            self._advance(batch.layer, batch.wave, leaders, now)
+        return accepted
+
+    def _advance(self, layer: int, wave: int, slots: Int32Array, now: float, *, dense: bool = False) -> None:
+        """Tokens go on to the block behind `layer`: leaders of complete groups, or (`dense`) all tokens of a step."""
+        if dense and self._barrier is not None:
+            self._barrier.passed(wave)
+        if layer == self._num_layers - 1:
+            self._push(BlockId(BlockKind.HEAD, self._num_layers, wave), slots, now)
+            return
+        block = BlockId(BlockKind.ATTENTION, layer + 1, wave)
+        in_chunk = self.batcher.tokens.in_chunk[slots]
+        if dense or not in_chunk.any():
+            self._push(block, slots, now)
+            return
+        self._push(block, slots[~in_chunk], now)
+        for leader in slots[in_chunk].tolist():
+            self._push(block, self.batcher.members[leader], now)
+
+    def on_head(self, step: HeadStep, token_ids: npt.NDArray[np.int64], finished: BoolArray) -> None:
+        """The head has sampled `token_ids` [n]; the sequences `finished` [n] end."""
+        if self._barrier is not None:
+            self._barrier.finish(step.block.wave)
+        self.batcher.extend(step.slots, token_ids, finished)

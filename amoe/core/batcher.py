@@ -1,0 +1,277 @@
+"""Continuous batching at one attention worker: which sequences have tokens in flight, and on which KV blocks.
+
+A sequence is WAITING, then its prompt goes through the model in chunks (PREFILL), one chunk in flight at a time, then
+one token at a time (DECODE). Whenever KV blocks run out, the sequence that arrived last gives its blocks back and waits
+again with all tokens that it has (preemption): it loses time, never a token. Since the earliest sequence is never
+preempted while others run, and any sequence alone fits, somebody always makes progress.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from amoe.config import CacheConfig, SchedulerConfig
+from amoe.core.block_manager import ROOT_HASH, BlockManager
+from amoe.core.join import Join
+from amoe.core.sequence import Sequence, SequenceStatus, SequenceTable
+from amoe.core.token_slots import TokenSlots
+from amoe.types import BoolArray, Int32Array, Int64Array, SamplingParams
+
+
+@dataclass(slots=True)
+class Entry:
+    """Tokens that start an iteration: `decodes` [n] slots of single tokens, and a slot array per prefill chunk."""
+
+    decodes: Int32Array
+    chunks: list[Int32Array] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + sum(len(chunk) for chunk in self.chunks)
+
+
+class TokenTable:
+    """Columns [S] of the tokens in flight, indexed by slot.
+
+    Attributes:
+        row: of the sequence in the `SequenceTable`.
+        position: in the sequence.
+        iteration: major part of the progress key.
+        leader: slot that names the token's group (see `Join`).
+        in_chunk: the token belongs to a prefill chunk (of one token perhaps).
+        wants_logits: the head must sample after this token.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.row: Int32Array = np.zeros(num_slots, np.int32)
+        self.position: Int32Array = np.zeros(num_slots, np.int32)
+        self.iteration: Int32Array = np.zeros(num_slots, np.int32)
+        self.leader: Int32Array = np.arange(num_slots, dtype=np.int32)
+        self.in_chunk: BoolArray = np.zeros(num_slots, np.bool_)
+        self.wants_logits: BoolArray = np.zeros(num_slots, np.bool_)
+
+
+class Batcher:
+    """Owns the sequences of one attention worker, their rows, token slots and KV blocks."""
+
+    def __init__(
+        self, scheduler: SchedulerConfig, cache: CacheConfig, num_blocks: int, max_model_len: int, num_owners: int
+    ) -> None:
+        self._max_prefill_tokens = scheduler.max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.blocks = BlockManager(num_blocks, cache.block_size, cache.enable_prefix_caching)
+        self.slots = TokenSlots(scheduler.num_token_slots)
+        self.tokens = TokenTable(scheduler.num_token_slots)
+        self.join = Join(scheduler.num_token_slots, num_owners)
+        self.table = SequenceTable(scheduler.max_num_seqs, max_model_len, cache.block_size)
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[int, Sequence] = {}
+        self.members: dict[int, Int32Array] = {}  # slots of each chunk in flight, by leader
+        self.num_preemptions = 0
+        self._decode_ready: BoolArray = np.zeros(scheduler.max_num_seqs, np.bool_)
+        self._num_blocks: Int64Array = np.zeros(scheduler.max_num_seqs, np.int64)
+        self._prefilling: list[Sequence] = []  # no chunk in flight, more to come
+        self._prefill_in_flight = 0
+        self._frontier = 0
+        self._arrivals = 0
+
+    # ---- sequences come and go
+
+    def add(self, request_id: int, token_ids: Int32Array, params: SamplingParams) -> Sequence:
+        """A new sequence waits. The caller has checked that prompt and output fit `max_model_len`."""
+        self._arrivals += 1
+        sequence = Sequence(request_id, params, token_ids, len(token_ids), self._arrivals)
+        self.waiting.append(sequence)
+        return sequence
+
+    def abort(self, request_id: int) -> Sequence | None:
+        """Free a sequence at any stage of its life. Returns it, or None if it is not here (any more)."""
+        sequence = self.running.get(request_id)
+        if sequence is not None:
+            self._retire(sequence)
+            return sequence
+        for sequence in self.waiting:
+            if sequence.request_id == request_id:
+                self.waiting.remove(sequence)
+                sequence.status = SequenceStatus.FINISHED
+                return sequence
+        return None
+
+    def _retire(self, sequence: Sequence) -> None:
+        self._give_back(sequence)
+        sequence.status = SequenceStatus.FINISHED
+
+    def _preempt(self, sequence: Sequence) -> None:
+        sequence.token_ids = self._give_back(sequence)
+        sequence.status = SequenceStatus.WAITING
+        self.waiting.appendleft(sequence)  # it arrived before all that wait: admission is in order of arrival
+        self.num_preemptions += 1
+
+    def _give_back(self, sequence: Sequence) -> Int32Array:
+        """Take slots, blocks and row of a running sequence; returns its tokens."""
+        if len(sequence.slots):
+            leader = int(self.tokens.leader[sequence.slots[0]])
+            if leader in self.members:
+                self._prefill_in_flight -= len(self.members.pop(leader))
+            self._release_slots(sequence.slots)
+            sequence.slots = np.empty(0, np.int32)
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+        self._decode_ready[sequence.row] = False
+        self.blocks.release(sequence.blocks)
+        sequence.blocks, sequence.hashes = [], []
+        del self.running[sequence.request_id]
+        return self.table.leave(sequence)
+
+    def _release_slots(self, slots: Int32Array) -> None:
+        self.join.cancel(slots)
+        self.slots.release(slots)
+
+    # ---- iterations start
+
+    @property
+    def num_ready(self) -> int:
+        """Sequences that `start` could bring a step further; an estimate from above."""
+        return int(self._decode_ready.sum()) + len(self._prefilling) + len(self.waiting)
+
+    def start(self, max_decodes: int | None = None) -> Entry:
+        """Tokens that start an iteration now: decode tokens that are due, then prefill chunks within the budget."""
+        preempted = self.num_preemptions
+        entry = Entry(self._start_decodes(max_decodes))
+        for sequence in list(self._prefilling):
+            if self._prefill_budget == 0:
+                return entry
+            self._prefilling.remove(sequence)
+            entry.chunks.append(self._start_chunk(sequence))
+        # Whoever has just been preempted would take back the blocks that were needed.
+        if self.num_preemptions == preempted:
+            while self._prefill_budget > 0 and self._admit_next():
+                entry.chunks.append(self._start_chunk(self._prefilling.pop()))
+        return entry
+
+    @property
+    def _prefill_budget(self) -> int:
+        return self._max_prefill_tokens - self._prefill_in_flight
+
+    def _start_decodes(self, limit: int | None) -> Int32Array:
+        self._grow(np.flatnonzero(self._decode_ready))
+        rows = np.flatnonzero(self._decode_ready)[:limit]
+        if len(rows) == 0:
+            return np.empty(0, np.int32)
+        slots = self.table.slot[rows]
+        self.slots.renew(slots)
+        self.tokens.position[slots] = self.table.num_tokens[rows] - 1
+        self.tokens.iteration[slots] += 1
+        self._frontier = max(self._frontier, int(self.tokens.iteration[slots].max()))
+        self._decode_ready[rows] = False
+        return slots
+
+    def _sequence_at(self, row: int) -> Sequence:
+        sequence = self.table.sequences[row]
+        assert sequence is not None, f"row {row} holds no sequence"
+        return sequence
+
+    def _grow(self, rows: Int64Array) -> None:
+        """Give the sequences of `rows` the block for their next token, preempting from the back where none is left."""
+        short = rows[self.table.num_tokens[rows] > self._num_blocks[rows] * self.blocks.block_size]
+        for sequence in sorted((self._sequence_at(row) for row in short), key=lambda s: s.arrival):
+            while sequence.status is SequenceStatus.DECODE:
+                blocks = self.blocks.allocate(1)
+                if blocks is not None:
+                    self.table.block_table[sequence.row, len(sequence.blocks)] = blocks[0]
+                    sequence.blocks += blocks
+                    self._num_blocks[sequence.row] += 1
+                    break
+                self._preempt(max(self.running.values(), key=lambda s: s.arrival))
+
+    def _admit_next(self) -> bool:
+        """Give the longest waiting sequence a row and blocks for all its tokens, if there are any."""
+        if not self.waiting or self.table.num_free_rows == 0:
+            return False
+        sequence = self.waiting[0]
+        count = len(sequence.token_ids)
+        found, hashes = self.blocks.match_prefix(sequence.token_ids)
+        missing = self.blocks.blocks_for(count) - len(found)
+        if missing > self.blocks.num_available_beside(found):
+            return False
+        self.waiting.popleft()
+        self.blocks.acquire(found)
+        sequence.blocks = found + (self.blocks.allocate(missing) or [])
+        sequence.hashes = hashes
+        self.table.enter(sequence)
+        num_found = len(found) * self.blocks.block_size
+        self.blocks.count_lookup(count, num_found)
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = num_found
+        self.table.num_computed[sequence.row] = num_found
+        self._num_blocks[sequence.row] = len(sequence.blocks)
+        sequence.status = SequenceStatus.PREFILL
+        self.running[sequence.request_id] = sequence
+        self._prefilling.append(sequence)
+        return True
+
+    def _start_chunk(self, sequence: Sequence) -> Int32Array:
+        row = sequence.row
+        start, end = int(self.table.num_computed[row]), int(self.table.num_tokens[row])
+        count = min(end - start, self._prefill_budget)
+        slots = self.slots.allocate(count)
+        tokens = self.tokens
+        tokens.row[slots] = row
+        tokens.position[slots] = np.arange(start, start + count)
+        # A newcomer joins behind the decode tokens, and does not push the frontier away from itself.
+        tokens.iteration[slots] = self._frontier + 1
+        # The last token leads: it is the one that may go on to the head alone.
+        tokens.leader[slots] = slots[-1]
+        tokens.in_chunk[slots] = True
+        tokens.wants_logits[slots] = False
+        tokens.wants_logits[slots[-1]] = start + count == end
+        self.members[int(slots[-1])] = slots
+        sequence.slots = slots
+        self._prefill_in_flight += count
+        return slots
+
+    # ---- iterations end
+
+    def finish_chunk(self, leader: int) -> None:
+        """The chunk has passed the last attention block: its KV is complete, and only a last prompt token goes on."""
+        slots = self.members.pop(leader)
+        row = int(self.tokens.row[leader])
+        sequence = self._sequence_at(row)
+        self._prefill_in_flight -= len(slots)
+        self.table.num_computed[row] = self.tokens.position[leader] + 1
+        self._commit(sequence)
+        if not self.tokens.wants_logits[leader]:
+            self._release_slots(slots)
+            sequence.slots = np.empty(0, np.int32)
+            self._prefilling.append(sequence)
+            return
+        self._release_slots(slots[:-1])
+        sequence.slots = slots[-1:]
+        sequence.status = SequenceStatus.DECODE
+        self.table.slot[row] = leader
+        self.tokens.in_chunk[leader] = False
+
+    def extend(self, slots: Int32Array, token_ids: Int64Array, finished: BoolArray) -> None:
+        """The head has sampled `token_ids` [n] for the tokens in `slots` [n]; sequences `finished` [n] end here."""
+        rows = self.tokens.row[slots]
+        lens = self.table.num_tokens[rows]
+        self.table.tokens[rows, lens] = token_ids
+        self.table.num_tokens[rows] = lens + 1
+        self.table.num_computed[rows] = lens
+        self._decode_ready[rows] = ~finished
+        for row in rows[lens % self.blocks.block_size == 0]:
+            self._commit(self._sequence_at(row))
+        for row in rows[finished]:
+            self._retire(self._sequence_at(row))
+
+    def _commit(self, sequence: Sequence) -> None:
+        """Name the blocks of a sequence that have become full and are computed in every layer."""
+        size = self.blocks.block_size
+        full = int(self.table.num_computed[sequence.row]) // size
+        for index in range(len(sequence.hashes), full):
+            parent = sequence.hashes[-1] if sequence.hashes else ROOT_HASH
+            token_ids = self.table.tokens[sequence.row, index * size : (index + 1) * size]
+            sequence.hashes.append(self.blocks.commit(sequence.blocks[index], parent, token_ids))

@@ -1,0 +1,102 @@
+"""The expert side of a worker: tokens of all homes wait for the experts of a layer that live here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from amoe.core.lockstep import ExpertsBarrier
+from amoe.core.micro_queue import MicroQueues
+from amoe.core.steps import ExpertsStep, Outgoing
+from amoe.types import Batch, BatchKind, BlockId, BlockKind, Int16Array, Int32Array
+
+
+class ExpertsCore:
+    """Queues dispatched tokens and turns them into steps. Stateless but for its queues: homes keep what matters.
+
+    Args:
+        rank: of this worker.
+        home_ranks: ranks of the attention workers.
+        slots_per_home: token slots of each: (home, slot) names the place of a token's MoE input. A token is in one
+            place at a time, so no two live tokens share it.
+        barrier: lockstep only.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        home_ranks: Sequence[int],
+        slots_per_home: int,
+        queues: MicroQueues,
+        barrier: ExpertsBarrier | None,
+    ) -> None:
+        self.rank = rank
+        self._home_ranks = tuple(home_ranks)
+        self._home_of_rank = {home_rank: home for home, home_rank in enumerate(home_ranks)}
+        self._slots_per_home = slots_per_home
+        self._queues = queues
+        self._barrier = barrier
+
+    def slab_rows(self, batch: Batch) -> Int32Array:
+        """[n] where the payload of a dispatch belongs."""
+        return batch.slots + np.int32(self._home_of_rank[batch.src] * self._slots_per_home)
+
+    def on_dispatch(self, batch: Batch, now: float) -> None:
+        """Tokens have come. Copies the columns: the batch's memory belongs to the transport."""
+        homes = np.full(len(batch.slots), self._home_of_rank[batch.src], np.int32)
+        columns = (homes, batch.slots.copy(), batch.generations.copy(), batch.expert_ids.copy())
+        weights = batch.expert_weights.copy()
+        self._queues.push(
+            BlockId(BlockKind.EXPERTS, batch.layer, batch.wave), (*columns, weights), batch.iterations, now
+        )
+        if self._barrier is not None:
+            self._barrier.on_dispatch(batch)
+
+    def experts_step(self, index: int) -> ExpertsStep:
+        """Take all tokens that wait for the experts of a layer, sorted by home, so that every home gets one answer."""
+        block = self._queues.block(index)
+        columns = self._queues.drain(index)
+        if columns is None:
+            empty = np.empty(0, np.int32)
+            columns = (empty, empty, empty, np.empty((0, 1), np.int16), np.empty((0, 1), np.float32))
+        homes, slots, generations, expert_ids, weights = columns
+        if len(self._home_ranks) > 1 and len(homes):
+            order = np.argsort(homes, kind="stable")
+            homes, slots, generations = homes[order], slots[order], generations[order]
+            expert_ids, weights = expert_ids[order], weights[order]
+        replies = self._replies(block, homes, slots, generations)
+        slab_rows = homes * np.int32(self._slots_per_home) + slots
+        return ExpertsStep(block, slab_rows, expert_ids, weights, replies)
+
+    def _replies(
+        self, block: BlockId, homes: Int32Array, slots: Int32Array, generations: Int32Array
+    ) -> list[Outgoing]:
+        epoch, waiting = self._barrier.complete(block) if self._barrier is not None else (0, frozenset())
+        bounds = np.searchsorted(homes, np.arange(len(self._home_ranks) + 1))
+        replies = []
+        for home, home_rank in enumerate(self._home_ranks):
+            start, end = int(bounds[home]), int(bounds[home + 1])
+            if start == end and home_rank not in waiting:
+                continue
+            batch = Batch(
+                kind=BatchKind.RESULT,
+                src=self.rank,
+                dst=home_rank,
+                layer=block.layer,
+                wave=block.wave,
+                epoch=epoch,
+                count=end - start,
+                slots=slots[start:end],
+                generations=generations[start:end],
+            )
+            replies.append(Outgoing(batch, slice(start, end)))
+        return replies
+
+
+def count_pairs(expert_ids: Int16Array, num_experts: int) -> Int32Array:
+    """[num_experts] (token, expert) pairs in `expert_ids` [n, K], -1 not counted."""
+    return np.bincount(expert_ids.ravel() + 1, minlength=num_experts + 1)[1:].astype(np.int32)
+
+

@@ -1,0 +1,95 @@
+"""Sequences, and the tables that hold what array operations need to know of the running ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+
+from amoe.types import Int32Array, Int64Array, SamplingParams
+
+
+class SequenceStatus(IntEnum):
+    """Where a sequence is in its life."""
+
+    WAITING = 0  # has no row, no slots, no KV: new, or preempted
+    PREFILL = 1  # its prompt is being computed, chunk by chunk
+    DECODE = 2  # one token in flight or about to be
+    FINISHED = 3
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request's sequence at its home worker.
+
+    Attributes:
+        token_ids: [n] int32 prompt (after a preemption: prompt and generated tokens); only while WAITING.
+        prompt_len: tokens of the user's prompt; preemption does not change it.
+        arrival: order of arrival: the latest is preempted first, and the earliest admitted first.
+        row: row in the tables; -1 while WAITING.
+        slots: slots of the tokens in flight; after a prefill the one slot that it keeps.
+        blocks: blocks of the KV cache, in order.
+        hashes: names of the leading blocks that are committed to the prefix cache.
+        num_cached_tokens: prompt tokens that the prefix cache spared at the first admission; None before it.
+    """
+
+    request_id: int
+    params: SamplingParams
+    token_ids: Int32Array
+    prompt_len: int
+    arrival: int
+    status: SequenceStatus = SequenceStatus.WAITING
+    row: int = -1
+    slots: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    num_cached_tokens: int | None = None
+
+
+class SequenceTable:
+    """Struct of arrays over the rows of running sequences.
+
+    Attributes:
+        tokens: [R, max_model_len] prompt, then generated tokens.
+        num_tokens, num_computed, prompt_len: [R]; `num_computed` tokens have their KV in every layer.
+        block_table: [R, max_blocks] blocks of the KV cache.
+        slot: [R] slot of the decode token.
+    """
+
+    def __init__(self, num_rows: int, max_model_len: int, block_size: int) -> None:
+        self.tokens: Int32Array = np.zeros((num_rows, max_model_len), np.int32)
+        self.num_tokens: Int64Array = np.zeros(num_rows, np.int64)
+        self.num_computed: Int64Array = np.zeros(num_rows, np.int64)
+        self.prompt_len: Int64Array = np.zeros(num_rows, np.int64)
+        self.block_table: Int32Array = np.zeros((num_rows, -(-max_model_len // block_size)), np.int32)
+        self.slot: Int32Array = np.full(num_rows, -1, np.int32)
+        self.sequences: list[Sequence | None] = [None] * num_rows
+        self._free_rows = list(range(num_rows - 1, -1, -1))
+
+    @property
+    def num_free_rows(self) -> int:
+        return len(self._free_rows)
+
+    def enter(self, sequence: Sequence) -> None:
+        """Give a waiting sequence, whose blocks are set, a row."""
+        row = self._free_rows.pop()
+        count = len(sequence.token_ids)
+        sequence.row = row
+        self.sequences[row] = sequence
+        self.tokens[row, :count] = sequence.token_ids
+        self.num_tokens[row] = count
+        self.prompt_len[row] = sequence.prompt_len
+        self.num_computed[row] = 0
+        self.block_table[row, : len(sequence.blocks)] = sequence.blocks
+        sequence.token_ids = np.empty(0, np.int32)
+
+    def leave(self, sequence: Sequence) -> Int32Array:
+        """Take the row back. Returns the sequence's tokens [n]."""
+        row = sequence.row
+        token_ids = self.tokens[row, : self.num_tokens[row]].copy()
+        self.sequences[row] = None
+        self._free_rows.append(row)
+        self.slot[row] = -1
+        sequence.row = -1
+        return token_ids

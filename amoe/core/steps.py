@@ -1,0 +1,86 @@
+"""What a core asks its shell to run, and what the shell is to send: arrays only, no payload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from amoe.types import Batch, BlockId, Float32Array, Int16Array, Int32Array
+
+
+@dataclass(slots=True)
+class ChunkSpan:
+    """Rows [start, end) of a step are a prefill chunk of the sequence in `row` of the sequence table."""
+
+    start: int
+    end: int
+    row: int
+
+
+@dataclass(slots=True)
+class AttentionStep:
+    """Run attention(layer) on n tokens; before it, add up what the join of the layer before has brought.
+
+    Attributes:
+        slots, rows, positions: [n] of the tokens; the first `num_decodes` are single tokens, chunks follow.
+        chunks: the spans of the rest.
+    """
+
+    block: BlockId
+    slots: Int32Array
+    rows: Int32Array
+    positions: Int32Array
+    num_decodes: int
+    chunks: list[ChunkSpan] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.slots)
+
+
+@dataclass(slots=True)
+class HeadStep:
+    """Run the head on n tokens, one per sequence."""
+
+    block: BlockId
+    slots: Int32Array
+    rows: Int32Array
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.slots)
+
+
+@dataclass(slots=True)
+class ExpertsStep:
+    """Run the experts of a layer on n tokens, which come from several homes and are sorted by home.
+
+    Attributes:
+        slab_rows: [n] where each token's MoE input lies: index of home · slots per home + slot.
+        expert_ids, expert_weights: [n, K] pairs at this worker; id -1 where there is none.
+        replies: one per home, with the rows [start, end) of the step that it gets back.
+    """
+
+    block: BlockId
+    slab_rows: Int32Array
+    expert_ids: Int16Array
+    expert_weights: Float32Array
+    replies: list[Outgoing]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.slab_rows)
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """A batch to send; the shell sets its payload to rows `rows` of the step's output (None: no payload)."""
+
+    batch: Batch
+    rows: Int32Array | slice | None = None
+
+
+Step = AttentionStep | HeadStep | ExpertsStep
+
+NO_SLOTS: Int32Array = np.empty(0, np.int32)

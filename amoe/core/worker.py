@@ -1,0 +1,139 @@
+"""The deterministic heart of a worker: batches and requests in, steps and batches out. No tensor, no clock, no I/O.
+
+A shell (the engine's process, or the simulator) drives it:
+
+    on_batch(batch, now)        a batch has arrived
+    start(now)                  let sequences start their next iteration
+    next_step(now)              which block to run, on which tokens
+    attention.on_attention(...) / attention.on_head(...)   what the step has brought; `ExpertsStep.replies` go home
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from amoe.config import EngineConfig
+from amoe.core.attention import AttentionCore
+from amoe.core.batcher import Batcher
+from amoe.core.experts import ExpertsCore
+from amoe.core.lockstep import ExpertsBarrier, HomeBarrier
+from amoe.core.micro_queue import MicroQueues
+from amoe.core.steps import Outgoing, Step
+from amoe.errors import TransportError
+from amoe.policy.placement import place_experts
+from amoe.policy.scheduler import NEVER, QueueView, choose_block, make_policy, num_stages
+from amoe.types import Batch, BatchKind, BlockKind, BoolArray
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the core has to know of a model."""
+
+    sparse_layers: Sequence[bool]
+    num_experts: int
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.sparse_layers)
+
+
+class WorkerCore:
+    """All decisions of the worker `rank`.
+
+    Args:
+        num_kv_blocks, max_model_len: of its KV cache, if it is an attention worker.
+    """
+
+    def __init__(
+        self, config: EngineConfig, shape: ModelShape, rank: int, *, num_kv_blocks: int, max_model_len: int
+    ) -> None:
+        scheduler, placement = config.scheduler, config.placement
+        homes, owners = placement.attention_ranks, placement.expert_ranks
+        self.rank = rank
+        self.max_wait_s = scheduler.max_wait_s
+        self.queues = MicroQueues(shape.num_layers, scheduler.num_waves)
+        self._num_stages = num_stages(shape.num_layers)
+        self._policy = make_policy(scheduler, shape.num_layers)
+        lockstep = scheduler.schedule == "lockstep"
+        self._home_barrier: HomeBarrier | None = None
+        self._experts_barrier: ExpertsBarrier | None = None
+        self.attention: AttentionCore | None = None
+        self.experts: ExpertsCore | None = None
+        if rank in homes:
+            if lockstep:
+                self._home_barrier = HomeBarrier(rank, homes, owners, shape.num_layers, scheduler.num_waves)
+            self.attention = AttentionCore(
+                rank=rank,
+                owner_ranks=owners,
+                owners=place_experts(shape.num_layers, shape.num_experts, len(owners)),
+                sparse_layers=shape.sparse_layers,
+                batcher=Batcher(scheduler, config.cache, num_kv_blocks, max_model_len, len(owners)),
+                queues=self.queues,
+                barrier=self._home_barrier,
+            )
+        if rank in owners:
+            if lockstep:
+                self._experts_barrier = ExpertsBarrier(homes)
+            self.experts = ExpertsCore(
+                rank=rank,
+                home_ranks=homes,
+                slots_per_home=scheduler.num_token_slots,
+                queues=self.queues,
+                barrier=self._experts_barrier,
+            )
+
+    def on_batch(self, batch: Batch, now: float) -> BoolArray | None:
+        """A batch has arrived.
+
+        Returns:
+            Of a RESULT, [n]: which rows are awaited. None of anything else.
+
+        Raises:
+            TransportError: the batch is none of this worker's business.
+        """
+        if batch.kind is BatchKind.RESULT and self.attention is not None:
+            return self.attention.on_result(batch, now)
+        if batch.kind is BatchKind.DISPATCH and self.experts is not None:
+            self.experts.on_dispatch(batch, now)
+            return None
+        if batch.kind is BatchKind.ANNOUNCE and (self._home_barrier or self._experts_barrier):
+            for barrier in (self._home_barrier, self._experts_barrier):
+                if barrier is not None:
+                    barrier.on_announce(batch)
+            return None
+        raise TransportError(f"worker {self.rank} has no use for a {batch.kind.name} from worker {batch.src}")
+
+    def start(self, now: float) -> list[Outgoing]:
+        """Let sequences start their next iteration. Returns announcements to send (lockstep only)."""
+        return [] if self.attention is None else self.attention.start(now)
+
+    def next_step(self, now: float) -> Step | None:
+        """The block to run now, with its tokens; None if none is ready. It may have no tokens left (after an abort)."""
+        view = self._view()
+        index = choose_block(self._policy, view, now, self.max_wait_s)
+        if index is None:
+            return None
+        kind = self.queues.block(index).kind
+        if kind is BlockKind.EXPERTS:
+            assert self.experts is not None
+            return self.experts.experts_step(index)
+        assert self.attention is not None
+        if kind is BlockKind.HEAD:
+            return self.attention.head_step(index)
+        return self.attention.attention_step(index)
+
+    def _view(self) -> QueueView:
+        if self._home_barrier is None and self._experts_barrier is None:
+            return self.queues.view()
+        depth = self.queues.depth
+        ready = np.zeros(len(depth), np.bool_)
+        kappa = np.full(len(depth), NEVER, np.int64)
+        for barrier in (self._home_barrier, self._experts_barrier):
+            for block, epoch in barrier.ready() if barrier is not None else ():
+                index = self.queues.index(block)
+                ready[index] = True
+                kappa[index] = epoch * self._num_stages + index % self._num_stages
+        return QueueView(ready, depth, self.queues.oldest, kappa)
