@@ -1,0 +1,339 @@
+"""The sampler: from logits to tokens, vectorised over sequences, the same tokens whatever else is in the batch.
+
+Order of operations, as in vLLM: penalties and the `min_tokens` mask, temperature, min-p, top-k, top-p; each truncation
+works on what the one before it left. Log-probabilities are those of the raw logits.
+
+Batch independence rests on two things:
+
+- The random number of a token is a hash of (seed, index of the output token): no generator state, so preemption,
+  restart and batch order change nothing.
+- Probabilities become integers (multiples of 2^-45, held in floats). Sums of integers below 2^53 are exact, so neither
+  the order of a summation nor the shape of the batch can move a cumulative sum, a nucleus or a sampled token.
+
+Truncation keeps every token whose weight reaches a threshold: tokens that tie with the last one kept are kept too.
+Then the token is found by inverse CDF in the order of token ids, which needs no sorted ids. `sampler_reference.py`
+says the same slowly.
+
+Shape letters: n rows of this step, V vocabulary, S stop ids, m top log-probabilities.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from amoe.types import Float32Array, Int32Array, Int64Array, SamplingParams
+
+UInt64Array = npt.NDArray[np.uint64]
+Float64Array = npt.NDArray[np.float64]
+Int8Array = npt.NDArray[np.int8]
+
+GO_ON, FINISH_STOP, FINISH_LENGTH = 0, 1, 2
+
+MIN_TEMPERATURE = 1e-5  # below it, sampling is greedy: dividing by less says nothing more and may overflow
+WEIGHT_SCALE = 2.0**45  # a total stays under 2^46, so float64 sums of weights are exact with bits to spare
+_CPU_CHUNK = 1 << 19  # elements at a time: the float64 sums (4 MiB) stay in cache and in the allocator's pool
+_DEVICE_CHUNK = 1 << 26  # elements at a time: bounds the scratch memory to a few 100 MiB
+
+
+# What a row asks for beyond an argmax: bits of `SamplingTable.needs`. Plain integers: `IntFlag` costs 1 µs per test.
+RANDOM = 1
+MIN_P = 2
+TRUNCATION = 4  # top-k or top-p
+PENALTIES = 8
+MIN_TOKENS = 16
+LOGPROBS = 32
+
+
+class SamplingTable:
+    """Sampling parameters of the running sequences: a struct of arrays, one row per sequence. Rows are reused.
+
+    Attributes:
+        temperature, top_p, min_p: [num_rows] float32.
+        top_k: [num_rows] int64, `vocab_size` where it is off.
+        seed: [num_rows] uint64.
+        presence, frequency, repetition: [num_rows] float32 penalties.
+        num_logprobs: [num_rows] int32, -1 where off.
+        min_tokens, max_tokens: [num_rows] int64.
+        stop_ids: [num_rows, S] int32, padded with -1; end-of-sequence ids included unless ignored. S grows on demand.
+        needs: [num_rows] uint8, the bits above.
+    """
+
+    def __init__(self, num_rows: int, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.temperature = np.zeros(num_rows, np.float32)
+        self.top_p = np.ones(num_rows, np.float32)
+        self.min_p = np.zeros(num_rows, np.float32)
+        self.top_k = np.full(num_rows, vocab_size, np.int64)
+        self.seed = np.zeros(num_rows, np.uint64)
+        self.presence = np.zeros(num_rows, np.float32)
+        self.frequency = np.zeros(num_rows, np.float32)
+        self.repetition = np.ones(num_rows, np.float32)
+        self.num_logprobs = np.full(num_rows, -1, np.int32)
+        self.min_tokens = np.zeros(num_rows, np.int64)
+        self.max_tokens = np.ones(num_rows, np.int64)
+        self.stop_ids = np.full((num_rows, 1), -1, np.int32)
+        self.needs = np.zeros(num_rows, np.uint8)
+
+    def set(self, row: int, params: SamplingParams, default_seed: int, eos_token_ids: tuple[int, ...]) -> None:
+        """Fill `row` for a new sequence; `default_seed` serves where `params` brings no seed."""
+        self.temperature[row] = min(params.temperature, float(np.finfo(np.float32).max))
+        self.top_p[row] = max(params.top_p, float(np.finfo(np.float32).tiny))
+        self.min_p[row] = params.min_p
+        self.top_k[row] = min(params.top_k or self.vocab_size, self.vocab_size)
+        self.seed[row] = (default_seed if params.seed is None else params.seed) & 0xFFFF_FFFF_FFFF_FFFF
+        self.presence[row] = params.presence_penalty
+        self.frequency[row] = params.frequency_penalty
+        self.repetition[row] = params.repetition_penalty
+        self.num_logprobs[row] = -1 if params.logprobs is None else min(params.logprobs, self.vocab_size)
+        self.min_tokens[row] = params.min_tokens
+        self.max_tokens[row] = params.max_tokens
+        stop_ids = sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)})
+        self._set_stop_ids(row, stop_ids)
+        needs = 0
+        if params.temperature >= MIN_TEMPERATURE:
+            needs |= RANDOM
+            needs |= MIN_P if params.min_p > 0 else 0
+            needs |= TRUNCATION if params.top_p < 1 or self.top_k[row] < self.vocab_size else 0
+        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
+            needs |= PENALTIES
+        if params.min_tokens > 0 and stop_ids:
+            needs |= MIN_TOKENS
+        if params.logprobs is not None:
+            needs |= LOGPROBS
+        self.needs[row] = needs
+
+    def _set_stop_ids(self, row: int, stop_ids: list[int]) -> None:
+        missing = len(stop_ids) - self.stop_ids.shape[1]
+        if missing > 0:
+            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, missing)), constant_values=-1)
+        self.stop_ids[row] = -1
+        self.stop_ids[row, : len(stop_ids)] = stop_ids
+
+
+@dataclass(slots=True)
+class SampledTokens:
+    """One token per row, and log-probabilities if any row asked for them.
+
+    Attributes:
+        token_ids: [n] int64.
+        logprobs: [n] float32 of the sampled tokens; NaN in rows that did not ask; None if none did.
+        top_ids: [n, m] int64, best first, -1 in rows that did not ask; a row uses its first `num_logprobs`.
+        top_logprobs: [n, m] float32 of those.
+    """
+
+    token_ids: Int64Array
+    logprobs: Float32Array | None = None
+    top_ids: Int64Array | None = None
+    top_logprobs: Float32Array | None = None
+
+
+def sample(
+    logits: torch.Tensor,
+    table: SamplingTable,
+    rows: Int64Array,
+    step: Int64Array,
+    tokens: Int32Array,
+    prompt_lens: Int64Array,
+    lens: Int64Array,
+) -> SampledTokens:
+    """Sample the next token of each row.
+
+    A row whose logits are all -inf or hold NaN gets some valid id.
+
+    Args:
+        logits: [n, V] float32 on any device; may be modified in place.
+        table: parameters, indexed by `rows`.
+        rows: [n] rows of the table and of the histories; each at most once.
+        step: [n] index of the output token to be sampled, that is, tokens generated so far.
+        tokens: [num_rows, max_len] histories, prompt then output.
+        prompt_lens: [num_rows] of those.
+        lens: [num_rows] prompt and output together.
+    """
+    needs = table.needs[rows]
+    union = int(np.bitwise_or.reduce(needs)) if len(rows) else 0
+    if union == 0:
+        return SampledTokens(_argmax(logits))
+
+    logits = logits.contiguous()
+    asking = np.flatnonzero(needs & LOGPROBS) if union & LOGPROBS else np.empty(0, np.int64)
+    raw_logprobs = torch.log_softmax(_take(logits, asking), dim=-1) if len(asking) else None  # before any change
+    if union & PENALTIES:
+        _penalise(logits, table, rows, np.flatnonzero(needs & PENALTIES), tokens, prompt_lens, lens)
+    if union & MIN_TOKENS:
+        _mask_stop_ids(logits, table, rows, np.flatnonzero(step < table.min_tokens[rows]))
+
+    if union & RANDOM:
+        random = np.flatnonzero(needs & RANDOM)
+        token_ids = np.empty(len(rows), np.int64)
+        if len(random) < len(rows):
+            greedy = np.flatnonzero(~needs & RANDOM)
+            token_ids[greedy] = _argmax(_take(logits, greedy))
+        token_ids[random] = _sample_random(_take(logits, random), table, rows[random], step[random])
+    else:
+        token_ids = _argmax(logits)
+
+    sampled = SampledTokens(token_ids)
+    if raw_logprobs is not None:
+        _attach_logprobs(sampled, raw_logprobs, asking, int(table.num_logprobs[rows].max()))
+    return sampled
+
+
+def finish_reasons(
+    table: SamplingTable, rows: Int64Array, token_ids: Int64Array, num_generated: Int64Array
+) -> Int8Array:
+    """What each row's new token means for its sequence.
+
+    Args:
+        table: parameters, indexed by `rows`.
+        rows: [n] rows of the table.
+        token_ids: [n] the new tokens.
+        num_generated: [n] tokens generated, the new one included.
+
+    Returns:
+        [n] `GO_ON`, `FINISH_STOP` (stop id or end of sequence; wins over length) or `FINISH_LENGTH`.
+    """
+    stops = (token_ids[:, None] == table.stop_ids[rows]).any(axis=1)
+    stops &= num_generated >= table.min_tokens[rows]
+    codes = np.where(num_generated >= table.max_tokens[rows], FINISH_LENGTH, GO_ON).astype(np.int8)
+    codes[stops] = FINISH_STOP
+    return codes
+
+
+def uniforms(seed: UInt64Array, step: Int64Array) -> Float64Array:
+    """[n] numbers in [0, 1), one per (seed, step): splitmix64's finaliser over both.
+
+    48 bits each, so that the product with a total, rounded to float64, stays below the total.
+    """
+    # The seed is hashed alone first: otherwise (seed, step + 1) and (seed + increment, step) would be the same.
+    state = _mix(seed ^ np.uint64(0x6A09E667F3BCC909)) + (step.astype(np.uint64) + np.uint64(1)) * np.uint64(
+        0x9E3779B97F4A7C15
+    )
+    return (_mix(state) >> np.uint64(16)).astype(np.float64) * 2.0**-48
+
+
+def _mix(state: UInt64Array) -> UInt64Array:
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def _take(logits: torch.Tensor, index: Int64Array) -> torch.Tensor:
+    """Rows of `logits`; `logits` itself, not a copy, where `index` is all of them."""
+    if len(index) == len(logits):
+        return logits
+    return logits[torch.from_numpy(index).to(logits.device)]
+
+
+def _argmax(logits: torch.Tensor) -> Int64Array:
+    """[n] ids of the greatest logits, the lowest id where they tie."""
+    if logits.device.type == "cpu":
+        return logits.numpy().argmax(axis=1)  # vectorised, unlike torch's: 16 times faster on one core
+    return logits.argmax(dim=-1).cpu().numpy()
+
+
+def _penalise(
+    logits: torch.Tensor,
+    table: SamplingTable,
+    rows: Int64Array,
+    index: Int64Array,
+    tokens: Int32Array,
+    prompt_lens: Int64Array,
+    lens: Int64Array,
+) -> None:
+    """Apply the penalties of `rows[index]` to `logits` in place: work is that of the histories, not of V."""
+    row = rows[index]
+    lengths = lens[row]
+    history = tokens[row, : int(lengths.max(initial=0))]
+    owner, position = np.nonzero(np.arange(history.shape[1]) < lengths[:, None])
+    keys = index[owner] * logits.shape[1] + history[owner, position]
+    keys, inverse = np.unique(keys, return_inverse=True)
+    counts = np.bincount(inverse, weights=position >= prompt_lens[row][owner], minlength=len(keys))
+
+    key_row = rows[keys // logits.shape[1]]
+    repetition = torch.from_numpy(table.repetition[key_row]).to(logits.device)
+    subtract = table.frequency[key_row] * counts + table.presence[key_row] * (counts > 0)
+    flat = logits.view(-1)
+    where = torch.from_numpy(keys).to(logits.device)
+    values = flat[where]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    flat[where] = values - torch.from_numpy(subtract.astype(np.float32)).to(logits.device)
+
+
+def _mask_stop_ids(logits: torch.Tensor, table: SamplingTable, rows: Int64Array, index: Int64Array) -> None:
+    """Make the stop ids of `rows[index]` impossible, in place."""
+    stop_ids = table.stop_ids[rows[index]]
+    owner, column = np.nonzero((stop_ids >= 0) & (stop_ids < logits.shape[1]))
+    keys = index[owner] * logits.shape[1] + stop_ids[owner, column]
+    logits.view(-1)[torch.from_numpy(keys).to(logits.device)] = -torch.inf
+
+
+def _sample_random(logits: torch.Tensor, table: SamplingTable, rows: Int64Array, step: Int64Array) -> Int64Array:
+    """[n] ids sampled by temperature and truncation; `logits` [n, V] may be overwritten."""
+    needs = table.needs[rows]
+    columns = (uniforms(table.seed[rows], step), table.temperature[rows], table.min_p[rows], table.top_k[rows])
+    knobs = torch.from_numpy(np.stack((*columns, table.top_p[rows]), dtype=np.float64))
+    knobs = knobs.to(logits.device).unsqueeze(-1)  # [5, n, 1]: one copy to the device
+    chunk = max(1, (_CPU_CHUNK if logits.device.type == "cpu" else _DEVICE_CHUNK) // logits.shape[1])
+    parts = [
+        _sample_chunk(logits[i : i + chunk], knobs[:, i : i + chunk], needs[i : i + chunk])
+        for i in range(0, len(rows), chunk)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy()
+
+
+def _sample_chunk(logits: torch.Tensor, knobs: torch.Tensor, needs: npt.NDArray[np.uint8]) -> torch.Tensor:
+    """[c] ids. knobs: [5, c, 1] float64 uniform, temperature, min-p, top-k, top-p."""
+    uniform, temperature, min_p, top_k, top_p = knobs
+    weights = torch.softmax(logits.div_(temperature.float()), dim=-1).mul_(WEIGHT_SCALE).round_()
+    if (needs & MIN_P).any():
+        weights.mul_(weights >= weights.amax(dim=-1, keepdim=True) * min_p.float())
+    if (needs & TRUNCATION).any():
+        index = np.flatnonzero(needs & TRUNCATION)
+        if len(index) == len(needs):
+            weights.mul_(weights >= _thresholds(weights, top_k, top_p))
+        else:
+            where = torch.from_numpy(index).to(logits.device)
+            subset = weights[where]
+            weights[where] = subset.mul_(subset >= _thresholds(subset, top_k[where], top_p[where]))
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    # The first token whose sum exceeds the target: its weight is positive. Rows of NaN find none.
+    return (
+        torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        .squeeze(-1)
+        .clamp_(max=logits.shape[1] - 1)
+    )
+
+
+def _thresholds(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """[c, 1] least weight that top-k and then top-p keep. weights: [c, V]; top_k, top_p: [c, 1] float64."""
+    if weights.device.type == "cpu":
+        ascending = torch.from_numpy(np.sort(weights.numpy(), axis=1))  # vectorised: 40 times faster than torch's
+    else:
+        ascending = weights.sort(dim=-1).values
+    size = weights.shape[1]
+    cumulative = ascending.cumsum(dim=-1, dtype=torch.float64)
+    kth = ascending.gather(1, size - top_k.long())
+    first = torch.searchsorted(ascending, kth)  # tokens that tie with the k-th stay
+    dropped = cumulative.gather(1, (first - 1).clamp_(min=0)).where(first > 0, 0.0)
+    # Keep from the top until the mass reaches p: a token stays if it and all below it weigh more than 1 - p.
+    dropped += (cumulative[:, -1:] - dropped) * (1.0 - top_p)
+    last = torch.searchsorted(cumulative, dropped, right=True).clamp_(max=size - 1)
+    return ascending.gather(1, last)
+
+
+def _attach_logprobs(sampled: SampledTokens, logprobs: torch.Tensor, index: Int64Array, num_top: int) -> None:
+    """Fill in the log-probabilities of the rows `index`. logprobs: [len(index), V]."""
+    num_rows = len(sampled.token_ids)
+    chosen = torch.from_numpy(sampled.token_ids[index]).to(logprobs.device)
+    sampled.logprobs = np.full(num_rows, np.nan, np.float32)
+    sampled.logprobs[index] = logprobs.gather(1, chosen[:, None]).squeeze(1).cpu().numpy()
+    sampled.top_ids = np.full((num_rows, num_top), -1, np.int64)
+    sampled.top_logprobs = np.full((num_rows, num_top), -np.inf, np.float32)
+    if num_top:
+        top = logprobs.topk(num_top, dim=-1)
+        sampled.top_ids[index] = top.indices.cpu().numpy()
+        sampled.top_logprobs[index] = top.values.cpu().numpy()
