@@ -115,7 +115,8 @@ class CacheConfig:
     Attributes:
         block_size: tokens per block.
         num_blocks: blocks per attention worker; None derives it from `kv_cache_bytes`.
-        kv_cache_bytes: bytes of KV cache per attention worker; None: `memory_fraction` of what is free.
+        kv_cache_bytes: bytes of KV cache per attention worker; None: a share of what is free, see
+            `amoe.engine.memory`.
         enable_prefix_caching: full blocks of finished prompts are found again by their content.
     """
 

@@ -70,6 +70,7 @@ class Batcher:
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
         self.members: dict[int, Int32Array] = {}  # slots of each chunk in flight, by leader
+        self.admitted: list[Sequence] = []  # since the shell last took them: they have a new row
         self.num_preemptions = 0
         self._decode_ready: BoolArray = np.zeros(scheduler.max_num_seqs, np.bool_)
         self._num_blocks: Int64Array = np.zeros(scheduler.max_num_seqs, np.int64)
@@ -86,6 +87,11 @@ class Batcher:
         sequence = Sequence(request_id, params, token_ids, len(token_ids), self._arrivals)
         self.waiting.append(sequence)
         return sequence
+
+    def take_admitted(self) -> list[Sequence]:
+        """Sequences that have got a row since the last call, some perhaps aborted or preempted again (row -1)."""
+        admitted, self.admitted = self.admitted, []
+        return admitted
 
     def abort(self, request_id: int) -> Sequence | None:
         """Free a sequence at any stage of its life. Returns it, or None if it is not here (any more)."""
@@ -211,6 +217,7 @@ class Batcher:
         sequence.status = SequenceStatus.PREFILL
         self.running[sequence.request_id] = sequence
         self._prefilling.append(sequence)
+        self.admitted.append(sequence)
         return True
 
     def _start_chunk(self, sequence: Sequence) -> Int32Array:

@@ -70,9 +70,7 @@ class ExpertsCore:
         slab_rows = homes * np.int32(self._slots_per_home) + slots
         return ExpertsStep(block, slab_rows, expert_ids, weights, replies)
 
-    def _replies(
-        self, block: BlockId, homes: Int32Array, slots: Int32Array, generations: Int32Array
-    ) -> list[Outgoing]:
+    def _replies(self, block: BlockId, homes: Int32Array, slots: Int32Array, generations: Int32Array) -> list[Outgoing]:
         epoch, waiting = self._barrier.complete(block) if self._barrier is not None else (0, frozenset())
         bounds = np.searchsorted(homes, np.arange(len(self._home_ranks) + 1))
         replies = []
@@ -98,5 +96,3 @@ class ExpertsCore:
 def count_pairs(expert_ids: Int16Array, num_experts: int) -> Int32Array:
     """[num_experts] (token, expert) pairs in `expert_ids` [n, K], -1 not counted."""
     return np.bincount(expert_ids.ravel() + 1, minlength=num_experts + 1)[1:].astype(np.int32)
-
-

@@ -1,0 +1,148 @@
+"""Builds a worker: reads the checkpoint, sizes the KV cache, wires core, executors and transport together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from amoe.clock import MonotonicClock
+from amoe.config import EngineConfig
+from amoe.core.worker import ModelShape, WorkerCore
+from amoe.engine.executor import AttentionExecutor, ExpertsExecutor
+from amoe.engine.home import Home
+from amoe.engine.memory import KVPlan, free_bytes, plan_kv_cache
+from amoe.engine.messages import ControlPort, Loading, Ready
+from amoe.engine.sampler import SamplingTable
+from amoe.engine.worker import Worker
+from amoe.engine.worker_stats import StatsKeeper
+from amoe.errors import ConfigError
+from amoe.kernels.attention import KVCache
+from amoe.models.config import ModelConfig, load_model_config
+from amoe.models.loader import load_model, resolve_dtype
+from amoe.models.model import Blocks, Model
+from amoe.policy.placement import experts_of, place_experts
+from amoe.transport.base import Transport
+
+
+def resolve_device(name: str, rank: int) -> torch.device:
+    """The device of worker `rank`: plain `cuda` spreads workers over the devices there are.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name!r} is not a device") from error
+    if device.type == "cpu":
+        return device
+    try:
+        count = torch.get_device_module(device).device_count()
+    except (RuntimeError, AttributeError) as error:
+        raise ConfigError(f"--device {name}: this torch cannot use it") from error
+    index = device.index if device.index is not None else (rank % count if count else 0)
+    if index >= count:
+        raise ConfigError(f"--device {name}: there is no such device here ({count} found)")
+    return torch.device(device.type, index)
+
+
+def role_of(config: EngineConfig, rank: int) -> str:
+    """ "attention", "experts", or "colocated" for both."""
+    is_home, is_owner = rank in config.placement.attention_ranks, rank in config.placement.expert_ranks
+    return "colocated" if is_home and is_owner else "attention" if is_home else "experts"
+
+
+def build_worker(config: EngineConfig, rank: int, transport: Transport, control: ControlPort) -> Worker:
+    """Make the worker `rank`, telling the server of the progress, and at last that it is ready.
+
+    Raises:
+        ConfigError, CheckpointError: it cannot be made; the message is for the user.
+    """
+    threads = config.threads_per_worker or max(1, (os.cpu_count() or 1) // config.placement.num_workers)
+    torch.set_num_threads(threads)
+    model_config = load_model_config(config.model)
+    device = resolve_device(config.device, rank)
+    role = role_of(config, rank)
+    model = _load(config, model_config, rank, device, lambda done, total: control.send(Loading(done, total)))
+    plan, kv = KVPlan(0, 0), None
+    if role != "experts":
+        num_sharing = _num_homes_on(config, device)
+        plan = plan_kv_cache(config, model_config, model.dtype, free_bytes(device), num_sharing)
+        kv = KVCache(
+            model_config.num_layers,
+            plan.num_blocks,
+            config.cache.block_size,
+            model_config.num_key_value_heads,
+            model_config.head_dim,
+            model.dtype,
+            device,
+        )
+    worker = _wire(config, model_config, rank, role, model, kv, plan, transport, control)
+    control.send(Ready(plan.max_model_len, plan.num_blocks, config.cache.block_size, model.parameter_bytes))
+    return worker
+
+
+def _load(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    rank: int,
+    device: torch.device,
+    on_progress: Callable[[int, int], None],
+) -> Model:
+    placement = config.placement
+    owners = place_experts(model_config.num_layers, model_config.num_experts, len(placement.expert_ranks))
+    experts: dict[int, tuple[int, ...]] = {}
+    if rank in placement.expert_ranks:
+        experts = experts_of(owners, placement.expert_ranks.index(rank), model_config.sparse_layers)
+    blocks = Blocks(attention=rank in placement.attention_ranks, experts=experts)
+    dtype = resolve_dtype(config.dtype, model_config)
+    return load_model(config.model, model_config, blocks, dtype=dtype, device=device, on_progress=on_progress)
+
+
+def _num_homes_on(config: EngineConfig, device: torch.device) -> int:
+    """Attention workers that share this worker's memory."""
+    return sum(1 for rank in config.placement.attention_ranks if resolve_device(config.device, rank) == device)
+
+
+def _wire(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    rank: int,
+    role: str,
+    model: Model,
+    kv: KVCache | None,
+    plan: KVPlan,
+    transport: Transport,
+    control: ControlPort,
+) -> Worker:
+    shape = ModelShape(model_config.sparse_layers, model_config.num_experts)
+    core = WorkerCore(config, shape, rank, num_kv_blocks=plan.num_blocks, max_model_len=plan.max_model_len)
+    placement, slots = config.placement, config.scheduler.num_token_slots
+    experts = ExpertsExecutor(model, len(placement.attention_ranks), slots) if core.experts is not None else None
+    home = None
+    if core.attention is not None and kv is not None:
+        local_slab = None
+        if experts is not None:
+            index = placement.attention_ranks.index(rank)
+            local_slab = experts.slab[index * slots : (index + 1) * slots]
+        num_owners = len(placement.expert_ranks)
+        home = Home(
+            core.attention,
+            AttentionExecutor(model, kv, core.attention.batcher, num_owners, model_config.sparse_layers, local_slab),
+            SamplingTable(config.scheduler.max_num_seqs, model_config.vocab_size),
+            control,
+            owner_of_rank={owner_rank: owner for owner, owner_rank in enumerate(placement.expert_ranks)},
+            eos_token_ids=model_config.eos_token_ids,
+            seed=config.seed,
+        )
+    return Worker(
+        core,
+        home,
+        experts,
+        transport=transport,
+        control=control,
+        clock=MonotonicClock(),
+        stats=StatsKeeper(rank, role, model_config.num_layers, model_config.num_experts),
+    )

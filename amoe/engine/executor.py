@@ -1,0 +1,162 @@
+"""Runs the steps of the core on tensors: gathers tokens, calls the model's blocks, keeps what tokens leave behind.
+
+Everything is addressed by token slot: S slots at each home, H hidden size, D expert workers, n tokens of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from amoe.core.batcher import Batcher
+from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
+from amoe.kernels.attention import AttentionBatch, ChunkSpan, KVCache
+from amoe.kernels.permute import plan_pairs
+from amoe.models.model import Model
+from amoe.types import Batch, BoolArray, Float32Array, Int32Array
+
+IntArray = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
+
+def to_device(array: IntArray, device: torch.device) -> torch.Tensor:
+    """int64 tensor of an index array."""
+    return torch.from_numpy(array.astype(np.int64, copy=False)).to(device)
+
+
+class AttentionExecutor:
+    """Attention blocks and head of one home.
+
+    Args:
+        kv: its KV cache.
+        num_owners: D.
+        moe_inputs: [S, H] this home's part of the slab, if the worker holds experts too: local experts read a token's
+            MoE input where attention has written it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        kv: KVCache,
+        batcher: Batcher,
+        num_owners: int,
+        sparse_layers: Sequence[bool],
+        moe_inputs: torch.Tensor | None,
+    ) -> None:
+        self._model = model
+        self._kv = kv
+        self._batcher = batcher
+        self._sparse = tuple(sparse_layers)
+        self._moe_inputs = moe_inputs
+        shape = (batcher.slots.num_slots, model.config.hidden_size)
+        self._residual = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self._partials = torch.zeros((num_owners, *shape), dtype=model.dtype, device=model.device)
+
+    def attention(
+        self, step: AttentionStep
+    ) -> tuple[npt.NDArray[np.int64] | None, Float32Array | None, torch.Tensor | None]:
+        """Run attention(layer).
+
+        Returns:
+            topk_ids [n, K], topk_weights [n, K] on the host, and the MoE inputs [n, H]; None at a dense layer.
+        """
+        layer, device = step.block.layer, self._model.device
+        slots = to_device(step.slots, device)
+        residual = self._embed(step) if layer == 0 else self._combine(layer - 1, step.slots, slots)
+        positions = to_device(step.positions, device)
+        out = self._model.attention(layer, residual, positions, self._kv, self._attention_batch(step))
+        self._residual.index_copy_(0, slots, out.residual)
+        if out.topk_ids is None or out.topk_weights is None or out.moe_input is None:
+            return None, None, None
+        if self._moe_inputs is not None:
+            self._moe_inputs.index_copy_(0, slots, out.moe_input)
+        return out.topk_ids.cpu().numpy(), out.topk_weights.cpu().numpy(), out.moe_input
+
+    def head(self, step: HeadStep) -> torch.Tensor:
+        """Logits [n, V] float32 of tokens that have passed the last layer."""
+        slots = to_device(step.slots, self._model.device)
+        return self._model.head(self._combine(len(self._sparse) - 1, step.slots, slots))
+
+    def keep(self, batch: Batch, owner: int, accepted: BoolArray) -> None:
+        """Keep the rows of a RESULT that are awaited until the token's join is complete."""
+        if batch.payload is None:
+            return
+        payload, slots = batch.payload, batch.slots
+        if not accepted.all():
+            chosen = np.flatnonzero(accepted)
+            payload, slots = payload[torch.from_numpy(chosen)], slots[chosen]
+        device = self._model.device
+        self._partials[owner].index_copy_(0, to_device(slots, device), payload.to(device))
+
+    def _embed(self, step: AttentionStep) -> torch.Tensor:
+        token_ids = self._batcher.table.tokens[step.rows, step.positions]
+        return self._model.embed(to_device(token_ids, self._model.device))
+
+    def _combine(self, layer: int, host_slots: Int32Array, slots: torch.Tensor) -> torch.Tensor:
+        """Residuals [n, H] behind `layer`: partial sums are added in the order of owners, in float32."""
+        residual = self._residual.index_select(0, slots)
+        if not self._sparse[layer]:
+            return residual
+        dispatched = self._batcher.join.dispatched[host_slots]
+        total: torch.Tensor | None = None
+        for owner, partials in enumerate(self._partials):
+            column = dispatched[:, owner]
+            if column.all():
+                part = partials.index_select(0, slots).float()
+                total = part if total is None else total + part
+            elif column.any():
+                if total is None:
+                    total = torch.zeros(residual.shape, dtype=torch.float32, device=residual.device)
+                chosen = to_device(np.flatnonzero(column), residual.device)
+                total.index_add_(0, chosen, partials.index_select(0, slots.index_select(0, chosen)).float())
+        if total is None:
+            return residual
+        return total.add_(residual).to(residual.dtype)
+
+    def _attention_batch(self, step: AttentionStep) -> AttentionBatch:
+        table, size, device = self._batcher.table, self._kv.block_size, self._model.device
+        blocks = table.block_table[step.rows, step.positions // size].astype(np.int64)
+        count = step.num_decodes
+        lens = step.positions[:count] + 1
+        longest = int(lens.max()) if count else 0
+        decode_tables = table.block_table[step.rows[:count], : -(-longest // size)]
+        chunks = []
+        for span in step.chunks:
+            context = int(step.positions[span.end - 1]) + 1
+            block_table = to_device(table.block_table[span.row, : -(-context // size)], device)
+            chunks.append(ChunkSpan(span.start, span.end, block_table, context))
+        return AttentionBatch(
+            slot_mapping=to_device(blocks * size + step.positions % size, device),
+            num_decodes=count,
+            decode_block_tables=to_device(decode_tables, device),
+            decode_context_lens=to_device(lens, device),
+            max_decode_context=longest,
+            chunks=chunks,
+            host_context_lens=lens.tolist(),
+        )
+
+
+class ExpertsExecutor:
+    """Expert blocks of one worker, over the slab [num_homes * S, H] of MoE inputs that have been dispatched to it."""
+
+    def __init__(self, model: Model, num_homes: int, slots_per_home: int) -> None:
+        self._model = model
+        self._local_index = {layer: model.local_index(layer) for layer in model.weights.experts}
+        self.slab = torch.zeros(
+            (num_homes * slots_per_home, model.config.hidden_size), dtype=model.dtype, device=model.device
+        )
+
+    def keep(self, batch: Batch, slab_rows: Int32Array) -> None:
+        """Keep the payload of a DISPATCH; a local one has none, its home has written it already."""
+        if batch.payload is not None:
+            device = self._model.device
+            self.slab.index_copy_(0, to_device(slab_rows, device), batch.payload.to(device))
+
+    def experts(self, step: ExpertsStep) -> torch.Tensor:
+        """[n, H] weighted sum over the experts that live here."""
+        layer = step.block.layer
+        hidden = self.slab.index_select(0, to_device(step.slab_rows, self._model.device))
+        plan = plan_pairs(step.expert_ids, step.expert_weights, self._local_index[layer])
+        return self._model.experts(layer, hidden, plan)

@@ -1,0 +1,134 @@
+"""The attention side of a worker's shell: requests in, tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from amoe.core.attention import AttentionCore
+from amoe.core.steps import AttentionStep, HeadStep, Outgoing
+from amoe.engine.executor import AttentionExecutor
+from amoe.engine.messages import AddRequest, ControlPort, Outputs
+from amoe.engine.sampler import FINISH_LENGTH, FINISH_STOP, GO_ON, SampledTokens, SamplingTable, finish_reasons, sample
+from amoe.types import Batch, BoolArray, FinishReason, Int64Array, SequenceOutput, TokenLogprobs
+
+_FINISH: dict[int, FinishReason | None] = {GO_ON: None, FINISH_STOP: "stop", FINISH_LENGTH: "length"}
+_SEED_STRIDE = 0x9E3779B9  # so that neighbouring base seeds do not share the seeds of neighbouring requests
+
+
+class Home:
+    """Requests, attention steps and head steps of one attention worker.
+
+    Args:
+        owner_of_rank: index of an expert worker among the expert workers.
+        seed: base of the seeds of requests that bring none.
+    """
+
+    def __init__(
+        self,
+        core: AttentionCore,
+        executor: AttentionExecutor,
+        sampling: SamplingTable,
+        control: ControlPort,
+        *,
+        owner_of_rank: dict[int, int],
+        eos_token_ids: tuple[int, ...],
+        seed: int,
+    ) -> None:
+        self.core = core
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
+        self._executor = executor
+        self._sampling = sampling
+        self._control = control
+        self._owner_of_rank = owner_of_rank
+        self._eos_token_ids = eos_token_ids
+        self._seed = seed
+
+    # ---- requests
+
+    def add(self, message: AddRequest) -> None:
+        """A request waits. One that the server should have refused still ends."""
+        batcher, count = self.core.batcher, len(message.prompt_token_ids)
+        if count == 0 or count + message.params.max_tokens > batcher.max_model_len:
+            self._control.send(Outputs([SequenceOutput(message.request_id, [], finish_reason="error")]))
+            return
+        self.num_prompt_tokens += count
+        batcher.add(message.request_id, np.asarray(message.prompt_token_ids, np.int32), message.params)
+
+    def abort(self, request_ids: Sequence[int]) -> None:
+        """Free sequences at any stage. One that has just ended is none of our business any more."""
+        aborted = [
+            SequenceOutput(request_id, [], finish_reason="abort")
+            for request_id in request_ids
+            if self.core.batcher.abort(request_id) is not None
+        ]
+        if aborted:
+            self._control.send(Outputs(aborted))
+
+    # ---- tokens
+
+    def keep(self, batch: Batch, accepted: BoolArray) -> None:
+        """A RESULT has come; rows `accepted` [n] are awaited."""
+        self._executor.keep(batch, self._owner_of_rank[batch.src], accepted)
+
+    def run_attention(self, step: AttentionStep, now: float) -> tuple[list[Outgoing], torch.Tensor | None]:
+        """Run attention(layer). Returns what to dispatch, and the tensor [n, H] whose rows it names."""
+        if step.num_tokens == 0:  # lockstep marches on although its tokens are gone
+            nothing = np.empty((0, 1))
+            return self.core.on_attention(step, nothing.astype(np.int64), nothing.astype(np.float32), now), None
+        topk_ids, topk_weights, moe_input = self._executor.attention(step)
+        return self.core.on_attention(step, topk_ids, topk_weights, now), moe_input
+
+    def run_head(self, step: HeadStep) -> None:
+        """Run the head, sample, and tell the server."""
+        if step.num_tokens == 0:
+            self.core.on_head(step, np.empty(0, np.int64), np.empty(0, np.bool_))
+            return
+        self._set_sampling_rows()
+        table, rows = self.core.batcher.table, step.rows.astype(np.int64)
+        num_generated = table.num_tokens[rows] - table.prompt_len[rows]
+        logits = self._executor.head(step)
+        sampled = sample(logits, self._sampling, rows, num_generated, table.tokens, table.prompt_len, table.num_tokens)
+        codes = finish_reasons(self._sampling, rows, sampled.token_ids, num_generated + 1)
+        outputs = self._outputs(rows, sampled, codes)
+        self.core.on_head(step, sampled.token_ids, codes != GO_ON)
+        self.num_generated_tokens += len(rows)
+        self._control.send(Outputs(outputs))
+
+    def _set_sampling_rows(self) -> None:
+        for sequence in self.core.batcher.take_admitted():
+            if sequence.row >= 0:
+                default_seed = self._seed * _SEED_STRIDE + sequence.request_id
+                self._sampling.set(sequence.row, sequence.params, default_seed, self._eos_token_ids)
+
+    def _outputs(self, rows: Int64Array, sampled: SampledTokens, codes: npt.NDArray[np.int8]) -> list[SequenceOutput]:
+        sequences = self.core.batcher.table.sequences
+        outputs = []
+        for row, token, code in zip(rows.tolist(), sampled.token_ids.tolist(), codes.tolist(), strict=True):
+            sequence = sequences[row]
+            assert sequence is not None
+            output = SequenceOutput(sequence.request_id, [token], finish_reason=_FINISH[code])
+            output.num_cached_tokens = sequence.num_cached_tokens or 0
+            if code == FINISH_STOP:
+                output.stop_token = token
+            outputs.append(output)
+        if sampled.logprobs is not None:
+            self._attach_logprobs(outputs, rows, sampled)
+        return outputs
+
+    def _attach_logprobs(self, outputs: list[SequenceOutput], rows: Int64Array, sampled: SampledTokens) -> None:
+        assert sampled.logprobs is not None and sampled.top_ids is not None and sampled.top_logprobs is not None
+        wanted = self._sampling.num_logprobs[rows]
+        for index in np.flatnonzero(wanted >= 0).tolist():
+            count = int(wanted[index])
+            outputs[index].logprobs = [
+                TokenLogprobs(
+                    float(sampled.logprobs[index]),
+                    sampled.top_ids[index, :count].tolist(),
+                    sampled.top_logprobs[index, :count].tolist(),
+                )
+            ]

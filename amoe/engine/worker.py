@@ -1,0 +1,134 @@
+"""The shell of a worker: one loop that moves batches and messages between the core, the kernels and the outside."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Sequence
+
+import torch
+
+from amoe.clock import Clock
+from amoe.core.steps import AttentionStep, ExpertsStep, Outgoing, Step
+from amoe.core.worker import WorkerCore
+from amoe.engine.executor import ExpertsExecutor
+from amoe.engine.home import Home
+from amoe.engine.messages import AbortRequests, AddRequest, ControlPort, Heartbeat, Stop
+from amoe.engine.worker_stats import StatsKeeper
+from amoe.transport.base import Transport
+from amoe.types import Batch, BatchKind, Int32Array
+
+HEARTBEAT_S = 0.5
+CONTROL_INTERVAL_S = 0.001  # a busy worker looks at its control channel this often
+
+
+class Worker:
+    """Drives one `WorkerCore`. `run` is the loop, `turn` one round of it.
+
+    Args:
+        home: the attention side; None at an expert worker.
+        experts: the expert side; None at an attention worker.
+    """
+
+    def __init__(
+        self,
+        core: WorkerCore,
+        home: Home | None,
+        experts: ExpertsExecutor | None,
+        *,
+        transport: Transport,
+        control: ControlPort,
+        clock: Clock,
+        stats: StatsKeeper,
+    ) -> None:
+        self.core = core
+        self.stats = stats
+        self._home = home
+        self._experts = experts
+        self._transport = transport
+        self._control = control
+        self._clock = clock
+        self._next_heartbeat = 0.0
+        self._next_control = 0.0
+        self._stopped = False
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stopped
+
+    def run(self) -> None:
+        """Serve until the server says `Stop` or goes away."""
+        poller = select.poll()
+        poller.register(self._transport.fileno(), select.POLLIN)
+        poller.register(self._control.fileno(), select.POLLIN)
+        while not self._stopped:
+            if not self.turn():
+                timeout = max(0.0, self._next_heartbeat - self._clock.now())
+                poller.poll(timeout * 1000)
+                self._next_control = 0.0
+
+    @torch.inference_mode()
+    def turn(self) -> bool:
+        """Take what has come, run one block. False if there was nothing to do."""
+        now = self._clock.now()
+        self.stats.loops += 1
+        if now >= self._next_control:
+            self._next_control = now + CONTROL_INTERVAL_S
+            self._handle_messages()
+        batches = self._transport.poll()
+        for batch in batches:
+            self._receive(batch, now)
+        self._send(self.core.start(now), None)
+        step = self.core.next_step(now)
+        if step is not None:
+            self._run(step)
+            self.stats.observe(step, self._clock.now() - now)
+        self._transport.flush()
+        if now >= self._next_heartbeat:
+            self._next_heartbeat = now + HEARTBEAT_S
+            self._control.send(Heartbeat(self.stats.snapshot(self.core, self._home, now)))
+        return step is not None or bool(batches)
+
+    def _receive(self, batch: Batch, now: float) -> None:
+        accepted = self.core.on_batch(batch, now)
+        if accepted is not None and self._home is not None:
+            self._home.keep(batch, accepted)
+        elif batch.kind is BatchKind.DISPATCH and self._experts is not None and self.core.experts is not None:
+            self._experts.keep(batch, self.core.experts.slab_rows(batch))
+
+    def _run(self, step: Step) -> None:
+        if isinstance(step, ExpertsStep):
+            assert self._experts is not None
+            self._send(step.replies, self._experts.experts(step) if step.num_tokens else None)
+            return
+        assert self._home is not None
+        if isinstance(step, AttentionStep):
+            self._send(*self._home.run_attention(step, self._clock.now()))
+        else:
+            self._home.run_head(step)
+
+    def _send(self, outgoing: Sequence[Outgoing], payload: torch.Tensor | None) -> None:
+        for item in outgoing:
+            batch, rows = item.batch, item.rows
+            # A dispatch to this very worker needs no payload: attention has left it in the slab.
+            local_dispatch = batch.kind is BatchKind.DISPATCH and batch.dst == batch.src
+            if payload is not None and rows is not None and batch.count and not local_dispatch:
+                batch.payload = payload[rows] if isinstance(rows, slice) else _take_rows(payload, rows)
+            self._transport.send(batch)
+
+    def _handle_messages(self) -> None:
+        for message in self._control.receive():
+            if isinstance(message, Stop):
+                self._stopped = True
+                continue
+            assert self._home is not None, "only attention workers take requests"
+            if isinstance(message, AddRequest):
+                self._home.add(message)
+            elif isinstance(message, AbortRequests):
+                self._home.abort(message.request_ids)
+
+
+def _take_rows(payload: torch.Tensor, rows: Int32Array) -> torch.Tensor:
+    """payload[rows]; `payload` itself if that is all of it: rows ascend."""
+    if len(rows) == len(payload):
+        return payload
+    return payload.index_select(0, torch.from_numpy(rows).to(payload.device))

@@ -1,0 +1,77 @@
+"""What a worker's loop counts, and the snapshot that its heartbeat carries."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from amoe.core.batcher import Batcher
+from amoe.core.experts import count_pairs
+from amoe.core.steps import ExpertsStep, Step
+from amoe.core.worker import WorkerCore
+from amoe.engine.home import Home
+from amoe.stats import BATCH_SIZE_EDGES, LayerHistograms, QueueSnapshot, WorkerStats
+from amoe.types import BlockKind
+
+_NAMES = {BlockKind.ATTENTION: "attention", BlockKind.EXPERTS: "experts", BlockKind.HEAD: "head"}
+
+
+class StatsKeeper:
+    """Cumulative counters of one worker."""
+
+    def __init__(self, rank: int, role: str, num_layers: int, num_experts: int) -> None:
+        self.rank = rank
+        self.role = role
+        self.loops = 0
+        self.steps = 0
+        self.busy_s = 0.0
+        self._batch_sizes = {kind: LayerHistograms(num_layers + 1, BATCH_SIZE_EDGES) for kind in BlockKind}
+        self._expert_pairs = np.zeros((num_layers, num_experts), np.int64)
+
+    def observe(self, step: Step, seconds: float) -> None:
+        """A step has run."""
+        self.steps += 1
+        self.busy_s += seconds
+        self._batch_sizes[step.block.kind].observe(step.block.layer, step.num_tokens)
+        if isinstance(step, ExpertsStep) and step.num_tokens:
+            self._expert_pairs[step.block.layer] += count_pairs(step.expert_ids, self._expert_pairs.shape[1])
+
+    def snapshot(self, core: WorkerCore, home: Home | None, now: float) -> WorkerStats:
+        """Everything, as it is now."""
+        stats = WorkerStats(self.rank, self.role, self.loops, self.busy_s, self.steps)
+        stats.queues = self._queues(core, now)
+        stats.batch_sizes = [item for kind in BlockKind for item in self._batch_sizes[kind].snapshot(_NAMES[kind])]
+        if core.experts is not None:
+            stats.expert_pairs = self._expert_pairs.tolist()
+        if home is not None:
+            stats.prompt_tokens = home.num_prompt_tokens
+            stats.generation_tokens = home.num_generated_tokens
+            stats.join_waits = home.core.join_waits.snapshot("experts")
+            _describe_sequences(stats, home.core.batcher)
+        return stats
+
+    @staticmethod
+    def _queues(core: WorkerCore, now: float) -> list[QueueSnapshot]:
+        queues = core.queues
+        depths: dict[tuple[str, int], tuple[int, float]] = {}
+        for index in range(len(queues.depth)):
+            block = queues.block(index)
+            held = core.experts if block.kind is BlockKind.EXPERTS else core.attention
+            if held is None:
+                continue
+            depth = int(queues.depth[index])
+            age = max(0.0, now - float(queues.oldest[index])) if depth else 0.0
+            name = (_NAMES[block.kind], block.layer)
+            before = depths.get(name, (0, 0.0))
+            depths[name] = (before[0] + depth, max(before[1], age))  # waves of lockstep share a series
+        return [QueueSnapshot(kind, layer, depth, age) for (kind, layer), (depth, age) in depths.items()]
+
+
+def _describe_sequences(stats: WorkerStats, batcher: Batcher) -> None:
+    stats.num_running = len(batcher.running)
+    stats.num_waiting = len(batcher.waiting)
+    stats.kv_blocks_used = batcher.blocks.num_used
+    stats.kv_blocks_total = batcher.blocks.num_blocks
+    stats.num_preemptions = batcher.num_preemptions
+    stats.prefix_queries = batcher.blocks.num_queries
+    stats.prefix_hits = batcher.blocks.num_hits
+    stats.cached_prompt_tokens = batcher.blocks.num_hits
