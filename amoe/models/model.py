@@ -1,0 +1,235 @@
+"""The blocks of a model that one worker holds, as functions of tensors: no queue, no sequence, no placement in sight.
+
+Shape letters: n tokens, H hidden size, Hq and Hkv heads, D head size, K experts per token, E experts here, I their
+intermediate size, V vocabulary. Run the methods under `torch.inference_mode()`: entering it per call costs time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from amoe.kernels.attention import AttentionBatch, KVCache, paged_attention
+from amoe.kernels.grouped_gemm import ExpertViews, expert_views, grouped_experts
+from amoe.kernels.permute import PairPlan
+from amoe.models.config import ModelConfig
+from amoe.models.layers import MlpWeights, apply_rope, gated_mlp, rms_norm, rope_table, route
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What a worker holds.
+
+    Attributes:
+        attention: the attention blocks of all layers, with routers, shared experts and dense MLPs; embedding and head.
+        experts: layer -> global ids of the experts held, ascending. Layers without experts here may be absent.
+    """
+
+    attention: bool
+    experts: dict[int, tuple[int, ...]]
+
+    @classmethod
+    def whole(cls, config: ModelConfig) -> Blocks:
+        """Every block of the model."""
+        every = tuple(range(config.num_experts))
+        return cls(True, {layer: every for layer, sparse in enumerate(config.sparse_layers) if sparse})
+
+
+@dataclass(slots=True, kw_only=True)
+class AttentionWeights:
+    """One attention block.
+
+    Attributes:
+        qkv: [(Hq + 2 Hkv) D, H] rows of queries, keys, values; qkv_bias: [(Hq + 2 Hkv) D].
+        q_norm, k_norm: [D] (per head) or [Hq D] and [Hkv D] (full width).
+        out: [H, Hq D].
+        router: [num_experts, H] of an MoE layer; shared and shared_gate [1, H]: its shared expert.
+        mlp: of a dense layer.
+    """
+
+    input_norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None = None
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+    out: torch.Tensor
+    post_norm: torch.Tensor
+    router: torch.Tensor | None = None
+    shared: MlpWeights | None = None
+    shared_gate: torch.Tensor | None = None
+    mlp: MlpWeights | None = None
+
+
+@dataclass(slots=True)
+class ExpertWeights:
+    """The experts of one layer that are here.
+
+    Attributes:
+        ids: global ids, ascending.
+        w13: [E, 2I, H] gate rows, then up rows.
+        w2: [E, H, I].
+    """
+
+    ids: tuple[int, ...]
+    w13: torch.Tensor
+    w2: torch.Tensor
+
+
+@dataclass(slots=True)
+class HeadWeights:
+    """embedding [V, H], final norm [H], LM head [V, H] (the embedding itself where they are tied)."""
+
+    embedding: torch.Tensor
+    norm: torch.Tensor
+    lm_head: torch.Tensor
+
+
+@dataclass(slots=True)
+class Weights:
+    """All tensors of one worker."""
+
+    head: HeadWeights | None = None
+    attention: list[AttentionWeights] = field(default_factory=list)
+    experts: dict[int, ExpertWeights] = field(default_factory=dict)
+
+
+class AttentionOutput(NamedTuple):
+    """What an attention block gives.
+
+    Attributes:
+        residual: [n, H], with the shared expert's output (MoE layer) or the MLP's (dense layer) in it.
+        moe_input: [n, H]; None for a dense layer, as are the next two.
+        topk_ids: [n, K] int64, best first.
+        topk_weights: [n, K] float32.
+    """
+
+    residual: torch.Tensor
+    moe_input: torch.Tensor | None
+    topk_ids: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+
+
+class Model:
+    """The blocks of one worker. `load_model` makes it."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        blocks: Blocks,
+        weights: Weights,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        parameter_bytes: int,
+    ) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.weights = weights
+        self.dtype = dtype
+        self.device = device
+        self.parameter_bytes = parameter_bytes
+        self._scale = config.head_dim**-0.5
+        self._views: dict[int, ExpertViews] = {
+            layer: expert_views(experts.w13, experts.w2) for layer, experts in weights.experts.items()
+        }
+        self._qk_norms = [_per_head_norm(config, layer) for layer in weights.attention]
+        self._rope = rope_table(config, dtype, device) if blocks.attention else None
+
+    def local_index(self, layer: int) -> npt.NDArray[np.int64]:
+        """[num_experts] local index of each global expert of a layer, -1 if it is not here: for `plan_pairs`."""
+        index = np.full(self.config.num_experts, -1, np.int64)
+        ids = self.weights.experts[layer].ids if layer in self.weights.experts else ()
+        index[list(ids)] = np.arange(len(ids))
+        return index
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[n] int64 token ids to [n, H] residuals."""
+        assert self.weights.head is not None, "this worker holds no attention blocks"
+        return F.embedding(token_ids, self.weights.head.embedding)
+
+    def attention(
+        self, layer: int, residual: torch.Tensor, positions: torch.Tensor, kv: KVCache, batch: AttentionBatch
+    ) -> AttentionOutput:
+        """Norm, attention, residual, norm, router; and the shared expert or the dense MLP, where the layer has one.
+
+        Args:
+            residual: [n, H]; not changed.
+            positions: [n] int64, each token's position in its sequence.
+            kv: the cache, written at `batch.slot_mapping`.
+            batch: where the tokens stand.
+        """
+        config, weights = self.config, self.weights.attention[layer]
+        q, k, v = self._project(layer, rms_norm(residual, weights.input_norm, config.rms_norm_eps), positions)
+        attended = paged_attention(q, k, v, kv.layers[layer], batch, self._scale)
+        residual = torch.addmm(residual, attended.view(len(residual), -1), weights.out.t())
+        hidden = rms_norm(residual, weights.post_norm, config.rms_norm_eps)
+        if weights.mlp is not None:
+            return AttentionOutput(residual + gated_mlp(hidden, weights.mlp), None, None, None)
+        assert weights.router is not None
+        if weights.shared is not None and weights.shared_gate is not None:
+            gate = torch.sigmoid(F.linear(hidden, weights.shared_gate))
+            residual = torch.addcmul(residual, gate, gated_mlp(hidden, weights.shared))
+        topk_ids, topk_weights = route(hidden, weights.router, config)
+        return AttentionOutput(residual, hidden, topk_ids, topk_weights)
+
+    def _project(
+        self, layer: int, x: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries [n, Hq, D] and keys [n, Hkv, D], and values [n, Hkv, D] of x [n, H]."""
+        assert self._rope is not None
+        config, weights = self.config, self.weights.attention[layer]
+        qkv = F.linear(x, weights.qkv, weights.qkv_bias)
+        heads = qkv.view(len(x), -1, config.head_dim)
+        num_qk = config.num_attention_heads + config.num_key_value_heads
+        qk, v = heads[:, :num_qk], heads[:, num_qk:]
+        if config.qk_norm == "head":
+            per_head = self._qk_norms[layer]
+            assert per_head is not None
+            qk = F.rms_norm(qk, (config.head_dim,), None, config.rms_norm_eps) * per_head
+        elif config.qk_norm == "full":
+            assert weights.q_norm is not None and weights.k_norm is not None
+            q_flat, k_flat = qkv[:, : config.q_size], qkv[:, config.q_size : config.q_size + config.kv_size]
+            q_flat = rms_norm(q_flat, weights.q_norm, config.rms_norm_eps)
+            k_flat = rms_norm(k_flat, weights.k_norm, config.rms_norm_eps)
+            qk = torch.cat((q_flat, k_flat), dim=1).view(len(x), num_qk, config.head_dim)
+        if config.clip_qkv is not None:
+            qk, v = qk.clamp(-config.clip_qkv, config.clip_qkv), v.clamp(-config.clip_qkv, config.clip_qkv)
+        qk = apply_rope(qk, self._rope.index_select(0, positions))
+        return qk[:, : config.num_attention_heads], qk[:, config.num_attention_heads :], v
+
+    def experts(self, layer: int, hidden: torch.Tensor, plan: PairPlan) -> torch.Tensor:
+        """Weighted sum over this worker's experts of each token's MoE input.
+
+        Args:
+            hidden: [n, H] MoE inputs.
+            plan: `plan_pairs(ids, weights, model.local_index(layer))`.
+
+        Returns:
+            [n, H] in the model's dtype, summed in float32 in the order of a token's k.
+        """
+        weights = self.weights.experts[layer]
+        return grouped_experts(hidden, plan, weights.w13, weights.w2, self._views[layer])
+
+    def head(self, residual: torch.Tensor) -> torch.Tensor:
+        """[n, H] residuals after the last layer to [n, V] logits in float32."""
+        assert self.weights.head is not None, "this worker holds no attention blocks"
+        hidden = rms_norm(residual, self.weights.head.norm, self.config.rms_norm_eps)
+        return F.linear(hidden, self.weights.head.lm_head).float()
+
+
+def _per_head_norm(config: ModelConfig, weights: AttentionWeights) -> torch.Tensor | None:
+    """[Hq + Hkv, D]: norm weights of all query and key heads, so that one call normalises both."""
+    if config.qk_norm != "head":
+        return None
+    assert weights.q_norm is not None and weights.k_norm is not None
+    return torch.cat(
+        (
+            weights.q_norm.expand(config.num_attention_heads, -1),
+            weights.k_norm.expand(config.num_key_value_heads, -1),
+        )
+    )
