@@ -290,15 +290,15 @@ def _sample_chunk(logits: torch.Tensor, knobs: torch.Tensor, needs: npt.NDArray[
     uniform, temperature, min_p, top_k, top_p = knobs
     weights = torch.softmax(logits.div_(temperature.float()), dim=-1).mul_(WEIGHT_SCALE).round_()
     if (needs & MIN_P).any():
-        weights.mul_(weights >= weights.amax(dim=-1, keepdim=True) * min_p.float())
+        _keep_from(weights, weights.amax(dim=-1, keepdim=True) * min_p.float())
     if (needs & TRUNCATION).any():
         index = np.flatnonzero(needs & TRUNCATION)
         if len(index) == len(needs):
-            weights.mul_(weights >= _thresholds(weights, top_k, top_p))
+            _keep_from(weights, _thresholds(weights, top_k, top_p))
         else:
             where = torch.from_numpy(index).to(logits.device)
             subset = weights[where]
-            weights[where] = subset.mul_(subset >= _thresholds(subset, top_k[where], top_p[where]))
+            weights[where] = _keep_from(subset, _thresholds(subset, top_k[where], top_p[where]))
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     # The first token whose sum exceeds the target: its weight is positive. Rows of NaN find none.
     return (
@@ -308,10 +308,16 @@ def _sample_chunk(logits: torch.Tensor, knobs: torch.Tensor, needs: npt.NDArray[
     )
 
 
+def _keep_from(weights: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """Zero what lies below its row's threshold, in place. weights: [c, V], thresholds: [c, 1]."""
+    # A mask of floats, because torch multiplies floats by booleans 6 times slower.
+    return weights.mul_(torch.ge(weights, thresholds, out=torch.empty_like(weights)))
+
+
 def _thresholds(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """[c, 1] least weight that top-k and then top-p keep. weights: [c, V]; top_k, top_p: [c, 1] float64."""
     if weights.device.type == "cpu":
-        ascending = torch.from_numpy(np.sort(weights.numpy(), axis=1))  # vectorised: 40 times faster than torch's
+        ascending = torch.from_numpy(np.sort(weights.numpy(), axis=1))  # 40 times faster than torch's
     else:
         ascending = weights.sort(dim=-1).values
     size = weights.shape[1]

@@ -151,6 +151,24 @@ def test_large_batches_are_cut_into_chunks_that_agree():
     assert together.tolist() == alone
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, 10.0])  # flat: the nucleus is wide; peaked: it is a few tokens
+def test_wide_and_narrow_nuclei_of_a_large_vocabulary_equal_the_oracle(scale):
+    vocab_size = 20_000
+    options = (
+        {"top_p": 0.9},
+        {"top_k": 40},
+        {"top_k": 5000},
+        {"top_k": 40, "top_p": 0.5},
+        {"top_p": 0.01, "min_p": 0.1},
+    )
+    params = [SamplingParams(seed=i, **option) for option in options for i in range(2)]
+    logits = torch.randn(len(params), vocab_size, generator=torch.Generator().manual_seed(5)) * scale
+    logits[::2] = logits[::2].round()  # ties at the threshold
+    sampled = Batch(vocab_size, [(p, [1], []) for p in params]).sample(logits).token_ids
+    for i, p in enumerate(params):
+        assert sampled[i] == sample_reference(logits[i], p, seed=0, prompt=[1], output=[], eos_token_ids=EOS)
+
+
 def chi_square_limit(degrees):
     """A bound that a right sampler exceeds once in some 100,000 seed sets (Wilson and Hilferty)."""
     return degrees * (1 - 2 / (9 * degrees) + 4.3 * (2 / (9 * degrees)) ** 0.5) ** 3
