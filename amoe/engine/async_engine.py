@@ -1,0 +1,380 @@
+"""The server's side of the workers: admission, routing of outputs, health. All of it in one event loop.
+
+A request's life here: `start` admits it and sends it to an attention worker; that worker's `Outputs` become deltas in
+its `Generation`; it ends with exactly one terminal event, after which nothing of it is left in the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from amoe.clock import Clock, MonotonicClock
+from amoe.config import EngineConfig
+from amoe.engine.generation import GenerationDelta, GenerationState
+from amoe.engine.messages import AbortRequests, AddRequest, Failed, Heartbeat, Outputs, ToServer, ToWorker
+from amoe.engine.tokenizer import Tokenizer
+from amoe.engine.watchdog import Watchdog
+from amoe.errors import AmoeError, EngineDeadError, EngineOverloadedError, RequestError
+from amoe.metrics import EngineMetrics
+from amoe.policy import admission
+from amoe.types import FinishReason, SamplingParams, SequenceOutput
+
+logger = logging.getLogger(__name__)
+
+WATCHDOG_PERIOD_S = 0.5
+
+
+class WorkerChannel(Protocol):
+    """The server's end of one worker's control channel."""
+
+    def send(self, message: ToWorker) -> None:
+        """Queue a message; does not wait."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[ToServer]:
+        """Messages of the worker, until it has gone."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """What the front must know of the loaded model.
+
+    Attributes:
+        name: as users see it.
+        max_model_len: tokens of one sequence at most, as the workers that loaded it say.
+        vocab_size: rows of the embedding.
+    """
+
+    name: str
+    max_model_len: int
+    vocab_size: int
+
+
+class Generation:
+    """The deltas of one sequence, to be iterated once. `close` it, or iterate to its end: either frees the sequence."""
+
+    def __init__(self, engine: AsyncEngine, request_id: int, rank: int, state: GenerationState, now: float) -> None:
+        self.request_id = request_id
+        self.rank = rank
+        self.state = state
+        self.arrived_at = now
+        self.first_token_at: float | None = None
+        self.last_token_at = now
+        self._engine = engine
+        self._pending: GenerationDelta | None = None
+        self._error: AmoeError | None = None
+        self._is_over = False  # the terminal event is in `_pending` or `_error`, or has been taken
+        self._wakeup = asyncio.Event()
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> GenerationDelta:
+        while True:
+            if self._pending is not None:
+                delta, self._pending = self._pending, None
+                return delta
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise error
+            if self._is_over:
+                raise StopAsyncIteration
+            self._wakeup.clear()
+            await self._wakeup.wait()
+
+    def close(self) -> None:
+        """Free the sequence, if it has not ended yet. Idempotent."""
+        self._engine.abort(self)
+
+    def deliver(self, delta: GenerationDelta) -> None:
+        """Engine only: queue a delta."""
+        if self._pending is None:
+            self._pending = delta
+        else:
+            self._pending.merge(delta)
+        self._is_over = delta.finish_reason is not None
+        self._wakeup.set()
+
+    def fail(self, error: AmoeError | None) -> None:
+        """Engine only: the terminal event is this error; None ends the iteration (nobody listens any more)."""
+        self._error = error
+        self._is_over = True
+        self._wakeup.set()
+
+
+class AsyncEngine:
+    """Serves sequences on workers that are ready.
+
+    Args:
+        channels: one per worker, by rank.
+        config: of the workers.
+        model: what they have loaded.
+        heartbeat_timeout_s: a worker that says nothing for so long is dead.
+        stall_timeout_s: a worker that has sequences and runs no block for so long makes the engine unhealthy.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[WorkerChannel],
+        config: EngineConfig,
+        tokenizer: Tokenizer,
+        model: ModelInfo,
+        *,
+        metrics: EngineMetrics | None = None,
+        clock: Clock | None = None,
+        heartbeat_timeout_s: float = 8.0,
+        stall_timeout_s: float = 30.0,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.model = model
+        self.metrics = metrics or EngineMetrics(model.name, model.max_model_len)
+        self._channels = channels
+        self._clock = clock or MonotonicClock()
+        self._attention_ranks = config.placement.attention_ranks
+        self._capacity = admission.queue_capacity(
+            len(self._attention_ranks), config.scheduler.max_num_seqs, config.max_waiting
+        )
+        self._open: dict[int, Generation] = {}
+        self._num_requests = dict.fromkeys(self._attention_ranks, 0)
+        self._num_tokens = dict.fromkeys(self._attention_ranks, 0)
+        self._next_id = 0
+        self._finished_at: deque[float] = deque(maxlen=64)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._death: EngineDeadError | None = None
+        self._draining = False
+        self._all_closed = asyncio.Event()
+        self._all_closed.set()
+        self._watchdog = Watchdog(range(len(channels)), heartbeat_timeout_s, stall_timeout_s)
+        self.metrics.prepare(self._attention_ranks)
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Start to listen to the workers. Call it once, in the event loop that serves the requests."""
+        self._tasks = [
+            asyncio.create_task(self._listen(rank, channel), name=f"amoe-listen-{rank}")
+            for rank, channel in enumerate(self._channels)
+        ]
+        self._tasks.append(asyncio.create_task(self._watch(), name="amoe-watchdog"))
+
+    async def drain(self) -> None:
+        """Refuse new requests, and wait until the open ones have ended."""
+        self._draining = True
+        await self._all_closed.wait()
+
+    async def close(self) -> None:
+        """Stop to listen; whatever is still open ends with an error."""
+        self._draining = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.die("the server has stopped")
+
+    @property
+    def healthy(self) -> bool:
+        """Every worker makes progress."""
+        return self._death is None and self._watchdog.stalled is None
+
+    @property
+    def death(self) -> EngineDeadError | None:
+        """Why nothing can be served any more, if so."""
+        return self._death
+
+    @property
+    def num_open(self) -> int:
+        """Sequences that have not ended."""
+        return len(self._open)
+
+    def die(self, reason: str) -> None:
+        """Nothing can be served any more: every open request ends with an error. The first reason stays."""
+        if self._death is not None:
+            return
+        self._death = EngineDeadError(reason)
+        self.metrics.healthy(False)
+        for generation in list(self._open.values()):
+            self._forget(generation, "error")
+            generation.fail(EngineDeadError(reason))
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def start(
+        self, requests: Sequence[tuple[Sequence[int], SamplingParams]], *, param: str = "prompt"
+    ) -> list[Generation]:
+        """Admit all of these sequences, or none.
+
+        Args:
+            requests: prompt token ids and parameters of each.
+            param: the field of the user's request that the prompt comes from, for error messages.
+
+        Raises:
+            RequestError: a prompt that is empty, too long, or holds an unknown token id.
+            EngineOverloadedError: no room now.
+            EngineDeadError: no room ever.
+        """
+        for prompt_token_ids, params in requests:
+            admission.validate_prompt(prompt_token_ids, self.model.vocab_size, param)
+            admission.validate_length(len(prompt_token_ids), params.max_tokens, self.model.max_model_len, param)
+        self._check_room(len(requests))
+        return [self._start_one(prompt_token_ids, params) for prompt_token_ids, params in requests]
+
+    async def generate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[GenerationDelta]:
+        """The deltas of one sequence. Leaving the iteration early frees it."""
+        (generation,) = self.start([(prompt_token_ids, params)])
+        try:
+            async for delta in generation:
+                yield delta
+        finally:
+            generation.close()
+
+    def abort(self, generation: Generation) -> None:
+        """Free the sequence now. Nothing happens if it has ended."""
+        if generation.request_id not in self._open:
+            return
+        self._send(generation.rank, AbortRequests([generation.request_id]))
+        self._forget(generation, "abort")
+        generation.fail(None)
+
+    def _check_room(self, count: int) -> None:
+        if count > self._capacity:
+            raise RequestError(
+                f"the request asks for {count} sequences at once, but this server holds {self._capacity}: split it"
+            )
+        if self._death is not None:
+            self.metrics.rejected("dead")
+            raise EngineDeadError(str(self._death))
+        if self._draining:
+            self.metrics.rejected("shutdown")
+            raise EngineOverloadedError("the server is shutting down and takes no new requests", 5)
+        excess = len(self._open) + count - self._capacity
+        if excess > 0:
+            self.metrics.rejected("queue_full")
+            raise EngineOverloadedError(
+                f"the queue is full: {len(self._open)} requests are open, and {self._capacity} is the limit "
+                "(--max-num-seqs, --max-waiting); try again later",
+                admission.retry_after_s(excess, self._finish_rate()),
+            )
+
+    def _finish_rate(self) -> float:
+        """Requests that ended per second, lately; 0 if too few have."""
+        if len(self._finished_at) < 2:
+            return 0.0
+        return len(self._finished_at) / max(1e-3, self._clock.now() - self._finished_at[0])
+
+    def _start_one(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> Generation:
+        rank = admission.choose_worker(
+            [admission.WorkerLoad(r, self._num_requests[r], self._num_tokens[r]) for r in self._attention_ranks]
+        )
+        state = GenerationState(params, self.tokenizer.detokenizer(params), len(prompt_token_ids))
+        generation = Generation(self, self._next_id, rank, state, self._clock.now())
+        self._next_id += 1
+        self._open[generation.request_id] = generation
+        self._num_requests[rank] += 1
+        self._num_tokens[rank] += len(prompt_token_ids)
+        self._all_closed.clear()
+        self._send(rank, AddRequest(generation.request_id, list(prompt_token_ids), params))
+        return generation
+
+    def _forget(self, generation: Generation, reason: FinishReason) -> None:
+        """Take a sequence, which ends now, out of all tables."""
+        del self._open[generation.request_id]
+        self._num_requests[generation.rank] -= 1
+        self._num_tokens[generation.rank] -= generation.state.num_prompt_tokens + generation.state.num_generated_tokens
+        if not self._open:
+            self._all_closed.set()
+        now = self._clock.now()
+        self._finished_at.append(now)
+        has_tokens = generation.first_token_at is not None
+        self.metrics.finished(
+            generation.rank,
+            reason,
+            seconds=now - generation.arrived_at,
+            decode_seconds=generation.last_token_at - (generation.first_token_at or 0.0) if has_tokens else None,
+            num_prompt_tokens=generation.state.num_prompt_tokens,
+            num_generated_tokens=generation.state.num_generated_tokens,
+        )
+
+    # -- workers -----------------------------------------------------------------------------------------------------
+
+    def _send(self, rank: int, message: ToWorker) -> None:
+        # A broken pipe is the listener's to report: it knows whether the worker has said why.
+        with contextlib.suppress(OSError):
+            self._channels[rank].send(message)
+
+    async def _listen(self, rank: int, channel: WorkerChannel) -> None:
+        try:
+            async for message in channel:
+                self._on_message(rank, message)
+            reason = f"worker {rank} has gone"
+        except (OSError, AmoeError) as error:
+            reason = f"lost worker {rank}: {error}"
+        except Exception:
+            logger.exception("a message of worker %d could not be handled", rank)
+            reason = f"a message of worker {rank} could not be handled"
+        self._on_death(reason)
+
+    def _on_death(self, reason: str) -> None:
+        if self._death is None:
+            logger.error("%s: nothing can be served any more", reason)
+        self.die(reason)
+
+    def _on_message(self, rank: int, message: ToServer) -> None:
+        if isinstance(message, Outputs):
+            for output in message.outputs:
+                self._on_output(output)
+        elif isinstance(message, Heartbeat):
+            self._watchdog.beat(rank, message.stats)
+            self.metrics.worker(message.stats)
+        elif isinstance(message, Failed):
+            self._on_death(f"worker {rank} failed: {message.message}")
+
+    def _on_output(self, output: SequenceOutput) -> None:
+        generation = self._open.get(output.request_id)
+        if generation is None:
+            return  # aborted, or ended by a stop string, while the worker was still at it
+        delta = generation.state.advance(output)
+        if delta.token_ids:
+            self._num_tokens[generation.rank] += len(delta.token_ids)
+            self._count_tokens(generation, delta)
+        if delta.finish_reason is not None:
+            self._forget(generation, delta.finish_reason)
+            if output.finish_reason is None:  # a stop string, which the worker does not know of
+                self._send(generation.rank, AbortRequests([generation.request_id]))
+        if delta.finish_reason == "error":
+            generation.fail(AmoeError("the worker could not serve the request"))
+        else:
+            generation.deliver(delta)
+
+    def _count_tokens(self, generation: Generation, delta: GenerationDelta) -> None:
+        now = self._clock.now()
+        if generation.first_token_at is None:
+            generation.first_token_at = now
+            self.metrics.first_token(
+                generation.rank, now - generation.arrived_at, delta.num_prompt_tokens, delta.num_cached_tokens
+            )
+            self.metrics.tokens(generation.rank, len(delta.token_ids), None)
+        else:
+            self.metrics.tokens(generation.rank, len(delta.token_ids), now - generation.last_token_at)
+        generation.last_token_at = now
+
+    async def _watch(self) -> None:
+        last = self._clock.now()
+        while True:
+            await asyncio.sleep(WATCHDOG_PERIOD_S)
+            now = self._clock.now()
+            # Time in which this process did not run (a suspended machine, a busy loop) says nothing about the workers,
+            # whose messages lie unread: count a period for two at most.
+            self._watchdog.advance(min(now - last, 2 * WATCHDOG_PERIOD_S))
+            last = now
+            silent = self._watchdog.silent
+            if silent is not None:
+                self._on_death(f"worker {silent} has made no progress for {self._watchdog.heartbeat_timeout_s:g} s")
+                return
+            self.metrics.healthy(self.healthy)

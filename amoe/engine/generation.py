@@ -1,0 +1,89 @@
+"""One sequence as the server sees it: outputs of a worker in, deltas of text out. No I/O, no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from amoe.engine.detokenizer import Detokenizer
+from amoe.types import FinishReason, SamplingParams, SequenceOutput, TokenLogprobs
+
+
+@dataclass(slots=True)
+class GenerationDelta:
+    """What is new since the last delta.
+
+    Attributes:
+        text: new text, which may lag behind the tokens (half a character, the start of a stop string).
+        token_ids: new tokens, the one that ended the sequence included.
+        logprobs: one per new token, if asked for.
+        finish_reason: set in the last delta only.
+        stop_reason: the stop string or stop token id of the request that ended it; None for end of sequence.
+        num_prompt_tokens, num_cached_tokens: of the whole request.
+        num_generated_tokens: up to and including this delta.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+
+    def merge(self, later: GenerationDelta) -> None:
+        """Append `later`: a consumer that is slower than the engine gets larger deltas, not more of them."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.finish_reason = later.finish_reason
+        self.stop_reason = later.stop_reason
+        self.num_cached_tokens = later.num_cached_tokens
+        self.num_generated_tokens = later.num_generated_tokens
+
+
+class GenerationState:
+    """Turns the outputs of one sequence into deltas, and sees stop strings."""
+
+    def __init__(self, params: SamplingParams, detokenizer: Detokenizer, num_prompt_tokens: int) -> None:
+        self._params = params
+        self._detokenizer = detokenizer
+        self.num_prompt_tokens = num_prompt_tokens
+        self.num_generated_tokens = 0
+        self.num_cached_tokens = 0
+
+    def advance(self, output: SequenceOutput) -> GenerationDelta:
+        """The delta that `output` brings. A stop string in it ends the sequence, whatever the worker says."""
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        pieces: list[str] = []
+        count = 0
+        for token_id in output.token_ids:
+            count += 1
+            # The token that ends the sequence is counted, but is no text. It comes last, so that none is skipped.
+            if token_id == output.stop_token and not self._params.include_stop_str_in_output:
+                break
+            pieces.append(self._detokenizer.push(token_id))
+            if self._detokenizer.stop_string is not None:
+                break
+        if output.finish_reason is not None:
+            pieces.append(self._detokenizer.flush())
+        self.num_generated_tokens += count
+        return self._delta("".join(pieces), output, count)
+
+    def _delta(self, text: str, output: SequenceOutput, count: int) -> GenerationDelta:
+        finish_reason = output.finish_reason
+        stop_reason: str | int | None = None
+        if self._detokenizer.stop_string is not None:
+            finish_reason, stop_reason = "stop", self._detokenizer.stop_string
+        elif output.stop_token in self._params.stop_token_ids:
+            stop_reason = output.stop_token
+        return GenerationDelta(
+            text=text,
+            token_ids=output.token_ids[:count],
+            logprobs=output.logprobs[:count],
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            num_generated_tokens=self.num_generated_tokens,
+        )

@@ -1,0 +1,162 @@
+"""The checkpoint's tokenizer and chat template, exactly as Hugging Face runs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from amoe.engine.chat_template import ChatTemplate
+from amoe.engine.detokenizer import ByteDecoder, Detokenizer, TokenDecoder, WindowDecoder
+from amoe.errors import CheckpointError, RequestError
+from amoe.types import SamplingParams
+
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes: those that print stand for themselves, the rest come from 256."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in printable}
+    rest = (byte for byte in range(256) if byte not in printable)
+    alphabet.update({chr(256 + index): byte for index, byte in enumerate(rest)})
+    return alphabet
+
+
+BYTE_OF_CHAR = _byte_alphabet()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint; empty if there is no such file.
+
+    Raises:
+        CheckpointError: if the file is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+class Tokenizer:
+    """Text to ids and back, for one checkpoint directory.
+
+    Attributes:
+        vocab_size: ids that the tokenizer knows; the model's embedding may have more rows.
+        eos_token_ids: ids that end a sequence.
+
+    Raises:
+        CheckpointError: if the directory has no tokenizer.json, or a file in it cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        directory = Path(path)
+        file = directory / "tokenizer.json"
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: amoe needs the tokenizer in this format")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception
+            raise CheckpointError(f"{file}: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._config = read_json(directory / "tokenizer_config.json")
+        self._special_tokens = self._read_special_tokens(directory)
+        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.eos_token_ids = self._read_eos_token_ids(directory)
+        self._special_ids = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        self._is_byte_level = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
+        self._bytes: dict[int, bytes] = {}
+        self._template = ChatTemplate.from_directory(directory, self._config)
+        # Every token stands for at least one and at most this many characters, which bounds a text's length in tokens.
+        self.max_token_chars = max((len(token) for token in self._tokenizer.get_vocab()), default=1)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; `add_special_tokens` adds what the model expects around a text."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the text is not valid Unicode: {error.reason} at {error.start}") from error
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `token_ids`; ids without a token are left out."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes that one token stands for, special or not; empty for an id without a token."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._make_bytes(token_id)
+        return known
+
+    def _make_bytes(self, token_id: int) -> bytes:
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._is_byte_level:
+            # The same rule as the library's: a token with a character outside the alphabet is text, not byte stand-ins.
+            if all(char in BYTE_OF_CHAR for char in token):
+                return bytes(BYTE_OF_CHAR[char] for char in token)
+            return token.encode("utf-8")
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:5], 16)])
+        if token_id in self._special_ids:
+            return token.encode("utf-8")
+        return token.replace("▁", " ").encode("utf-8")
+
+    def detokenizer(self, params: SamplingParams) -> Detokenizer:
+        """A fresh detokenizer for one sequence."""
+        decoder: TokenDecoder
+        if self._is_byte_level:
+            skipped = self._special_ids if params.skip_special_tokens else frozenset[int]()
+            decoder = ByteDecoder(lambda token_id: b"" if token_id in skipped else self.token_bytes(token_id))
+        else:
+            decoder = WindowDecoder(lambda ids: self.decode(ids, params.skip_special_tokens))
+        return Detokenizer(decoder, params.stop, params.include_stop_str_in_output, params.min_tokens)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+        """Prompt text of a conversation.
+
+        Raises:
+            RequestError: if the checkpoint has no chat template, or the template rejects the messages.
+        """
+        if self._template is None:
+            raise RequestError(
+                "this model has no chat template (chat_template.jinja or tokenizer_config.json): use /v1/completions",
+                param="messages",
+            )
+        return self._template.render(messages, {**self._special_tokens, **variables})
+
+    def _read_special_tokens(self, directory: Path) -> dict[str, str]:
+        """Special tokens by name: from tokenizer_config.json, or, in older checkpoints, special_tokens_map.json."""
+        found = {}
+        sources = (self._config, read_json(directory / "special_tokens_map.json"))
+        for name in SPECIAL_TOKEN_NAMES:
+            for source in sources:
+                token = source.get(name)
+                token = token.get("content") if isinstance(token, dict) else token
+                if isinstance(token, str):
+                    found[name] = token
+                    break
+        return found
+
+    def _read_eos_token_ids(self, directory: Path) -> tuple[int, ...]:
+        """From generation_config.json, else config.json, else the tokenizer's end-of-sequence token."""
+        for name in ("generation_config.json", "config.json"):
+            ids = read_json(directory / name).get("eos_token_id")
+            if isinstance(ids, int):
+                return (ids,)
+            if isinstance(ids, list) and ids:
+                return tuple(ids)
+        token = self._special_tokens.get("eos_token")
+        token_id = None if token is None else self._tokenizer.token_to_id(token)
+        return () if token_id is None else (token_id,)

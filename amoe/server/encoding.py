@@ -1,0 +1,27 @@
+"""JSON for responses and events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import Response
+
+
+def json_bytes(body: Mapping[str, Any]) -> bytes:
+    """Compact UTF-8. Half a surrogate pair, which a user's JSON may smuggle into an error message, becomes `?`."""
+    return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def json_response(body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A whole JSON response."""
+    return Response(json_bytes(body), status, dict(headers or {}), media_type="application/json")
+
+
+def event(body: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json_bytes(body) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"

@@ -1,0 +1,101 @@
+"""Errors as users see them: always `{"error": {"message", "type", "param", "code"}}`, never a traceback."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from amoe.errors import AmoeError, EngineDeadError, EngineOverloadedError, RequestError
+from amoe.server.encoding import json_response
+
+logger = logging.getLogger(__name__)
+
+TYPES = {
+    400: "BadRequestError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    413: "RequestTooLargeError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+}
+
+
+class ModelNotFoundError(RequestError):
+    """The request names a model that is not served (HTTP 404)."""
+
+
+def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
+    """The JSON of an error."""
+    kind = TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def describe(error: Exception) -> tuple[int, dict[str, Any]]:
+    """HTTP status and JSON of any error. What nobody raised on purpose is logged, and told without its details."""
+    if isinstance(error, ModelNotFoundError):
+        return 404, error_body(str(error), 404, error.param)
+    if isinstance(error, RequestError):
+        return 400, error_body(str(error), 400, error.param)
+    if isinstance(error, EngineOverloadedError | EngineDeadError):
+        return 503, error_body(str(error), 503)
+    if isinstance(error, AmoeError):
+        return 500, error_body(str(error), 500)
+    logger.error("a request failed", exc_info=error)
+    return 500, error_body("the server failed to handle this request; its log says why", 500)
+
+
+def error_response(error: Exception) -> Response:
+    """The response to a request that failed with `error`."""
+    status, body = describe(error)
+    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, EngineOverloadedError) else {}
+    return json_response(body, status, headers)
+
+
+def _field_path(location: Sequence[str | int]) -> str:
+    """`("body", "messages", 0, "role")` → `messages.0.role`, without the names that pydantic gives to union members."""
+    parts = [str(part) for part in location if not (isinstance(part, str) and not part.isidentifier())]
+    return ".".join(parts[1:] if parts[:1] == ["body"] else parts)
+
+
+def _validation_message(detail: Mapping[str, Any]) -> tuple[str, str | None]:
+    if detail.get("type") == "json_invalid":
+        return f"the body is not valid JSON: {detail.get('ctx', {}).get('error', 'syntax error')}", None
+    path = _field_path(detail.get("loc", ()))
+    message = str(detail.get("msg", "invalid")).removeprefix("Value error, ")
+    if not path:
+        return f"the body must be a JSON object sent as Content-Type: application/json ({message})", None
+    return f"{path}: {message}", path
+
+
+async def _on_amoe_error(_: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+async def _on_validation_error(_: Request, error: Exception) -> Response:
+    details = error.errors() if isinstance(error, RequestValidationError) else []
+    message, param = _validation_message(details[0] if details else {})
+    return json_response(error_body(message, 400, param), 400)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    headers = error.headers if isinstance(error, HTTPException) else None
+    message = str(error.detail) if isinstance(error, HTTPException) else "internal error"
+    if status == 404:
+        message = f"there is no route {request.method} {request.url.path}"
+    elif status == 405:
+        message = f"{request.url.path} does not take {request.method}"
+    return json_response(error_body(message, status), status, dict(headers or {}))
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every error of `app` in the one format."""
+    app.add_exception_handler(AmoeError, _on_amoe_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_amoe_error)

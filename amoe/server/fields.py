@@ -1,0 +1,88 @@
+"""Fields that other servers know and this one does not: refused by name, never ignored, since they change the answer.
+
+Each comes with the values that change nothing, which are accepted (as null is). Fields that are neither here nor in
+`amoe.server.schemas` are unknown, and allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from amoe.errors import RequestError
+
+Neutral = Mapping[str, tuple[Any, ...]]
+
+COMMON: Neutral = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "early_stopping": (False,),
+    "ec_transfer_params": (),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1.0,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "repetition_detection": (),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "structured_outputs": (),
+    "thinking_token_budget": (),
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+}
+
+COMPLETIONS: Neutral = {
+    **COMMON,
+    "prompt_embeds": (),
+    "suffix": ("",),
+}
+
+CHAT: Neutral = {
+    **COMMON,
+    "audio": (),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "include_reasoning": (True,),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+
+
+def refuse_unsupported(extra: Mapping[str, Any], unsupported: Neutral) -> None:
+    """Refuse the first field of `extra` that asks for something this server cannot do.
+
+    Raises:
+        RequestError: naming the field.
+    """
+    for name, value in extra.items():
+        if name in unsupported and value is not None and value not in unsupported[name]:
+            raise RequestError(f"{name} is not supported by this server: leave it out", param=name)
+
+
+def refuse_best_of(extra: Mapping[str, Any], n: int) -> None:
+    """`best_of` is gone from the API; the one value that asks for nothing more than `n` is accepted.
+
+    Raises:
+        RequestError: naming the field.
+    """
+    if extra.get("best_of") not in (None, n):
+        raise RequestError("best_of is not supported by this server, other than equal to n", param="best_of")

@@ -1,0 +1,80 @@
+"""From request fields to `SamplingParams`; what a request leaves open comes from the checkpoint, as in vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from amoe.engine.tokenizer import read_json
+from amoe.errors import CheckpointError
+from amoe.types import SamplingParams
+
+if TYPE_CHECKING:
+    from amoe.server.schemas import GenerationRequest
+
+MAX_SEED = 2**63
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingDefaults:
+    """Values of fields that a request leaves out. OpenAI's, unless the checkpoint brings its own."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> SamplingDefaults:
+        """From generation_config.json, if there is one.
+
+        Raises:
+            CheckpointError: if a value in it cannot be used.
+        """
+        file = Path(path) / "generation_config.json"
+        content = read_json(file)
+        values = {name: content[name] for name in asdict(cls()) if content.get(name) is not None}
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise CheckpointError(f"{file}: {name} must be a number, not {value!r}")
+        return cls(**values)
+
+    def changed(self) -> dict[str, float]:
+        """The values that are not OpenAI's."""
+        plain = asdict(SamplingDefaults())
+        return {name: value for name, value in asdict(self).items() if value != plain[name]}
+
+
+def sampling_params(
+    request: GenerationRequest, defaults: SamplingDefaults, max_tokens: int, logprobs: int | None, choice: int
+) -> SamplingParams:
+    """Parameters of the sequence for choice number `choice` of `request`.
+
+    Raises:
+        RequestError: naming the field that is out of range.
+    """
+    seed = request.seed
+    if seed is not None:  # choices differ, reproducibly, and the sum stays a 64-bit number
+        seed = (seed + choice + MAX_SEED) % (2 * MAX_SEED) - MAX_SEED
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=request.min_tokens,
+        temperature=defaults.temperature if request.temperature is None else request.temperature,
+        top_p=defaults.top_p if request.top_p is None else request.top_p,
+        top_k=defaults.top_k if request.top_k is None else request.top_k,
+        min_p=defaults.min_p if request.min_p is None else request.min_p,
+        seed=seed,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=(
+            defaults.repetition_penalty if request.repetition_penalty is None else request.repetition_penalty
+        ),
+        stop=request.stop,
+        stop_token_ids=request.stop_token_ids,
+        include_stop_str_in_output=request.include_stop_str_in_output,
+        skip_special_tokens=request.skip_special_tokens,
+        ignore_eos=request.ignore_eos,
+        logprobs=logprobs,
+    )

@@ -1,0 +1,152 @@
+"""Request bodies of the two generation endpoints. What is not here is refused (see `fields`) or unknown."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+
+from amoe.errors import RequestError
+from amoe.types import SamplingParams
+
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 32
+MAX_STOP_CHARS = 1024
+
+
+def _default(value: Any) -> BeforeValidator:
+    """null means the default, as in OpenAI's API."""
+
+    def choose(given: Any) -> Any:
+        return value if given is None else given
+
+    return BeforeValidator(choose)
+
+
+def _parse_stop(value: Any) -> tuple[str, ...]:
+    strings = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or not all(isinstance(entry, str) for entry in strings):
+        raise ValueError("must be a string or a list of strings")
+    if len(strings) > MAX_STOP_STRINGS or any(len(entry) > MAX_STOP_CHARS for entry in strings):
+        raise ValueError(f"at most {MAX_STOP_STRINGS} stop strings of at most {MAX_STOP_CHARS} characters")
+    return tuple(strings)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(entry) is int for entry in value)
+
+
+def _parse_prompts(value: Any) -> list[str | list[int]]:
+    """One entry per prompt."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if _is_ids(value):
+            return [value]
+        if all(isinstance(entry, str) for entry in value) or all(_is_ids(entry) for entry in value):
+            return value
+    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
+
+
+Stop = Annotated[tuple[str, ...], PlainValidator(_parse_stop, json_schema_input_type=str | list[str] | None)]
+Prompts = Annotated[
+    list[str | list[int]],
+    PlainValidator(_parse_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
+StopTokenIds = Annotated[tuple[int, ...], _default(())]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries beside the text."""
+
+    model_config = ConfigDict(extra="allow")
+
+    include_usage: Annotated[bool, _default(False)] = False
+    continuous_usage_stats: Annotated[bool, _default(False)] = False
+
+
+class GenerationRequest(BaseModel):
+    """Fields that both endpoints share. null is the default everywhere."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), _default(1)] = 1
+    stream: Annotated[bool, _default(False)] = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    min_tokens: Annotated[int, _default(0)] = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: Seed | None = None
+    presence_penalty: Annotated[float, _default(0.0)] = 0.0
+    frequency_penalty: Annotated[float, _default(0.0)] = 0.0
+    repetition_penalty: float | None = None
+    stop: Stop = ()
+    stop_token_ids: StopTokenIds = ()
+    include_stop_str_in_output: Annotated[bool, _default(False)] = False
+    skip_special_tokens: Annotated[bool, _default(True)] = True
+    spaces_between_special_tokens: Annotated[bool, _default(True)] = Field(
+        True, description="Without effect: fast tokenizers, the only ones here, put no spaces there."
+    )
+    ignore_eos: Annotated[bool, _default(False)] = False
+    user: str | None = Field(None, description="For the client's own records.")
+    request_id: str | None = Field(None, max_length=256, description="Becomes part of the response's id.")
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> GenerationRequest:
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options goes with stream=true only", param="stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """A last chunk tells the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Every chunk tells the usage so far."""
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: Prompts
+    echo: Annotated[bool, _default(False)] = False
+    logprobs: int | None = None
+    add_special_tokens: Annotated[bool, _default(True)] = True
+
+
+class ChatMessage(BaseModel):
+    """One message; other keys (`name`, ...) reach the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Any = None
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: Annotated[bool, _default(False)] = False
+    top_logprobs: Annotated[int, Field(ge=0, le=SamplingParams.MAX_LOGPROBS)] | None = None
+    add_generation_prompt: Annotated[bool, _default(True)] = True
+    add_special_tokens: Annotated[bool, _default(False)] = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    parallel_tool_calls: bool | None = Field(None, description="Without effect: there are no tools.")
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs goes with logprobs=true only", param="top_logprobs")
+        return self
