@@ -122,7 +122,7 @@ class AttentionCore:
             for leader in self.batcher.tokens.leader[slots[[span.start for span in step.chunks]]].tolist():
                 self.batcher.finish_chunk(leader)
             slots, rows = slots[wanted], rows[wanted]
-        if topk_ids is None or topk_weights is None:
+        if not self._sparse[layer] or topk_ids is None or topk_weights is None:
             self._advance(layer, wave, slots, now, dense=True)
             return []
         return self._dispatch(step.block, slots, rows, topk_ids[rows], topk_weights[rows], now)

@@ -1,0 +1,136 @@
+"""The cases of the token-exactness tests, and transformers' answers to them."""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amoe.builtin import builtin_model_path
+from amoe.config import SCHEDULES, CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.types import SamplingParams
+from tests.checkpoints import ARCHES, Greedy, hf_greedy, make_checkpoint
+
+BUILTIN = "builtin"
+PLACEMENTS = {
+    "1": PlacementConfig(),
+    "colocated2": PlacementConfig(colocated=2),
+    "1A1E": PlacementConfig(expert_workers=1),
+    "2A2E": PlacementConfig(attention_workers=2, expert_workers=2),
+}
+# Micro-batches of lockstep, 1 for the schedules without a barrier.
+SCHEDULE_CASES = [(name, 1) for name in SCHEDULES] + [("lockstep", 2), ("lockstep", 3)]
+# `cached` runs every prompt twice, `preempted` leaves too few KV blocks for all of them.
+FEATURES = ("plain", "cached", "preempted", "cached+preempted")
+# Odd sizes; every variant has its own seed. Dense layers where the architecture knows them.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "mixtral": [{}, {"num_local_experts": 5, "num_experts_per_tok": 1}, {"num_hidden_layers": 3}],
+    "olmoe": [{}, {"num_experts": 9, "num_experts_per_tok": 4}, {"norm_topk_prob": True, "clip_qkv": 1.5}],
+    "qwen2_moe": [{}, {"num_hidden_layers": 3, "decoder_sparse_step": 2}, {"num_experts_per_tok": 2}],
+    "qwen3_moe": [{}, {"num_hidden_layers": 3, "mlp_only_layers": [1]}, {"norm_topk_prob": True}],
+    BUILTIN: [{}, {}, {}],
+}
+NUM_PROMPTS = 10
+NUM_NEW = 12
+BLOCK_SIZE = 4
+
+FACTORS: dict[str, Any] = {
+    "schedule": SCHEDULE_CASES,
+    "arch": [*ARCHES, BUILTIN],
+    "placement": list(PLACEMENTS),
+    "feature": FEATURES,
+    "variant": [0, 1, 2],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the matrix."""
+
+    schedule: tuple[str, int]
+    arch: str
+    placement: str
+    feature: str
+    variant: int
+
+    def __str__(self) -> str:
+        name, micro_batches = self.schedule
+        return f"{self.arch}{self.variant}-{name}{micro_batches}-{self.placement}-{self.feature}"
+
+    def config(self, path: Path) -> EngineConfig:
+        """Small budgets, so that prompts are chunked and sequences wait for each other."""
+        name, micro_batches = self.schedule
+        longest = max(len(prompt) for prompt in self.prompts) + NUM_NEW
+        homes = len(PLACEMENTS[self.placement].attention_ranks)
+        num_blocks = 400
+        if "preempted" in self.feature:  # the longest sequence fits, all sequences of a home do not
+            blocks = sum(-(-(len(prompt) + NUM_NEW) // BLOCK_SIZE) for prompt in self.prompts)
+            num_blocks = max(-(-longest // BLOCK_SIZE), blocks // homes // 3)
+        return EngineConfig(
+            model=str(path),
+            dtype="float32",
+            threads_per_worker=1,
+            max_model_len=longest,
+            placement=PLACEMENTS[self.placement],
+            scheduler=SchedulerConfig(
+                schedule=name, micro_batches=micro_batches, max_num_seqs=6, max_num_batched_tokens=24
+            ),
+            cache=CacheConfig(
+                block_size=BLOCK_SIZE, num_blocks=num_blocks, enable_prefix_caching="cached" in self.feature
+            ),
+        )
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Mixed lengths, some with a common beginning."""
+        return make_prompts(self.arch, self.variant)
+
+    @property
+    def params(self) -> SamplingParams:
+        return SamplingParams(max_tokens=NUM_NEW, temperature=0.0, ignore_eos=True, logprobs=1)
+
+
+@functools.cache
+def make_prompts(arch: str, variant: int) -> list[list[int]]:
+    rng = random.Random(f"{arch}{variant}")
+    if arch == BUILTIN:
+        return _source_prompts(rng)
+    common = [rng.randrange(3, 101) for _ in range(11)]
+    lengths = [1, 2, 5, 9, 17, 23, 31, 40, 12, 13]
+    bodies = [[rng.randrange(3, 101) for _ in range(length)] for length in lengths]
+    return [common + body if index % 3 == 0 else body for index, body in enumerate(bodies)]
+
+
+def _source_prompts(rng: random.Random) -> list[list[int]]:
+    from tokenizers import Tokenizer
+
+    text = Path(random.__file__).read_text()
+    tokenizer = Tokenizer.from_file(str(builtin_model_path() / "tokenizer.json"))
+    starts = [rng.randrange(len(text) - 400) for _ in range(NUM_PROMPTS)]
+    prompts = [tokenizer.encode(text[start : start + rng.randrange(10, 150)]).ids for start in starts]
+    prompts[4] = prompts[3] + prompts[4]
+    return prompts
+
+
+@functools.cache
+def checkpoint(root: Path, arch: str, variant: int) -> Path:
+    """The checkpoint of a case, made once."""
+    if arch == BUILTIN:
+        return builtin_model_path()
+    return make_checkpoint(root / f"{arch}{variant}", arch, seed=variant, **VARIANTS[arch][variant])
+
+
+@functools.cache
+def expected(root: Path, arch: str, variant: int) -> list[Greedy]:
+    """transformers' greedy continuations of the case's prompts, each alone, in float32."""
+    return hf_greedy(checkpoint(root, arch, variant), make_prompts(arch, variant), NUM_NEW)
+
+
+def assert_exact(case: Case, root: Path, token_ids: list[list[int]], logprobs: list[list[float]]) -> None:
+    """Tokens equal transformers' one for one, log-probabilities within 1e-4."""
+    for number, reference in enumerate(expected(root, case.arch, case.variant)):
+        assert token_ids[number] == reference.token_ids, f"{case}, prompt {number}"
+        worst = max(abs(a - b) for a, b in zip(logprobs[number], reference.logprobs, strict=True))
+        assert worst < 1e-4, f"{case}, prompt {number}: log-probabilities differ by {worst}"

@@ -1,0 +1,71 @@
+"""Greedy output equals transformers', token for token: architectures × schedules × placements × cache pressure.
+
+Workers are real but share this process (see `tests/cluster.py`); `test_processes.py` does it with processes.
+`make test` runs a covering selection, `make test-all` the whole matrix.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from amoe.transport.base import Transport
+from amoe.transport.faulty import FaultPlan, FaultyTransport
+from tests.cluster import Finished, InprocCluster
+from tests.integration.exactness import FACTORS, Case, assert_exact, checkpoint
+from tests.pairwise import all_combinations, pairwise
+
+SELECTION = [Case(**row) for row in pairwise(FACTORS)]
+MATRIX = [Case(**row) for row in all_combinations(FACTORS)]
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exact")
+
+
+def check(case: Case, root: Path, results: list[Finished]) -> None:
+    logprobs = [[entry.logprob for entry in result.logprobs] for result in results]
+    assert_exact(case, root, [result.token_ids for result in results], logprobs)
+    assert {result.finish_reason for result in results} == {"length"}
+
+
+def run_case(case: Case, root: Path) -> None:
+    cluster = InprocCluster(case.config(checkpoint(root, case.arch, case.variant)))
+    check(case, root, cluster.generate(case.prompts, case.params))
+    if "cached" in case.feature:
+        again = cluster.generate(case.prompts, case.params)
+        check(case, root, again)
+        if case.feature == "cached":
+            assert sum(result.num_cached_tokens for result in again) > 0
+    batchers = [worker.core.attention.batcher for worker in cluster.workers if worker.core.attention]
+    if "preempted" in case.feature:
+        assert sum(batcher.num_preemptions for batcher in batchers) > 0
+    cluster.assert_nothing_left()
+    cluster.close()
+
+
+@pytest.mark.parametrize("case", SELECTION, ids=str)
+def test_selection(case: Case, root: Path) -> None:
+    run_case(case, root)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("case", MATRIX, ids=str)
+def test_matrix(case: Case, root: Path) -> None:
+    run_case(case, root)
+
+
+@pytest.mark.parametrize("schedule", [("progress", 1), ("defrag", 1), ("lockstep", 2)], ids=str)
+def test_late_and_repeated_batches_change_nothing(schedule: tuple[str, int], root: Path) -> None:
+    case = Case(schedule, "qwen2_moe", "2A2E", "plain", 1)
+    plan = FaultPlan(seed=7, delay=0.3, max_delay_polls=6, duplicate=0.3)
+
+    def wrap(transport: Transport) -> Transport:
+        return FaultyTransport(transport, plan)
+
+    cluster = InprocCluster(case.config(checkpoint(root, case.arch, case.variant)), wrap=wrap)
+    check(case, root, cluster.generate(case.prompts, case.params))
+    cluster.assert_nothing_left()
+    cluster.close()
