@@ -1,0 +1,52 @@
+# The commands of a newcomer. Each makes the virtual environment first, if it is not there yet.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 8000
+
+.DEFAULT_GOAL := help
+.PHONY: help venv serve test test-all check format gpu clean
+
+help:  ## Show the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# A stamp, so that a change of the dependencies installs them again.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+venv: $(VENV)/installed-dev  ## Make .venv with everything that development needs
+
+serve: $(VENV)/installed  ## Serve the built-in model on port 8000 (PORT=..., ARGS="--colocated 2 ...")
+	$(BIN)/amoe serve --port $(PORT) $(ARGS)
+
+test: $(VENV)/installed-dev  ## Run the tests
+	$(BIN)/python -m pytest -m "not matrix and not gpu"
+
+test-all: $(VENV)/installed-dev  ## Run the tests with the whole token-exactness matrix and more random examples
+	$(BIN)/python -m pytest -m "not gpu" --hypothesis-profile=thorough
+
+check: $(VENV)/installed-dev  ## Run formatter, linter and type checker
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev  ## Format the code and fix what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# On a GPU machine the environment is often a given one (PYTHON=python3): nothing is installed then.
+gpu:  ## Run tests/gpu and a short benchmark, where there is a GPU
+	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
+		$(PYTHON) -m pytest tests/gpu -m gpu && $(PYTHON) -m benchmarks.blocks --device cuda; \
+	else \
+		echo "no GPU here: nothing to do"; \
+	fi
+
+clean:  ## Remove the virtual environment and what tools have left
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
