@@ -27,6 +27,7 @@ class Join:
         self._pending: Int32Array = np.zeros(num_slots, np.int32)  # by leader
         self._layer: Int32Array = np.full(num_slots, -1, np.int32)
         self._opened_at = np.zeros(num_slots)
+        self._answer: Int32Array = np.zeros(num_slots, np.int32)  # scratch: a row of the batch that answers the slot
 
     def open(self, slots: Int32Array, leaders: Int32Array, layer: int, dispatched: BoolArray, now: float) -> None:
         """Tokens [n] are about to be dispatched to the owners in `dispatched` [n, D]. Comes with whole groups."""
@@ -46,7 +47,12 @@ class Join:
         Returns:
             [n]: the answer is awaited. The others are late or duplicates and must change nothing.
         """
-        return current & self._awaiting[slots, owner] & (self._layer[slots] == layer)
+        accepted: BoolArray = current & self._awaiting[slots, owner] & (self._layer[slots] == layer)
+        # A dispatch that came twice before its experts ran is answered twice in one batch: one of them counts.
+        rows = np.flatnonzero(accepted)
+        self._answer[slots[rows]] = rows
+        accepted[rows] = self._answer[slots[rows]] == rows
+        return accepted
 
     def settle(self, slots: Int32Array, leaders: Int32Array, owner: int) -> Int32Array:
         """Accepted answers [n] are in.
