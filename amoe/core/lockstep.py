@@ -84,13 +84,14 @@ class HomeBarrier:
         self._announcements = Announcements(len(home_ranks))
 
     def start(self, core: AttentionCore, now: float) -> list[Outgoing]:
-        """Announce and start the epochs that can be. Returns the announcements to send, this worker's own included."""
+        """Start and announce the epochs that can be. Returns the announcements to send, this worker's own included."""
         outgoing: list[Outgoing] = []
         for index, wave in enumerate(self._waves):
-            if wave.phase is Phase.IDLE:
-                outgoing += self._announce(core, index, wave, now)
             if wave.phase is Phase.ANNOUNCED and self._announcements.all(index, wave.epoch):
                 self._begin(index, wave)
+            # After that, since an epoch without tokens here is over as soon as it begins, and the next may be announced.
+            if wave.phase is Phase.IDLE:
+                outgoing += self._announce(core, index, wave, now)
         return outgoing
 
     def _announce(self, core: AttentionCore, index: int, wave: Wave, now: float) -> list[Outgoing]:
