@@ -54,6 +54,7 @@ class ChatTemplate:
         helpers: dict[str, Callable[..., Any]] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         environment.globals.update(helpers)
         environment.filters["tojson"] = _to_json
+        self._knows_developers = "developer" in source
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -79,6 +80,8 @@ class ChatTemplate:
         Raises:
             RequestError: with the template's own words, if it rejects the messages.
         """
+        if not self._knows_developers:  # OpenAI's newer name of the system role
+            messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
         try:
             return self._template.render({"tools": None, "documents": None, **variables, "messages": messages})
         except jinja2.TemplateError as error:

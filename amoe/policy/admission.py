@@ -43,7 +43,7 @@ def retry_after_s(excess: int, finished_per_s: float) -> int:
     """Whole seconds until `excess` requests will probably have left; at least 1, at most `MAX_RETRY_AFTER_S`."""
     if finished_per_s <= 0.0:
         return 1
-    return min(MAX_RETRY_AFTER_S, max(1, math.ceil(excess / finished_per_s)))
+    return max(1, math.ceil(min(MAX_RETRY_AFTER_S, excess / finished_per_s)))
 
 
 def validate_prompt(prompt_token_ids: Sequence[int], vocab_size: int, param: str) -> None:
