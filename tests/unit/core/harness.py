@@ -1,0 +1,329 @@
+"""A virtual cluster: one `WorkerCore` per rank over the model of integers, and an adversary who delivers the batches.
+
+No process, no thread, no tensor. What the engine keeps (residuals, partials, slab, KV cache) is kept here in the same
+layout and indexed by the same numbers, so that a wrong number is a wrong token. Delivered batches are overwritten after
+use, as a transport may do.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from amoe.clock import ManualClock
+from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
+from amoe.core.worker import ModelShape, WorkerCore
+from amoe.types import Batch, BatchKind, SamplingParams
+from tests.unit.core import fake_model
+from tests.unit.core.fake_model import ModelSpec, Oracle
+
+COLUMNS = ("slots", "generations", "iterations", "expert_ids", "expert_weights")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request of a scenario; `arrive` and `abort` are turns of the adversary."""
+
+    request_id: int
+    home: int
+    prompt: tuple[int, ...]
+    max_tokens: int
+    arrive: int = 0
+    abort: int | None = None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """All that a run depends on: the same scenario gives the same run.
+
+    Attributes:
+        spare_blocks: KV blocks beyond those that the longest request needs.
+        duplicates: share of DISPATCH and RESULT batches between workers that are delivered twice.
+    """
+
+    requests: tuple[Request, ...]
+    spec: ModelSpec = field(default_factory=lambda: ModelSpec((True, True), 2, (0,) * 4))
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    cache: CacheConfig = field(default_factory=lambda: CacheConfig(block_size=4))
+    spare_blocks: int = 100
+    duplicates: float = 0.0
+    seed: int = 0
+
+    @property
+    def max_model_len(self) -> int:
+        return max(len(request.prompt) + request.max_tokens for request in self.requests)
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.max_model_len // self.cache.block_size) + self.spare_blocks
+
+
+class VirtualWorker:
+    """What the engine's worker does around a `WorkerCore`, in the fewest words."""
+
+    def __init__(self, scenario: Scenario, rank: int, oracles: dict[int, Oracle]) -> None:
+        placement, slots = scenario.placement, scenario.scheduler.num_token_slots
+        spec, blocks = scenario.spec, scenario.num_blocks
+        config = EngineConfig(
+            model="fake", placement=placement, scheduler=scenario.scheduler, cache=scenario.cache, max_waiting=0
+        )
+        shape = ModelShape(spec.sparse_layers, spec.num_experts)
+        length = scenario.max_model_len
+        self.core = WorkerCore(config, shape, rank, num_kv_blocks=blocks, max_model_len=length)
+        self.spec, self.rank, self.oracles = spec, rank, oracles
+        self.owner_of_rank = {owner: index for index, owner in enumerate(placement.expert_ranks)}
+        self.block_size = scenario.cache.block_size
+        self.keys = np.zeros((spec.num_layers, blocks * self.block_size), np.uint64)
+        self.residual = np.zeros(slots, np.uint64)
+        self.partials = np.zeros((len(placement.expert_ranks), slots), np.uint64)
+        self.slab = np.zeros(len(placement.attention_ranks) * slots, np.uint64)
+        self.streamed: dict[int, list[int]] = {}
+        self.terminal: Counter[int] = Counter()
+
+    @property
+    def batcher(self):
+        return self.core.attention.batcher
+
+    def add(self, request: Request) -> None:
+        self.streamed[request.request_id] = []
+        params = SamplingParams(max_tokens=request.max_tokens)
+        self.batcher.add(request.request_id, np.asarray(request.prompt, np.int32), params)
+
+    def abort(self, request_id: int) -> None:
+        if self.batcher.abort(request_id) is not None:
+            self.terminal[request_id] += 1
+        assert self.terminal[request_id] == 1, "neither aborted nor finished before"
+
+    def receive(self, batch: Batch, now: float) -> None:
+        if batch.kind is BatchKind.DISPATCH and batch.payload is not None:
+            self.slab[self.core.experts.slab_rows(batch)] = batch.payload
+        accepted = self.core.on_batch(batch, now)
+        if accepted is not None and accepted.any():
+            self.partials[self.owner_of_rank[batch.src], batch.slots[accepted]] = batch.payload[accepted]
+
+    def run(self, step: AttentionStep | HeadStep | ExpertsStep, now: float) -> list[Batch]:
+        """Run a step and tell the core. Returns what is to be sent."""
+        if isinstance(step, ExpertsStep):
+            inputs = self.slab[step.slab_rows]
+            output = fake_model.run_experts(inputs, step.block.layer, step.expert_ids, step.expert_weights)
+            return [self._packed(reply, output) for reply in step.replies]
+        hidden = self._combined(step)
+        if isinstance(step, HeadStep):
+            self._run_head(step, hidden)
+            return []
+        layer = step.block.layer
+        residual = fake_model.mix(hidden, self._attend(step, hidden))
+        if not self.spec.sparse_layers[layer]:
+            self.residual[step.slots] = fake_model.mix(residual, fake_model.DENSE)
+            return [self._packed(out, None) for out in self.core.attention.on_attention(step, None, None, now)]
+        self.residual[step.slots] = residual
+        moe_input = fake_model.mix(residual, fake_model.NORM)
+        topk_ids, topk_weights = fake_model.route(moe_input, layer, self.spec)
+        outgoing = self.core.attention.on_attention(step, topk_ids, topk_weights, now)
+        return [self._packed(out, moe_input) for out in outgoing]
+
+    def _combined(self, step):
+        """Hidden states [n] that enter a block: embeddings, or residuals with what the experts have said."""
+        slots, layer = step.slots, step.block.layer
+        if layer == 0:
+            return fake_model.embed(self.batcher.table.tokens[step.rows, step.positions], step.positions)
+        if not self.spec.sparse_layers[layer - 1]:
+            return self.residual[slots]
+        answered = self.batcher.join.dispatched[slots].T
+        total = np.where(answered, self.partials[:, slots], np.uint64(0)).sum(axis=0, dtype=np.uint64)
+        return fake_model.mix(self.residual[slots], total)
+
+    def _attend(self, step: AttentionStep, hidden):
+        """Sums [n] over the KV entries up to each token; every entry is compared with the oracle's."""
+        layer = step.block.layer
+        spans = [(i, i + 1, int(row)) for i, row in enumerate(step.rows[: step.num_decodes])]
+        spans += [(span.start, span.end, span.row) for span in step.chunks]
+        assert [row for start, end, row in spans for _ in range(start, end)] == step.rows.tolist()
+        sums = np.zeros(step.num_tokens, np.uint64)
+        for start, end, row in spans:
+            positions = step.positions[start:end].tolist()
+            assert positions == list(range(positions[0], positions[-1] + 1))
+            upto = positions[-1] + 1
+            where = np.arange(upto)
+            places = self.batcher.table.block_table[row, where // self.block_size] * self.block_size
+            places = places + where % self.block_size
+            sequence = self.batcher.table.sequences[row]
+            written = set((places[positions[0] :] // self.block_size).tolist())
+            for other in self.batcher.running.values():
+                assert other is sequence or written.isdisjoint(other.blocks), "a shared block is written to"
+            self.keys[layer, places[positions[0] :]] = fake_model.key(hidden[start:end], layer)
+            oracle = self.oracles[sequence.request_id]
+            assert self.keys[layer, places].tolist() == oracle.keys[layer][:upto], "somebody else's KV, or a wrong one"
+            sums[start:end] = self.keys[layer, places].cumsum(dtype=np.uint64)[positions[0] :]
+        return sums
+
+    def _run_head(self, step: HeadStep, hidden) -> None:
+        token_ids = fake_model.sample(hidden, self.spec)
+        finished = np.zeros(step.num_tokens, np.bool_)
+        for index, row in enumerate(step.rows.tolist()):
+            sequence = self.batcher.table.sequences[row]
+            streamed = self.streamed[sequence.request_id]
+            streamed.append(int(token_ids[index]))
+            generated = self.oracles[sequence.request_id].generated
+            assert streamed == generated[: len(streamed)], f"request {sequence.request_id} got wrong tokens"
+            if len(streamed) == len(generated):
+                finished[index] = True
+                self.terminal[sequence.request_id] += 1
+        self.core.attention.on_head(step, token_ids, finished)
+
+    def _packed(self, outgoing, output) -> Batch:
+        """A copy that shares no memory with the core, with its payload."""
+        batch = outgoing.batch
+        columns = {name: getattr(batch, name).copy() for name in COLUMNS}
+        assert batch.kind is BatchKind.ANNOUNCE or batch.count == len(batch.slots)
+        packed = replace(batch, **columns)
+        if outgoing.rows is not None and batch.count:
+            packed.payload = output[outgoing.rows].copy()
+            assert len(packed.payload) == batch.count
+        return packed
+
+
+class Cluster:
+    """Runs a scenario to its end: batches of a pair of workers keep their order, and nothing else does."""
+
+    MAX_TURNS = 200_000
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.random = random.Random(scenario.seed)
+        self.clock = ManualClock()
+        self.oracles = {r.request_id: Oracle(scenario.spec, list(r.prompt), r.max_tokens) for r in scenario.requests}
+        ranks = range(scenario.placement.num_workers)
+        self.workers = [VirtualWorker(scenario, rank, self.oracles) for rank in ranks]
+        self.homes = [self.workers[rank] for rank in scenario.placement.attention_ranks]
+        self.bag: dict[tuple[int, int], deque[Batch]] = {(a, b): deque() for a in ranks for b in ranks}
+        self.events = [(r.arrive, 0, r) for r in scenario.requests]
+        self.events += [(max(r.arrive, r.abort), 1, r) for r in scenario.requests if r.abort is not None]
+        self.events.sort(key=lambda event: event[:2], reverse=True)
+        self.awake: set[int] = set()  # a worker that finds nothing to do sleeps until something comes
+        self.turns = 0
+        self.steps = 0
+        self._weights: dict[object, float] = {}
+
+    def home_of(self, request: Request) -> VirtualWorker:
+        return self.homes[request.home % len(self.homes)]
+
+    def run(self) -> None:
+        """Until every request has ended and nothing is on its way."""
+        while True:
+            self.turns += 1
+            assert self.turns < self.MAX_TURNS, "the cluster runs for ever"
+            self.clock.advance(self.random.random() * 1e-3)
+            while self.events and self.events[-1][0] <= self.turns:
+                self._happen()
+            if self.turns % 40 == 1:  # now and then other ones become slow
+                self._weights = {
+                    key: self.random.random() ** 3 + 0.01 for key in (*self.bag, *range(len(self.workers)))
+                }
+            choices = [pair for pair, batches in self.bag.items() if batches] + sorted(self.awake)
+            if not choices:
+                if not self.events:
+                    return
+                self.turns = max(self.turns, self.events[-1][0] - 1)
+                continue
+            choice = self.random.choices(choices, [self._weights[key] for key in choices])[0]
+            if isinstance(choice, tuple):
+                self.deliver(choice)
+            elif not self.turn(self.workers[choice]):
+                self.awake.remove(choice)
+            if self.turns % 32 == 0:
+                self.check()
+
+    def _happen(self) -> None:
+        _, is_abort, request = self.events.pop()
+        self.awake.add(self.home_of(request).rank)
+        if is_abort:
+            self.home_of(request).abort(request.request_id)
+        else:
+            self.home_of(request).add(request)
+
+    def send(self, batch: Batch) -> None:
+        self.bag[batch.src, batch.dst].append(batch)
+        twice = batch.kind is not BatchKind.ANNOUNCE and batch.src != batch.dst
+        if twice and self.random.random() < self.scenario.duplicates:
+            columns = {name: getattr(batch, name).copy() for name in COLUMNS}
+            payload = None if batch.payload is None else batch.payload.copy()
+            self.bag[batch.src, batch.dst].append(replace(batch, payload=payload, **columns))
+
+    def deliver(self, pair: tuple[int, int]) -> None:
+        batch = self.bag[pair].popleft()
+        self.awake.add(batch.dst)
+        self.workers[batch.dst].receive(batch, self.clock.now())
+        for array in (*(getattr(batch, name) for name in COLUMNS), batch.payload):
+            if array is not None:
+                array.fill(99)  # the transport takes its memory back
+
+    def turn(self, worker: VirtualWorker) -> bool:
+        """One turn of a worker's loop. Returns whether it did anything."""
+        before = worker.core.attention and worker.batcher.slots.num_free
+        announcements = worker.core.start(self.clock.now())
+        for outgoing in announcements:
+            self.send(worker._packed(outgoing, None))
+        started = bool(announcements) or before != (worker.core.attention and worker.batcher.slots.num_free)
+        step = worker.core.next_step(self.clock.now())
+        if step is None:
+            return started
+        self.steps += 1
+        for batch in worker.run(step, self.clock.now()):
+            self.send(batch)
+        return True
+
+    # ---- what must hold
+
+    def check(self) -> None:
+        """At any time."""
+        for worker in self.homes:
+            batcher = worker.batcher
+            batcher.blocks.check()
+            held = Counter(block for sequence in batcher.running.values() for block in sequence.blocks)
+            assert batcher.blocks.num_used == len(held), "a KV block is leaked"
+            in_flight = sum(len(sequence.slots) for sequence in batcher.running.values())
+            assert batcher.slots.num_free + in_flight == batcher.slots.num_slots, "a token slot is leaked"
+            assert batcher.table.num_free_rows + len(batcher.running) == len(batcher.table.sequences)
+            arrivals = [sequence.arrival for sequence in batcher.waiting]
+            assert arrivals == sorted(arrivals)
+            if arrivals and batcher.running:
+                assert max(s.arrival for s in batcher.running.values()) < arrivals[0], "somebody was overtaken"
+
+    def check_end(self) -> None:
+        """After `run`: every request has one end, the oracle's tokens, and has left nothing behind."""
+        aborted = {request.request_id for request in self.scenario.requests if request.abort is not None}
+        for request in self.scenario.requests:
+            worker, generated = self.home_of(request), self.oracles[request.request_id].generated
+            assert worker.terminal[request.request_id] == 1, f"request {request.request_id} has not one end"
+            streamed = worker.streamed[request.request_id]
+            assert streamed == generated or request.request_id in aborted, f"request {request.request_id} stopped early"
+        self.check()
+        for worker in self.homes:
+            batcher = worker.batcher
+            assert not batcher.waiting
+            assert not batcher.running
+            assert not batcher.members
+            assert batcher.num_ready == 0
+            assert batcher.slots.num_free == batcher.slots.num_slots
+            assert batcher.blocks.num_used == 0
+            assert not batcher.join._awaiting.any()
+            assert not batcher.join._pending.any()
+            assert batcher._prefill_in_flight == 0
+        for worker in self.workers:
+            # In lockstep the copy of a dispatch waits, harmless, for the next epoch.
+            if self.scenario.duplicates == 0 or self.scenario.scheduler.schedule != "lockstep":
+                assert not worker.core.queues.depth.any()
+
+
+def run_scenario(scenario: Scenario) -> Cluster:
+    """Run to the end and check everything."""
+    cluster = Cluster(scenario)
+    cluster.run()
+    cluster.check_end()
+    return cluster

@@ -1,0 +1,86 @@
+"""Hypothesis strategies: clusters, models and requests that hurt."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import strategies as st
+
+from amoe.config import CacheConfig, PlacementConfig, SchedulerConfig
+from tests.unit.core.fake_model import ModelSpec
+from tests.unit.core.harness import Request, Scenario
+
+PLACEMENTS = (
+    PlacementConfig(),
+    PlacementConfig(colocated=2),
+    PlacementConfig(colocated=3),
+    PlacementConfig(attention_workers=1, expert_workers=1),
+    PlacementConfig(attention_workers=2, expert_workers=2),
+    PlacementConfig(attention_workers=3, expert_workers=2),
+)
+SCHEDULES = (
+    *(("fcfs", 1), ("flfs", 1), ("mtfs", 1), ("defrag", 1), ("progress", 1)),
+    *(("lockstep", 1), ("lockstep", 2), ("lockstep", 3)),
+)
+VOCAB = 64
+
+
+@st.composite
+def models(draw):
+    """One to four layers, at least one of them with experts, a router from even to very skewed."""
+    sparse_layers = draw(st.lists(st.booleans(), min_size=1, max_size=4).filter(any))
+    num_experts = draw(st.sampled_from([3, 4, 8]))
+    skew = draw(st.sampled_from([0, 18, 21]))  # bits; the scores have 20
+    bias = [draw(st.integers(0, 2**skew)) for _ in range(num_experts)]
+    return ModelSpec(tuple(sparse_layers), draw(st.integers(1, min(4, num_experts))), tuple(bias), vocab=VOCAB)
+
+
+@st.composite
+def request_lists(draw, *, max_requests, max_prompt, aborts):
+    """Requests whose prompts share beginnings, and which come together or one by one."""
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    stems = [[rng.randrange(VOCAB) for _ in range(max_prompt)] for _ in range(2)]
+    spread = draw(st.sampled_from([0, 50, 600]))
+    requests = []
+    for request_id in range(draw(st.sampled_from([1, 2, max_requests // 2, max_requests, max_requests]))):
+        length = rng.randint(1, max_prompt)
+        shared = rng.choice([0, length // 2, length - 1, length])
+        prompt = rng.choice(stems)[:shared] + [rng.randrange(VOCAB) for _ in range(length - shared)]
+        arrive = rng.randint(0, spread)
+        abort = arrive + rng.randint(0, rng.choice([20, 300, 2000])) if aborts and rng.random() < 0.5 else None
+        requests.append(Request(request_id, rng.randrange(3), tuple(prompt), rng.randint(1, 12), arrive, abort))
+    return tuple(requests)
+
+
+@st.composite
+def scenarios(
+    draw,
+    *,
+    schedules=SCHEDULES,
+    placements=PLACEMENTS,
+    max_requests=8,
+    max_prompt=60,
+    aborts=False,
+    duplicates=0.0,
+    roomy=False,
+):
+    """Any cluster under any load. `roomy`: so much of everything that nobody is preempted."""
+    schedule, micro_batches = draw(st.sampled_from(schedules))
+    scheduler = SchedulerConfig(
+        schedule=schedule,
+        micro_batches=micro_batches,
+        max_num_seqs=8 if roomy else draw(st.sampled_from([1, 2, 3, 8])),
+        max_num_batched_tokens=256 if roomy else draw(st.sampled_from([1, 3, 8, 32, 256])),
+        max_wait_s=draw(st.sampled_from([1e-4, 10.0])),
+    )
+    cache = CacheConfig(block_size=draw(st.integers(1, 8)), enable_prefix_caching=draw(st.booleans()))
+    return Scenario(
+        requests=draw(request_lists(max_requests=max_requests, max_prompt=max_prompt, aborts=aborts)),
+        spec=draw(models()),
+        placement=draw(st.sampled_from(placements)),
+        scheduler=scheduler,
+        cache=cache,
+        spare_blocks=100 if roomy else draw(st.sampled_from([0, 1, 3, 6])),
+        duplicates=duplicates,
+        seed=draw(st.integers(0, 2**32)),
+    )
