@@ -13,6 +13,11 @@ import torch.nn.functional as F
 
 # Decodes of unequal length run as one padded call until padding costs more than the calls that it spares.
 _PADDED_TOKENS_WORTH_A_CALL = 512
+_SHORT_CONTEXT = 64  # below this length padding is cheap: no more groups
+# Keys and values gathered at a time. On a CPU they should still be in the cache when they are read, and allocating a
+# buffer anew is paid for in page faults (33 MB: 27 ms instead of 3); an accelerator wants few, large calls.
+_CPU_GATHER_BYTES = 8 << 20
+_DEVICE_GATHER_BYTES = 256 << 20
 
 
 class KVCache:
@@ -35,6 +40,7 @@ class KVCache:
         self.num_layers = num_layers
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.num_kv_heads = num_kv_heads
         # Zeros, because padding reads slots that nobody wrote: a weight of 0 times a stray NaN would be NaN.
         self.layers = [
             torch.zeros((num_blocks, block_size, 2, num_kv_heads, head_dim), dtype=dtype, device=device)
@@ -42,6 +48,29 @@ class KVCache:
         ]
         self.k = [layer[:, :, 0] for layer in self.layers]
         self.v = [layer[:, :, 1] for layer in self.layers]
+        self.gather_bytes = _CPU_GATHER_BYTES if device.type == "cpu" else _DEVICE_GATHER_BYTES
+        self._block_bytes = self.bytes_per_block(1, block_size, num_kv_heads, head_dim, dtype)
+        self._scratch = self.layers[0][:0] if device.type == "cpu" else None  # accelerators have their own allocator
+
+    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Put k and v [n, Hkv, D] into `slots` [n] int64 (block * block_size + offset)."""
+        flat = self.layers[layer].view(-1, *self.layers[layer].shape[2:])
+        flat.index_copy_(0, slots, torch.stack((k, v), dim=1))
+
+    def gather(self, layer: int, blocks: torch.Tensor) -> torch.Tensor:
+        """Blocks [B] int64 as [B, block_size, 2, Hkv, D]; valid until the next call."""
+        source, count = self.layers[layer], len(blocks)
+        if self._scratch is None or count * self._block_bytes > self.gather_bytes:
+            return source.index_select(0, blocks)
+        if len(self._scratch) < count:
+            self._scratch = source.new_empty(
+                (min(2 * count, self.gather_bytes // self._block_bytes), *source.shape[1:])
+            )
+        return torch.index_select(source, 0, blocks, out=self._scratch[:count])
+
+    def rows_per_gather(self, context: int) -> int:
+        """Sequences of `context` tokens that one gather should read, at least one."""
+        return max(1, self.gather_bytes // (math.ceil(context / self.block_size) * self._block_bytes))
 
     @staticmethod
     def bytes_per_block(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -92,7 +121,8 @@ def paged_attention(
     q: torch.Tensor,
     k_new: torch.Tensor,
     v_new: torch.Tensor,
-    kv_layer: torch.Tensor,
+    kv: KVCache,
+    layer: int,
     batch: AttentionBatch,
     scale: float,
 ) -> torch.Tensor:
@@ -101,65 +131,69 @@ def paged_attention(
     Args:
         q: [n, Hq, D].
         k_new, v_new: [n, Hkv, D].
-        kv_layer: [num_blocks, block_size, 2, Hkv, D], one of `KVCache.layers`; changed in place.
+        kv: the cache; `layer` of it is changed.
         batch: where the tokens stand.
         scale: factor of the scores.
 
     Returns:
         [n, Hq, D].
     """
-    _write(k_new, v_new, kv_layer, batch.slot_mapping)
+    kv.write(layer, batch.slot_mapping, k_new, v_new)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if batch.num_decodes:
-        _decode(q[: batch.num_decodes], kv_layer, batch, scale, out[: batch.num_decodes])
+        _decode(q[: batch.num_decodes], kv, layer, batch, scale, out[: batch.num_decodes])
     for chunk in batch.chunks:
         rows = slice(chunk.start_row, chunk.end_row)
-        _prefill(q[rows], k_new[rows], v_new[rows], kv_layer, chunk, scale, out[rows])
+        _prefill(q[rows], k_new[rows], v_new[rows], kv, layer, chunk, scale, out[rows])
     return out
 
 
-def _write(k_new: torch.Tensor, v_new: torch.Tensor, kv_layer: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    slots = kv_layer.view(-1, *kv_layer.shape[2:])  # [num_blocks * block_size, 2, Hkv, D]
-    slots.index_copy_(0, slot_mapping, torch.stack((k_new, v_new), dim=1))
-
-
-def _decode(q: torch.Tensor, kv_layer: torch.Tensor, batch: AttentionBatch, scale: float, out: torch.Tensor) -> None:
+def _decode(q: torch.Tensor, kv: KVCache, layer: int, batch: AttentionBatch, scale: float, out: torch.Tensor) -> None:
     """Single-token sequences: q and out [num_decodes, Hq, D]."""
-    lens = batch.host_context_lens
+    lens, longest = batch.host_context_lens, batch.max_decode_context
     if lens is None and batch.decode_context_lens.device.type == "cpu":
         lens = batch.decode_context_lens.tolist()
-    groups = None if lens is None else _length_groups(lens)
+    groups = None if lens is None else _length_groups(lens, kv.rows_per_gather(longest))
     if groups is None:
-        unequal = lens is None or min(lens) != batch.max_decode_context
+        unequal = lens is None or min(lens) != longest
         mask_lens = batch.decode_context_lens if unequal else None
-        _decode_group(q, kv_layer, batch.decode_block_tables, mask_lens, batch.max_decode_context, scale, out)
+        _decode_padded(q, kv, layer, batch.decode_block_tables, mask_lens, longest, scale, out)
         return
-    for members, longest in groups:
+    for members, group_longest in groups:
         rows = torch.tensor(members, device=q.device)
         group_out = torch.empty_like(q[: len(members)], memory_format=torch.contiguous_format)
         tables = batch.decode_block_tables.index_select(0, rows)
         mask_lens = batch.decode_context_lens.index_select(0, rows)
-        _decode_group(q.index_select(0, rows), kv_layer, tables, mask_lens, longest, scale, group_out)
+        _decode_padded(q.index_select(0, rows), kv, layer, tables, mask_lens, group_longest, scale, group_out)
         out.index_copy_(0, rows, group_out)
 
 
-def _length_groups(lens: list[int]) -> list[tuple[list[int], int]] | None:
-    """Rows by context length, halving from group to group, as (rows, longest); None if one padded call is cheaper."""
+def _length_groups(lens: list[int], rows_of_longest: int) -> list[tuple[list[int], int]] | None:
+    """Rows by context length as (rows, longest); None if one padded call is cheaper.
+
+    A group ends where the length has halved, or where its padded size would exceed `rows_of_longest` of the longest.
+    """
     longest = max(lens)
-    if longest * len(lens) - sum(lens) <= _PADDED_TOKENS_WORTH_A_CALL:
+    small = len(lens) <= rows_of_longest
+    if small and longest * len(lens) - sum(lens) <= _PADDED_TOKENS_WORTH_A_CALL:
         return None
     by_length = sorted(range(len(lens)), key=lens.__getitem__, reverse=True)
     groups: list[tuple[list[int], int]] = []
     for row in by_length:
-        if not groups or (2 * lens[row] <= groups[-1][1] and groups[-1][1] > 64):
+        if groups:
+            rows, top = groups[-1]
+            halved = 2 * lens[row] <= top and top > _SHORT_CONTEXT
+            full = (len(rows) + 1) * top > rows_of_longest * longest
+        if not groups or halved or full:
             groups.append(([], lens[row]))
         groups[-1][0].append(row)
     return groups if len(groups) > 1 else None
 
 
-def _decode_group(
+def _decode_padded(
     q: torch.Tensor,
-    kv_layer: torch.Tensor,
+    kv: KVCache,
+    layer: int,
     block_tables: torch.Tensor,
     mask_lens: torch.Tensor | None,
     longest: int,
@@ -167,40 +201,42 @@ def _decode_group(
     out: torch.Tensor,
 ) -> None:
     """Rows padded to `longest` tokens of context: q and out [m, Hq, D], block_tables [m, B]; no mask if all equal."""
-    num_rows, num_heads, head_dim = q.shape
-    num_kv_heads, block_size = kv_layer.shape[3], kv_layer.shape[1]
-    num_blocks = math.ceil(longest / block_size)
-    blocks = block_tables[:, :num_blocks].reshape(-1)
-    gathered = kv_layer.index_select(0, blocks).view(num_rows, num_blocks * block_size, 2, num_kv_heads, head_dim)
-    keys, values = gathered[:, :longest].permute(2, 0, 3, 1, 4)  # each [m, Hkv, T, D]
+    num_kv_heads, head_dim = kv.num_kv_heads, q.shape[2]
+    num_blocks, step = math.ceil(longest / kv.block_size), kv.rows_per_gather(longest)
     mask = None
     if mask_lens is not None:
-        mask = (torch.arange(longest, device=q.device) < mask_lens.unsqueeze(1)).view(num_rows, 1, 1, longest)
+        mask = (torch.arange(longest, device=q.device) < mask_lens.unsqueeze(1)).view(-1, 1, 1, longest)
     # The G queries that share a key-value head attend to the same keys: they stand in the place of the sequence.
-    grouped = q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-    out.copy_(attended.reshape(num_rows, num_heads, head_dim))
+    grouped, grouped_out = (x.reshape(len(x), num_kv_heads, -1, head_dim) for x in (q, out))
+    for start in range(0, len(q), step):
+        rows = slice(start, start + step)
+        gathered = kv.gather(layer, block_tables[rows, :num_blocks].reshape(-1))
+        gathered = gathered.view(-1, num_blocks * kv.block_size, 2, num_kv_heads, head_dim)
+        keys, values = gathered[:, :longest].permute(2, 0, 3, 1, 4)  # each [m, Hkv, T, D]
+        row_mask = None if mask is None else mask[rows]
+        grouped_out[rows] = F.scaled_dot_product_attention(grouped[rows], keys, values, attn_mask=row_mask, scale=scale)
 
 
 def _prefill(
     q: torch.Tensor,
     k_new: torch.Tensor,
     v_new: torch.Tensor,
-    kv_layer: torch.Tensor,
+    kv: KVCache,
+    layer: int,
     chunk: ChunkSpan,
     scale: float,
     out: torch.Tensor,
 ) -> None:
     """One chunk: q and out [m, Hq, D], k_new and v_new [m, Hkv, D]."""
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads, context = kv_layer.shape[3], chunk.context_len
+    num_kv_heads, context = kv.num_kv_heads, chunk.context_len
     group = num_heads // num_kv_heads
     mask = None
     if context == num_rows:  # the whole context is in this chunk: no need to read it back
         keys, values = k_new, v_new
     else:
-        blocks = chunk.block_table[: math.ceil(context / kv_layer.shape[1])]
-        gathered = kv_layer.index_select(0, blocks).view(-1, 2, num_kv_heads, head_dim)[:context]
+        blocks = chunk.block_table[: math.ceil(context / kv.block_size)]
+        gathered = kv.gather(layer, blocks).view(-1, 2, num_kv_heads, head_dim)[:context]
         keys, values = gathered.unbind(1)
         columns = torch.arange(context, device=q.device)
         mask = columns <= columns[context - num_rows :].unsqueeze(1)
@@ -217,12 +253,13 @@ def paged_attention_reference(
     q: torch.Tensor,
     k_new: torch.Tensor,
     v_new: torch.Tensor,
-    kv_layer: torch.Tensor,
+    kv: KVCache,
+    layer: int,
     batch: AttentionBatch,
     scale: float,
 ) -> torch.Tensor:
     """`paged_attention`, one token and one head after the other in float32: its oracle."""
-    block_size, group = kv_layer.shape[1], q.shape[1] // kv_layer.shape[3]
+    kv_layer, block_size, group = kv.layers[layer], kv.block_size, q.shape[1] // kv.num_kv_heads
     for row, slot in enumerate(batch.slot_mapping.tolist()):
         kv_layer[slot // block_size, slot % block_size, 0] = k_new[row]
         kv_layer[slot // block_size, slot % block_size, 1] = v_new[row]

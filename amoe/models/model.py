@@ -165,7 +165,7 @@ class Model:
         """
         config, weights = self.config, self.weights.attention[layer]
         q, k, v = self._project(layer, rms_norm(residual, weights.input_norm, config.rms_norm_eps), positions)
-        attended = paged_attention(q, k, v, kv.layers[layer], batch, self._scale)
+        attended = paged_attention(q, k, v, kv, layer, batch, self._scale)
         residual = torch.addmm(residual, attended.view(len(residual), -1), weights.out.t())
         hidden = rms_norm(residual, weights.post_norm, config.rms_norm_eps)
         if weights.mlp is not None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from block_runner import BlockRunner
-from checkpoints import ARCHES, hf_greedy, hf_logits
 
 from amoe.models import reference
 from amoe.models.loader import Blocks, load_model
+from tests.checkpoints import ARCHES, hf_greedy, hf_logits
+from tests.unit.models.block_runner import BlockRunner
 
 PROMPT = [5, 17, 99, 3, 42, 6, 6, 90, 11, 64, 28, 50, 77]
 # What the families can differ in beyond their defaults: each must change the answer in the same way everywhere.
