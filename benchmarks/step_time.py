@@ -27,8 +27,9 @@ from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerCon
 from amoe.engine.build import build_worker
 from amoe.engine.messages import AddRequest, ToServer, ToWorker
 from amoe.engine.worker import Worker
+from amoe.models.config import load_model_config
 from amoe.models.model import Model
-from amoe.transport.shm import ShmFabric, ShmTransport
+from amoe.transport.shm import ShmFabric
 from amoe.types import SamplingParams
 
 PLACEMENTS = {"1 worker": PlacementConfig(), "1A + 1E": PlacementConfig(expert_workers=1)}
@@ -80,9 +81,9 @@ def _model_of(worker: Worker) -> Model:
 def measure(config: EngineConfig, num_tokens: int, num_new: int) -> dict[str, tuple[float, float, int]]:
     """Median (kernel, host) microseconds and the number of steps, by kind of block."""
     ranks = range(config.placement.num_workers)
-    fabric = ShmFabric.create(len(ranks), ring_bytes_for(config))
+    fabric = ShmFabric.create(len(ranks), ring_bytes_for(config, load_model_config(config.model)))
     controls = [NoControl() for _ in ranks]
-    transports = [ShmTransport.attach(fabric.spec, rank) for rank in ranks]
+    transports = [fabric.endpoint(rank) for rank in ranks]
     workers = [build_worker(config, rank, transports[rank], controls[rank]) for rank in ranks]
     synchronize = torch.cuda.synchronize if config.device.startswith("cuda") else (lambda: None)
     watches = [Stopwatch(model, synchronize) for model in {id(m): m for m in map(_model_of, workers)}.values()]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from amoe.clock import MonotonicClock
+from amoe.clock import Clock, MonotonicClock
 from amoe.config import EngineConfig
 from amoe.core.worker import ModelShape, WorkerCore
 from amoe.engine.executor import AttentionExecutor, ExpertsExecutor
@@ -54,7 +54,9 @@ def role_of(config: EngineConfig, rank: int) -> str:
     return "colocated" if is_home and is_owner else "attention" if is_home else "experts"
 
 
-def build_worker(config: EngineConfig, rank: int, transport: Transport, control: ControlPort) -> Worker:
+def build_worker(
+    config: EngineConfig, rank: int, transport: Transport, control: ControlPort, clock: Clock | None = None
+) -> Worker:
     """Make the worker `rank`, telling the server of the progress, and at last that it is ready.
 
     Raises:
@@ -79,7 +81,9 @@ def build_worker(config: EngineConfig, rank: int, transport: Transport, control:
             model.dtype,
             device,
         )
-    worker = _wire(config, model_config, rank, role, model, kv, plan, transport, control)
+    worker = _wire(
+        config, model_config, rank, role, model, kv, plan, transport, control, clock or MonotonicClock()
+    )
     control.send(Ready(plan.max_model_len, plan.num_blocks, config.cache.block_size, model.parameter_bytes))
     return worker
 
@@ -116,6 +120,7 @@ def _wire(
     plan: KVPlan,
     transport: Transport,
     control: ControlPort,
+    clock: Clock,
 ) -> Worker:
     shape = ModelShape(model_config.sparse_layers, model_config.num_experts)
     core = WorkerCore(config, shape, rank, num_kv_blocks=plan.num_blocks, max_model_len=plan.max_model_len)
@@ -143,6 +148,6 @@ def _wire(
         experts,
         transport=transport,
         control=control,
-        clock=MonotonicClock(),
+        clock=clock,
         stats=StatsKeeper(rank, role, model_config.num_layers, model_config.num_experts),
     )
