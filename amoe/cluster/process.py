@@ -1,0 +1,40 @@
+"""What the parent tells a worker process, and what it calls it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from amoe.config import EngineConfig, PlacementConfig
+from amoe.transport.shm import ShmSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchSpec:
+    """All that a worker process is told, as JSON on its command line; the descriptors are inherited.
+
+    Attributes:
+        entry: `module:function`; `build_worker(config, rank, transport, control)` returns an object with `run()`.
+        control_fd: the worker's end of its control socket.
+        shm: the transport's memory and doorbells.
+    """
+
+    config: EngineConfig
+    rank: int
+    entry: str
+    control_fd: int
+    shm: ShmSpec
+
+
+def title_of(placement: PlacementConfig, rank: int) -> str:
+    """The role as `ps` shows it: `attention 1`, `expert 0`, or `worker 0` for one that is both."""
+    is_home, is_owner = rank in placement.attention_ranks, rank in placement.expert_ranks
+    if is_home and is_owner:
+        return f"worker {rank}"
+    return f"attention {rank}" if is_home else f"expert {placement.expert_ranks.index(rank)}"
+
+
+def threads_per_worker(config: EngineConfig) -> int:
+    """Intra-op threads of each worker: the usable cores divided by the workers, unless the user said."""
+    cores = len(os.sched_getaffinity(0))
+    return config.threads_per_worker or max(1, cores // config.placement.num_workers)

@@ -1,0 +1,201 @@
+"""One worker process as its parent sees it: started, watched, listened to, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+import amoe
+from amoe.cluster.process import LaunchSpec, threads_per_worker, title_of
+from amoe.config import EngineConfig
+from amoe.engine.control import AsyncControlChannel
+from amoe.engine.messages import Failed, Loading, Ready, Stop
+from amoe.errors import ConfigError, EngineDeadError
+from amoe.transport.shm import ShmFabric
+
+_TAIL_LINES = 20
+_DRAIN_TIMEOUT_S = 2.0
+
+
+class WorkerProcess:
+    """A running worker. Make it with `spawn`, in the event loop that will watch it; end it with `close`.
+
+    Attributes:
+        rank, title: who it is.
+        pid: its process and process group.
+        channel: the server's end of its control channel.
+        exited: set once it has ended and has been reaped.
+        is_ready: it has said so.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        title: str,
+        process: subprocess.Popen[bytes],
+        channel: AsyncControlChannel,
+        on_exit: Callable[[WorkerProcess], None],
+    ) -> None:
+        self.rank = rank
+        self.title = title
+        self.pid = process.pid
+        self.channel = channel
+        self.exited = asyncio.Event()
+        self.is_ready = False
+        self._process = process
+        self._on_exit = on_exit
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._forwarding = asyncio.create_task(self._forward_output(), name=f"amoe-output-{rank}")
+        self._pidfd = os.pidfd_open(process.pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._reap)
+
+    @classmethod
+    async def spawn(
+        cls,
+        config: EngineConfig,
+        rank: int,
+        fabric: ShmFabric,
+        entry: str,
+        on_exit: Callable[[WorkerProcess], None],
+    ) -> WorkerProcess:
+        """Start the process of worker `rank`; `on_exit` is called in the event loop when it has ended."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            channel = await AsyncControlChannel.open(ours)
+            spec = LaunchSpec(config=config, rank=rank, entry=entry, control_fd=theirs.fileno(), shm=fabric.spec)
+            try:
+                process = _launch(spec, (theirs.fileno(), *fabric.fds()))
+            except BaseException:
+                await channel.close()
+                raise
+        return cls(rank, title_of(config.placement, rank), process, channel, on_exit)
+
+    async def wait_ready(self, on_loading: Callable[[WorkerProcess, Loading], None]) -> Ready:
+        """Listen until the worker is ready.
+
+        Raises:
+            ConfigError: it cannot start; the message is for the user.
+            EngineDeadError: it failed or died.
+        """
+        async for message in self.channel:
+            if isinstance(message, Loading):
+                on_loading(self, message)
+            elif isinstance(message, Ready):
+                self.is_ready = True
+                return message
+            elif isinstance(message, Failed):
+                if message.user_error:
+                    raise ConfigError(message.message)
+                raise EngineDeadError(f"{self.title} could not start: {message.message}")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.exited.wait(), _DRAIN_TIMEOUT_S)
+            await asyncio.wait_for(asyncio.shield(self._forwarding), _DRAIN_TIMEOUT_S)
+        raise EngineDeadError(f"{self.describe_exit()} while starting{self.describe_output()}")
+
+    def request_stop(self) -> None:
+        """Ask it to leave. One that is not ready yet has nothing to finish, and does not listen: it is killed."""
+        if not self.is_ready:
+            self.kill()
+        with contextlib.suppress(OSError):
+            self.channel.send(Stop())
+
+    def kill(self) -> None:
+        """SIGKILL to the worker and whatever it has started. Nothing happens if it has ended."""
+        if not self.exited.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def describe_exit(self) -> str:
+        """How it has ended, for a person: `expert 0 (pid 12) was killed by SIGSEGV`."""
+        status = self._process.returncode
+        who = f"{self.title} (pid {self.pid})"
+        if status is None:
+            return f"{who} closed its control channel"
+        if status >= 0:
+            return f"{who} exited with status {status}"
+        try:
+            return f"{who} was killed by {signal.Signals(-status).name}"
+        except ValueError:
+            return f"{who} was killed by signal {-status}"
+
+    def describe_output(self) -> str:
+        """Its last lines of output, each on a line of its own; empty if it wrote nothing."""
+        return "".join(f"\n  | {line}" for line in self._tail)
+
+    async def close(self) -> None:
+        """Give everything back, after it has exited."""
+        # Something that the worker has started may hold the pipe open for ever.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._forwarding, _DRAIN_TIMEOUT_S)
+        await self.channel.close()
+        await asyncio.sleep(0)  # the event loop closes the pipe in its next turn
+
+    def _reap(self) -> None:
+        if self._process.poll() is None:
+            return
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self.exited.set()
+        self._on_exit(self)
+
+    async def _forward_output(self) -> None:
+        """Copy what the worker prints to this process's standard error, line by line, and remember the end of it."""
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout
+        )
+        try:
+            while line := await _read_line(reader):
+                text = line.decode(errors="replace")
+                self._tail.append(text.rstrip("\n"))
+                with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+                    sys.stderr.write(text)
+        finally:
+            transport.close()
+
+
+async def _read_line(reader: asyncio.StreamReader) -> bytes:
+    """The next line; what there is of it if it is very long; empty at the end."""
+    try:
+        return await reader.readuntil()
+    except asyncio.IncompleteReadError as error:
+        return error.partial
+    except asyncio.LimitOverrunError as error:
+        return await reader.readexactly(error.consumed)
+
+
+def _launch(spec: LaunchSpec, descriptors: tuple[int, ...]) -> subprocess.Popen[bytes]:
+    # -P: a file of the user's working directory must not shadow a module.
+    command = [sys.executable, "-P", "-m", "amoe.cluster.worker_main"]
+    return subprocess.Popen(
+        [*command, title_of(spec.config.placement, spec.rank), str(os.getpid()), msgspec.json.encode(spec).decode()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=_environment(spec.config),
+        pass_fds=descriptors,
+        start_new_session=True,  # Ctrl-C in the terminal is for the server alone
+    )
+
+
+def _environment(config: EngineConfig) -> dict[str, str]:
+    """The child's environment: ours, the number of threads, and the path on which this very amoe was found."""
+    threads = str(threads_per_worker(config))
+    root = str(Path(amoe.__file__).parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+    }
