@@ -78,8 +78,13 @@ class Options:
 
     def refuse_sliding_window(self, max_position: int, active: bool = True) -> None:
         """A window that no sequence can outgrow changes nothing; a smaller one is not supported."""
-        window = self.raw.get("sliding_window")
-        if active and window is not None and (not isinstance(window, int) or 0 < window < max_position):
+        window, kinds = self.raw.get("sliding_window"), self.raw.get("layer_types") or []
+        for kind in kinds if isinstance(kinds, list) else [kinds]:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise CheckpointError(f"layer_types {kind!r} is not supported")
+        if not active and "sliding_attention" not in kinds:
+            return
+        if window is not None and (not isinstance(window, int) or window < max_position):
             raise CheckpointError(
                 f"sliding_window {window!r} is not supported: it is smaller than max_position_embeddings {max_position}"
             )
