@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from amoe.engine.sampler import (
@@ -93,7 +93,6 @@ def batches(draw_from):
     return Batch(vocab_size, sequences), logits
 
 
-@settings(max_examples=200, deadline=None)
 @given(batches())
 def test_every_row_equals_the_oracle(case):
     batch, logits = case
@@ -104,7 +103,6 @@ def test_every_row_equals_the_oracle(case):
     assert batch.sample(logits).token_ids.tolist() == expected
 
 
-@settings(max_examples=100, deadline=None)
 @given(batches())
 def test_a_row_does_not_depend_on_the_rest_of_the_batch(case):
     batch, logits = case
@@ -114,7 +112,6 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(case):
         assert alone.token_ids[0] == together.token_ids[i]
 
 
-@settings(max_examples=100, deadline=None)
 @given(batches())
 def test_logprobs_are_those_of_the_raw_logits(case):
     batch, logits = case
@@ -250,7 +247,6 @@ def test_broken_logits_give_a_valid_id(bad, temperature):
     assert 0 <= draw(logits, params, 1)[0] < 8
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.integers(0, 9), min_size=1, max_size=12),
     st.lists(st.integers(0, 9), max_size=12),

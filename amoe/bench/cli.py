@@ -1,0 +1,302 @@
+"""`amoe bench serve` and `amoe bench offline`: flags, and what to do with them."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from amoe.bench import offline, serve
+from amoe.bench.load import Progress
+from amoe.bench.progress import ProgressDisplay
+from amoe.bench.record import summarise
+from amoe.bench.report import Machine, compare, print_comparison, print_figures, write_json
+from amoe.bench.workload import (
+    CHARS_PER_TOKEN,
+    LengthRange,
+    RequestSpec,
+    make_requests,
+    poisson_arrivals,
+    random_prompts,
+    standard_library_text,
+    text_prompts,
+)
+from amoe.builtin import builtin_model_path
+from amoe.clock import MonotonicClock
+from amoe.config import (
+    DTYPES,
+    SCHEDULES,
+    CacheConfig,
+    EngineConfig,
+    PlacementConfig,
+    ScheduleName,
+    SchedulerConfig,
+)
+from amoe.engine.tokenizer import Tokenizer
+from amoe.errors import AmoeError, ConfigError, RequestError
+from amoe.models.config import load_model_config
+from amoe.types import SamplingParams
+
+BUILTIN = "builtin"
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `bench` to the command line. Its subcommands set `func(args) -> int`, the exit status."""
+    bench = subparsers.add_parser("bench", help="measure a server, or the engine alone")
+    commands = bench.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
+    _add_serve(commands)
+    _add_offline(commands)
+
+
+def _add_workload(parser: argparse.ArgumentParser, num_prompts: int, input_len: int, output_len: int) -> None:
+    group = parser.add_argument_group("requests")
+    group.add_argument("--num-prompts", type=_positive, default=num_prompts, help="requests (default %(default)s)")
+    group.add_argument("--input-len", type=_positive, default=input_len, help="prompt tokens (default %(default)s)")
+    group.add_argument("--output-len", type=_positive, default=output_len, help="output tokens (default %(default)s)")
+    group.add_argument(
+        "--range-ratio", type=float, default=0.0, metavar="R", help="lengths uniform in [x(1-R), x(1+R)] (default 0)"
+    )
+    group.add_argument(
+        "--dataset",
+        choices=("random", "stdlib"),
+        default="random",
+        help="prompts of random token ids, or windows of the Python standard library (default random)",
+    )
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument(
+        "--ignore-eos",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="generate exactly as many tokens as asked for (default)",
+    )
+    group.add_argument("--warmup", type=int, default=None, metavar="W", help="requests before, not measured")
+    group.add_argument("--seed", type=int, default=0, help="of prompts, lengths and arrivals (default 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write configuration and figures there")
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("serve", help="measure a running server over HTTP")
+    parser.add_argument("--base-url", default="http://127.0.0.1:8000")
+    parser.add_argument("--model", help="default: the first that the server lists")
+    parser.add_argument("--api", choices=("completions",), default="completions", help="endpoint (streaming)")
+    load = parser.add_mutually_exclusive_group()
+    load.add_argument("--request-rate", type=float, metavar="R", help="requests per second, Poisson arrivals")
+    load.add_argument("--concurrency", type=_positive, metavar="C", help="requests under way (default 8)")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds without an answer (default %(default)g)")
+    _add_workload(parser, num_prompts=64, input_len=128, output_len=64)
+    parser.add_argument(
+        "--vocab-size", type=_positive, default=4096, help="random token ids are below it (default %(default)s)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="checkpoint whose tokenizer makes --dataset stdlib exact in length; without it, prompts are sent as text",
+    )
+    parser.set_defaults(func=run_serve)
+
+
+def _add_offline(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("offline", help="measure the engine without HTTP, and compare schedules")
+    parser.add_argument("model", metavar="MODEL", help=f"checkpoint directory, or {BUILTIN!r}")
+    parser.add_argument("--batch", type=_positive, metavar="B", help="requests under way (default: all)")
+    _add_workload(parser, num_prompts=32, input_len=64, output_len=64)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--schedule", choices=SCHEDULES, default=None)
+    which.add_argument("--schedules", type=_schedules, metavar="A,B,...", help="compare them, each in every round")
+    parser.add_argument("--rounds", type=_positive, default=1, help="interleaved rounds (default 1)")
+    group = parser.add_argument_group("engine")
+    group.add_argument("--attention-workers", type=int, default=1)
+    group.add_argument("--expert-workers", type=int, default=0)
+    group.add_argument("--colocated", type=int, default=0)
+    group.add_argument("--micro-batches", type=int, default=1, help="of lockstep")
+    group.add_argument("--dtype", choices=DTYPES, default="auto")
+    group.add_argument("--device", default="cpu")
+    group.add_argument("--max-model-len", type=int)
+    group.add_argument("--max-num-seqs", type=int, default=256)
+    group.add_argument("--max-num-batched-tokens", type=int, default=2048)
+    group.add_argument("--num-kv-blocks", type=int)
+    group.add_argument("--threads-per-worker", type=int)
+    parser.set_defaults(func=run_offline)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _schedules(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in SCHEDULES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SCHEDULES)}")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError("each schedule once")
+    return names
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """`amoe bench serve`. Returns the exit status: 0 if every request was answered."""
+    return _guarded(lambda: asyncio.run(_serve(args)))
+
+
+def run_offline(args: argparse.Namespace) -> int:
+    """`amoe bench offline`. Returns the exit status: 0 if every request was answered."""
+    return _guarded(lambda: asyncio.run(_offline(args)))
+
+
+def _guarded(run: Callable[[], int]) -> int:
+    console = Console(stderr=True)
+    try:
+        return run()
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except (AmoeError, OSError) as error:
+        console.print(f"amoe bench: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return EXIT_USAGE if isinstance(error, ConfigError | RequestError) else EXIT_FAILED
+
+
+async def _serve(args: argparse.Namespace) -> int:
+    clock = MonotonicClock()
+    async with serve.http_client(args.base_url, args.timeout) as http:
+        card = await serve.choose_model(http, args.model)
+        _check_length(args, card.get("max_model_len"))
+        concurrency = args.concurrency or 8
+        encode = Tokenizer(args.tokenizer).encode if args.tokenizer else None
+        warmup, specs, rng = _requests(args, args.vocab_size, encode, default_warmup=concurrency)
+        plan = serve.ServePlan(
+            warmup=warmup,
+            specs=specs,
+            arrivals=() if args.request_rate is None else poisson_arrivals(rng, len(specs), args.request_rate).tolist(),
+            concurrency=concurrency,
+            body={
+                "temperature": args.temperature,
+                "top_p": args.top_p,
+                "seed": args.seed,
+                "ignore_eos": args.ignore_eos,
+            },
+        )
+        progress = ProgressDisplay(Console(stderr=True), "requests", len(specs))
+        result = await serve.measure(http, card["id"], plan, clock, progress)
+    figures = summarise(result.records)
+    load = f"concurrency {concurrency}" if args.request_rate is None else f"{args.request_rate:g} requests/s"
+    print_figures(Console(), f"{card['id']} at {load}", figures)
+    if args.json:
+        # Of this machine, which need not be the server's: no probe of it.
+        write_json(args.json, "serve", _config_of(args), None, asdict(figures))
+    return _exit_status(figures.failed, result.interrupted)
+
+
+async def _offline(args: argparse.Namespace) -> int:
+    clock = MonotonicClock()
+    config = _engine_config(args)
+    machine = Machine.here(clock)
+    vocab_size = load_model_config(config.model).vocab_size
+    tokenizer = Tokenizer(config.model)
+    _check_length(args, args.max_model_len)
+    warmup, specs, _ = _requests(args, vocab_size, tokenizer.encode, default_warmup=4)
+    plan = offline.OfflinePlan(
+        warmup=warmup,
+        specs=specs,
+        concurrency=args.batch or len(specs),
+        params=SamplingParams(temperature=args.temperature, top_p=args.top_p, ignore_eos=args.ignore_eos),
+    )
+
+    def make_progress(title: str) -> contextlib.AbstractContextManager[Progress]:
+        return ProgressDisplay(Console(stderr=True), title, len(specs))
+
+    schedules: Sequence[ScheduleName] = args.schedules or [config.scheduler.schedule]
+    rounds = await offline.run_rounds(config, schedules, args.rounds, plan, clock, make_progress)
+    console = Console()
+    if len(rounds) == 1:
+        print_figures(console, f"{args.model}, {rounds[0].variant}", rounds[0].figures)
+    comparisons = compare(rounds) if rounds else []
+    if len(rounds) > 1:
+        print_comparison(console, comparisons, args.rounds)
+    bandwidths = [r.memory_bandwidth / 1e9 for r in rounds]
+    if bandwidths:
+        console.print(f"memory bandwidth before the runs: {min(bandwidths):.1f} to {max(bandwidths):.1f} GB/s read")
+    if args.json:
+        results: dict[str, Any] = {
+            "rounds": [asdict(r) for r in rounds],
+            "comparison": [asdict(line) for line in comparisons],
+        }
+        write_json(args.json, "offline", _config_of(args), machine, results)
+    failed = sum(r.figures.failed for r in rounds)
+    return _exit_status(failed, len(rounds) < args.rounds * len(schedules))
+
+
+def _exit_status(num_failed: int, is_interrupted: bool) -> int:
+    if is_interrupted:
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED if num_failed else 0
+
+
+def _config_of(args: argparse.Namespace) -> dict[str, Any]:
+    kept = {key: value for key, value in vars(args).items() if key not in {"func", "json", "command"}}
+    return {key: value if isinstance(value, int | float | str | list) else None for key, value in kept.items()}
+
+
+def _engine_config(args: argparse.Namespace) -> EngineConfig:
+    schedules: Sequence[ScheduleName] = args.schedules or [args.schedule or SchedulerConfig().schedule]
+    # Only lockstep takes micro-batches: where it is one of several, the configuration is written for it.
+    schedule: ScheduleName = "lockstep" if args.micro_batches > 1 and "lockstep" in schedules else schedules[0]
+    return EngineConfig(
+        model=str(builtin_model_path()) if args.model == BUILTIN else args.model,
+        dtype=args.dtype,
+        device=args.device,
+        max_model_len=args.max_model_len,
+        threads_per_worker=args.threads_per_worker,
+        max_waiting=max(1024, args.num_prompts),
+        placement=PlacementConfig(
+            attention_workers=args.attention_workers, expert_workers=args.expert_workers, colocated=args.colocated
+        ),
+        scheduler=SchedulerConfig(
+            schedule=schedule,
+            micro_batches=args.micro_batches,
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+        ),
+        # Prompts are random, but warm-up and rounds may meet one again: a hit would measure the cache.
+        cache=CacheConfig(num_blocks=args.num_kv_blocks, enable_prefix_caching=False),
+    )
+
+
+def _check_length(args: argparse.Namespace, max_model_len: int | None) -> None:
+    longest = sum(LengthRange(mean=x, ratio=args.range_ratio).bounds[1] for x in (args.input_len, args.output_len))
+    if max_model_len is not None and longest > max_model_len:
+        raise ConfigError(
+            f"--input-len and --output-len make sequences of up to {longest} tokens, "
+            f"but the model's limit is {max_model_len}"
+        )
+
+
+def _requests(
+    args: argparse.Namespace,
+    vocab_size: int,
+    encode: Callable[[str], Sequence[int]] | None,
+    default_warmup: int,
+) -> tuple[list[RequestSpec], list[RequestSpec], np.random.Generator]:
+    """Requests of the warm-up and of the measurement, and the generator that goes on to the arrivals."""
+    rng = np.random.default_rng(args.seed)
+    num_warmup = default_warmup if args.warmup is None else max(0, args.warmup)
+    output = LengthRange(mean=args.output_len, ratio=args.range_ratio)
+    lengths = LengthRange(mean=args.input_len, ratio=args.range_ratio).draw(rng, num_warmup + args.num_prompts)
+    prompts: list[list[int] | str]
+    if args.dataset == "stdlib":
+        num_chars = max(1_000_000, int(4 * lengths.max() * CHARS_PER_TOKEN))
+        prompts = text_prompts(rng, lengths, standard_library_text(rng, num_chars), encode)
+    else:
+        prompts = list(random_prompts(rng, lengths, vocab_size))
+    specs = make_requests(prompts, rng, output)
+    return specs[:num_warmup], specs[num_warmup:], rng

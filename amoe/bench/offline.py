@@ -1,0 +1,167 @@
+"""Runs the engine, its worker processes included, without HTTP; and compares schedules in interleaved rounds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from amoe.bench.load import LoadGenerator, LoadResult, Progress
+from amoe.bench.record import RequestRecord, summarise
+from amoe.bench.report import Round, memory_bandwidth
+from amoe.bench.workload import RequestSpec
+from amoe.clock import Clock
+from amoe.cluster.local import LocalCluster
+from amoe.config import EngineConfig, ScheduleName, SchedulerConfig
+from amoe.engine.async_engine import AsyncEngine, ModelInfo
+from amoe.engine.tokenizer import Tokenizer
+from amoe.errors import AmoeError
+from amoe.models.config import load_model_config
+from amoe.types import SamplingParams
+
+PROBE_THREADS = 2
+
+
+class Delta(Protocol):
+    """New tokens of one sequence."""
+
+    @property
+    def token_ids(self) -> list[int]: ...
+
+
+class Generator(Protocol):
+    """What the benchmark needs of an engine."""
+
+    def generate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[Delta]:
+        """The deltas of one sequence, until it ends."""
+        ...
+
+
+class EngineSender:
+    """Sends requests to an engine in this process.
+
+    Args:
+        engine: where to.
+        params: of every request; `max_tokens` comes from the request.
+    """
+
+    def __init__(self, engine: Generator, clock: Clock, params: SamplingParams) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._params = params
+
+    async def send(self, spec: RequestSpec, record: RequestRecord) -> None:
+        """Generate, and note in `record` what comes and when.
+
+        Raises:
+            TypeError: if the prompt is text.
+        """
+        if isinstance(spec.prompt, str):
+            raise TypeError("an engine takes token ids")
+        record.prompt_tokens = len(spec.prompt)
+        params = replace(self._params, max_tokens=spec.max_tokens)
+        try:
+            async for delta in self._engine.generate(spec.prompt, params):
+                if delta.token_ids:
+                    record.arrivals.append(self._clock.now())
+                    record.tokens.append(len(delta.token_ids))
+                    record.output_tokens += len(delta.token_ids)
+        except AmoeError as error:
+            record.failure = f"{type(error).__name__}: {error}"
+
+
+@contextlib.asynccontextmanager
+async def running_engine(
+    config: EngineConfig, on_loading: Callable[[int, int], None] | None = None
+) -> AsyncIterator[AsyncEngine]:
+    """An engine and its workers, which are gone afterwards.
+
+    Raises:
+        ConfigError, CheckpointError: it cannot work.
+        EngineDeadError: a worker failed while it started.
+    """
+    tokenizer = Tokenizer(config.model)
+    vocab_size = load_model_config(config.model).vocab_size
+    cluster = LocalCluster(config)
+    ready = await cluster.start(on_loading)
+    try:
+        max_model_len = min(ready[rank].max_model_len for rank in config.placement.attention_ranks)
+        info = ModelInfo(name=Path(config.model).name, max_model_len=max_model_len, vocab_size=vocab_size)
+        engine = AsyncEngine(cluster.channels, config, tokenizer, info)
+        cluster.on_death = lambda rank, reason: engine.die(f"worker {rank}: {reason}")
+        engine.run()
+        try:
+            yield engine
+        finally:
+            await engine.close()
+    finally:
+        await cluster.stop()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OfflinePlan:
+    """One measurement.
+
+    Attributes:
+        warmup, specs: requests, prompts as token ids; those of the warm-up are not measured.
+        concurrency: requests under way.
+        params: of every request.
+    """
+
+    warmup: list[RequestSpec]
+    specs: list[RequestSpec]
+    concurrency: int
+    params: SamplingParams
+
+
+async def measure(engine: Generator, plan: OfflinePlan, clock: Clock, progress: Progress | None = None) -> LoadResult:
+    """Warm up, then measure."""
+    send = EngineSender(engine, clock, plan.params).send
+    if plan.warmup:
+        warmed = await LoadGenerator(send, clock).with_concurrency(plan.warmup, plan.concurrency)
+        if warmed.interrupted:
+            return LoadResult([], interrupted=True)
+    return await LoadGenerator(send, clock, progress).with_concurrency(plan.specs, plan.concurrency)
+
+
+async def run_rounds(
+    config: EngineConfig,
+    schedules: Sequence[ScheduleName],
+    num_rounds: int,
+    plan: OfflinePlan,
+    clock: Clock,
+    make_progress: Callable[[str], contextlib.AbstractContextManager[Progress]],
+) -> list[Round]:
+    """Measure each schedule once per round, each time with fresh workers. Interrupted, it returns what it has.
+
+    Args:
+        make_progress: display of one run, given its title.
+    """
+    rounds: list[Round] = []
+    for number in range(num_rounds):
+        # Every other round runs backwards, so that a drift of the machine favours nobody.
+        for schedule in schedules if number % 2 == 0 else tuple(reversed(schedules)):
+            run_config = replace(config, scheduler=_scheduler(config, schedule))
+            title = f"{schedule}, round {number + 1}/{num_rounds}"
+            bandwidth = memory_bandwidth(clock, PROBE_THREADS)
+            try:
+                async with running_engine(run_config) as engine:
+                    with make_progress(title) as progress:
+                        result = await measure(engine, plan, clock, progress)
+            except asyncio.CancelledError:  # while workers start or stop
+                return rounds
+            if result.records:
+                figures = summarise(result.records)
+                rounds.append(Round(variant=schedule, number=number, figures=figures, memory_bandwidth=bandwidth))
+            if result.interrupted:
+                return rounds
+    return rounds
+
+
+def _scheduler(config: EngineConfig, schedule: ScheduleName) -> SchedulerConfig:
+    # Micro-batches are lockstep's alone; the others refuse them.
+    micro_batches = config.scheduler.micro_batches if schedule == "lockstep" else 1
+    return replace(config.scheduler, schedule=schedule, micro_batches=micro_batches)
