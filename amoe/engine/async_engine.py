@@ -28,6 +28,7 @@ from amoe.types import FinishReason, SamplingParams, SequenceOutput
 logger = logging.getLogger(__name__)
 
 WATCHDOG_PERIOD_S = 0.5
+GONE_GRACE_S = 0.2  # whoever started a worker that is gone can say how it ended, and soon does
 
 
 class WorkerChannel(Protocol):
@@ -165,18 +166,22 @@ class AsyncEngine:
         ]
         self._tasks.append(asyncio.create_task(self._watch(), name="amoe-watchdog"))
 
+    def refuse_new(self) -> None:
+        """The server is going: what is open may end, nothing new comes in."""
+        self._draining = True
+
     async def drain(self) -> None:
         """Refuse new requests, and wait until the open ones have ended."""
-        self._draining = True
+        self.refuse_new()
         await self._all_closed.wait()
 
     async def close(self) -> None:
         """Stop to listen; whatever is still open ends with an error."""
-        self._draining = True
+        self.refuse_new()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.die("the server has stopped")
+        self._end("the server has stopped")
 
     @property
     def healthy(self) -> bool:
@@ -194,7 +199,13 @@ class AsyncEngine:
         return len(self._open)
 
     def die(self, reason: str) -> None:
-        """Nothing can be served any more: every open request ends with an error. The first reason stays."""
+        """A worker has died, or cannot go on: so has the engine. The first reason stays."""
+        if self._death is None:
+            logger.error("%s: nothing can be served any more", reason)
+            self._end(reason)
+
+    def _end(self, reason: str) -> None:
+        """Every open request ends with an error."""
         if self._death is not None:
             return
         self._death = EngineDeadError(reason)
@@ -312,17 +323,13 @@ class AsyncEngine:
         try:
             async for message in channel:
                 self._on_message(rank, message)
+            await asyncio.sleep(GONE_GRACE_S)
             reason = f"worker {rank} has gone"
         except (OSError, AmoeError) as error:
             reason = f"lost worker {rank}: {error}"
         except Exception:
             logger.exception("a message of worker %d could not be handled", rank)
             reason = f"a message of worker {rank} could not be handled"
-        self._on_death(reason)
-
-    def _on_death(self, reason: str) -> None:
-        if self._death is None:
-            logger.error("%s: nothing can be served any more", reason)
         self.die(reason)
 
     def _on_message(self, rank: int, message: ToServer) -> None:
@@ -333,7 +340,7 @@ class AsyncEngine:
             self._watchdog.beat(rank, message.stats)
             self.metrics.worker(message.stats)
         elif isinstance(message, Failed):
-            self._on_death(f"worker {rank} failed: {message.message}")
+            self.die(f"worker {rank} failed: {message.message}")
 
     def _on_output(self, output: SequenceOutput) -> None:
         generation = self._open.get(output.request_id)
@@ -375,6 +382,6 @@ class AsyncEngine:
             last = now
             silent = self._watchdog.silent
             if silent is not None:
-                self._on_death(f"worker {silent} has made no progress for {self._watchdog.heartbeat_timeout_s:g} s")
+                self.die(f"worker {silent} has made no progress for {self._watchdog.heartbeat_timeout_s:g} s")
                 return
             self.metrics.healthy(self.healthy)

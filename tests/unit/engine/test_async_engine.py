@@ -142,7 +142,7 @@ async def test_close_after_the_end_sends_nothing(make):
 
 
 async def test_slow_consumer_gets_merged_deltas(make):
-    engine, (worker,) = make()
+    engine, _ = make()
     (generation,) = engine.start([([5, 6], SamplingParams(max_tokens=8, logprobs=1))])
     await engine.drain()
     deltas = [delta async for delta in generation]

@@ -1,0 +1,52 @@
+"""The `amoe` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from amoe import __version__
+from amoe.errors import AmoeError, CheckpointError, ConfigError, RequestError
+from amoe.server import cli as server_cli
+
+EXIT_USAGE = 2
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser of the whole command; each subcommand's sets `func`. Only `command`'s flags need to be there."""
+    parser = argparse.ArgumentParser(
+        prog="amoe", description="Serve Mixture-of-Experts language models with asynchronous expert parallelism."
+    )
+    parser.add_argument("--version", action="version", version=f"amoe {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    server_cli.add_parser(subparsers)
+    if command == "bench":
+        from amoe.bench import cli as bench_cli  # loads the engine, torch and all, which takes seconds
+
+        bench_cli.add_parser(subparsers)
+    else:
+        subparsers.add_parser("bench", help="measure a server, or the engine alone")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit status: 2 for what the user can mend, 1 for what failed."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv[0] if argv else None).parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="amoe: %(message)s")
+    try:
+        return args.func(args)
+    except AmoeError as error:
+        print(f"amoe: error: {error}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, ConfigError | CheckpointError | RequestError) else 1
+    except FileNotFoundError as error:
+        print(f"amoe: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

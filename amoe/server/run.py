@@ -1,0 +1,219 @@
+"""The life of `amoe serve`: check, load, serve, drain, stop. One process, one event loop, the workers its children."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import setproctitle
+import uvicorn
+from fastapi import FastAPI
+
+from amoe.cluster.local import LocalCluster
+from amoe.cluster.shutdown import ShutdownSignals
+from amoe.config import EngineConfig
+from amoe.engine.async_engine import AsyncEngine, ModelInfo
+from amoe.engine.messages import Ready
+from amoe.engine.tokenizer import Tokenizer
+from amoe.errors import ConfigError
+from amoe.models.config import load_model_config
+from amoe.server.app import create_app
+from amoe.server.context import ServerContext
+from amoe.server.progress import LoadingProgress
+from amoe.server.sampling import SamplingDefaults
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+WORKER_GRACE_S = 10.0
+CONNECTION_BACKLOG = 2048
+
+
+class _Interrupted(Exception):
+    """The user wants to leave before the server is ready."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerOptions:
+    """How the engine is served.
+
+    Attributes:
+        host, port: where to listen; port 0 takes a free one.
+        model_names: served names, at least one.
+        shutdown_timeout_s: how long open requests may go on after SIGTERM.
+        uvicorn_log_level, access_log: of the web server.
+    """
+
+    host: str
+    port: int
+    model_names: tuple[str, ...]
+    shutdown_timeout_s: float = 30.0
+    uvicorn_log_level: str = "info"
+    access_log: bool = True
+
+
+class WebServer(uvicorn.Server):
+    """uvicorn, told from outside when to leave, and telling when it listens."""
+
+    def __init__(self, app: FastAPI, options: ServerOptions) -> None:
+        config = uvicorn.Config(
+            app,
+            log_level=options.uvicorn_log_level,
+            access_log=options.access_log,
+            lifespan="off",
+            timeout_graceful_shutdown=max(1, round(options.shutdown_timeout_s)),
+            backlog=CONNECTION_BACKLOG,
+        )
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone: `ShutdownSignals` has them."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets=sockets)
+        self.listening.set()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a taken port is found before the model is loaded. It refuses connections until used.
+
+    Raises:
+        ConfigError: if the address cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"--host {host}: {error.strerror}") from error
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port") from error
+    return listener
+
+
+def run_server(config: EngineConfig, options: ServerOptions) -> int:
+    """Serve until a signal says stop. Returns the exit status.
+
+    Raises:
+        AmoeError: the server cannot start; the message is for the user.
+    """
+    setproctitle.setproctitle("amoe: server")
+    try:
+        asyncio.run(_serve(config, options))
+    except _Interrupted:
+        print("interrupted while loading", file=sys.stderr)
+        return 130
+    return 0
+
+
+async def _serve(config: EngineConfig, options: ServerOptions) -> None:
+    check_model_directory(config.model)
+    tokenizer = Tokenizer(config.model)
+    defaults = SamplingDefaults.from_checkpoint(config.model)
+    vocab_size = load_model_config(config.model).vocab_size
+    with contextlib.closing(bind(options.host, options.port)) as listener:
+        cluster = LocalCluster(config)
+        signals = ShutdownSignals(cluster.kill)
+        signals.install()
+        try:
+            with LoadingProgress(f"loading {config.model}") as progress:
+                ready = await _unless_requested(signals, cluster.start(progress))
+            model = ModelInfo(name=options.model_names[0], max_model_len=_max_model_len(config, ready), vocab_size=vocab_size)
+            engine = AsyncEngine(cluster.channels, config, tokenizer, model)
+            cluster.on_death = lambda _, reason: engine.die(reason)
+            engine.run()
+            try:
+                context = ServerContext(engine=engine, model_names=options.model_names, defaults=defaults)
+                await _serve_http(context, options, listener, signals)
+            finally:
+                await engine.close()
+        finally:
+            await cluster.stop(WORKER_GRACE_S)
+
+
+async def _serve_http(
+    context: ServerContext, options: ServerOptions, listener: socket.socket, signals: ShutdownSignals
+) -> None:
+    server = WebServer(create_app(context), options)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    requested = asyncio.create_task(signals.requested.wait())
+    try:
+        await asyncio.wait((asyncio.create_task(server.listening.wait()), serving), return_when=asyncio.FIRST_COMPLETED)
+        if server.listening.is_set():
+            _announce(context, options, listener.getsockname()[1])
+        await asyncio.wait((requested, serving), return_when=asyncio.FIRST_COMPLETED)
+        if context.engine.num_open:
+            print(
+                f"shutting down: {context.engine.num_open} open requests may go on for "
+                f"{options.shutdown_timeout_s:g} s (interrupt again to kill)",
+                file=sys.stderr,
+                flush=True,
+            )
+        context.engine.refuse_new()
+        server.should_exit = True
+        await serving
+    finally:
+        requested.cancel()
+
+
+async def _unless_requested(signals: ShutdownSignals, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when a signal comes."""
+    task = asyncio.create_task(work)
+    requested = asyncio.create_task(signals.requested.wait())
+    try:
+        await asyncio.wait((task, requested), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise _Interrupted
+    finally:
+        task.cancel()
+        requested.cancel()
+        await asyncio.gather(task, requested, return_exceptions=True)
+
+
+def _max_model_len(config: EngineConfig, ready: list[Ready]) -> int:
+    """What every attention worker can take. Expert workers have no say: they have no KV cache."""
+    return min(ready[rank].max_model_len for rank in config.placement.attention_ranks)
+
+
+def check_model_directory(model: str) -> None:
+    """Fail early, and in the user's words.
+
+    Raises:
+        ConfigError: if `model` is no checkpoint directory.
+    """
+    path = Path(model)
+    if not path.is_dir():
+        raise ConfigError(f"MODEL {model!r} is not a directory: amoe serves local checkpoints and downloads nothing")
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"MODEL {model!r} has no config.json: it is not a checkpoint in Hugging Face format")
+
+
+def _announce(context: ServerContext, options: ServerOptions, port: int) -> None:
+    host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    name = options.model_names[0]
+    changed = context.defaults.changed()
+    if changed:
+        print(f"sampling defaults of this model's generation_config.json: {changed}")
+    print(f"ready at {url}")
+    print(
+        f"try: curl {url}/v1/completions -H 'Content-Type: application/json' "
+        f'-d \'{{"model": "{name}", "prompt": "def add(a, b):", "max_tokens": 32}}\'',
+        flush=True,
+    )
