@@ -43,7 +43,7 @@ format: $(VENV)/installed-dev  ## Format the code and fix what the linter can
 # On a GPU machine the environment is often a given one (PYTHON=python3): nothing is installed then.
 gpu:  ## Run tests/gpu and a short benchmark, where there is a GPU
 	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
-		$(PYTHON) -m pytest tests/gpu -m gpu && $(PYTHON) -m benchmarks.blocks --device cuda; \
+		$(PYTHON) -m pytest tests/gpu -m gpu && $(PYTHON) -m benchmarks.step_time --device cuda; \
 	else \
 		echo "no GPU here: nothing to do"; \
 	fi

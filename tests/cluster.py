@@ -55,7 +55,11 @@ class InprocCluster:
     """Workers of `config`, driven by `run`. `wrap` may put a fault-injecting double around each transport."""
 
     def __init__(
-        self, config: EngineConfig, *, seed: int = 0, wrap: Callable[[Transport], Transport] = lambda transport: transport
+        self,
+        config: EngineConfig,
+        *,
+        seed: int = 0,
+        wrap: Callable[[Transport], Transport] = lambda transport: transport,
     ) -> None:
         num = config.placement.num_workers
         self.config = config
