@@ -138,16 +138,19 @@ class RingReader:
         self.capacity = capacity
         self.position: int = words[control + TAIL]
 
-    def take(self) -> tuple[int, int] | None:
-        """Byte offset and size of the next record, which stays readable until `release`; None: there is none.
+    @property
+    def is_empty(self) -> bool:
+        """There is nothing to take: HEAD equals `position`, which who scans many rings compares for itself."""
+        return self._words[self.head_word] == self.position
+
+    def take(self) -> tuple[int, int]:
+        """Byte offset and size of the next record, which there must be. It stays readable until `release`.
 
         Raises:
             TransportError: what lies there cannot be a record.
         """
         words, position = self._words, self.position
-        head = words[self.head_word]
-        if position == head:
-            return None
+        head: int = words[self.head_word]
         capacity = self.capacity
         if position == words[self.head_word + JUMP]:
             position += capacity - position % capacity

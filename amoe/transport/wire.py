@@ -26,8 +26,10 @@ the record, whose number does not depend on the number of tokens.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import struct
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -80,9 +82,10 @@ class WireBuffer:
         self.int32: Int32Array = base.view(np.int32)
         self.int16: Int16Array = base.view(np.int16)
         self.float32: Float32Array = base.view(np.float32)
-        octets = torch.frombuffer(region, dtype=torch.uint8)
+        with torch.inference_mode():  # a view of an inference tensor costs two thirds of one of a normal tensor
+            octets = torch.frombuffer(region, dtype=torch.uint8)
+            self._tensors = (octets, *(octets.view(_DTYPE_OF_CODE[code]) for code in (1, 2, 3)))
         self._address = octets.data_ptr()
-        self._tensors = (octets, *(octets.view(_DTYPE_OF_CODE[code]) for code in (1, 2, 3)))
 
     @classmethod
     def allocate(cls, nbytes: int) -> WireBuffer:
@@ -90,18 +93,22 @@ class WireBuffer:
         return cls(bytearray(_aligned(nbytes)))
 
     def read_payload(self, code: int, offset: int, n: int, hidden_size: int) -> torch.Tensor:
-        """A view [n, hidden_size] of the region, of the dtype with this `code`, from byte `offset`."""
+        """A view [n, hidden_size] of the region, of the dtype with this `code`, from byte `offset`.
+
+        It is an inference tensor: read it anywhere, write it in inference mode only.
+        """
         return self._tensors[code].as_strided((n, hidden_size), (hidden_size, 1), offset // _ITEM_BYTES[code])
 
     def write_payload(self, code: int, offset: int, payload: torch.Tensor) -> None:
         """Copy `payload` [n, H], which may lie on an accelerator, to byte `offset`."""
-        n, hidden_size = payload.shape
-        num_bytes = n * hidden_size * _ITEM_BYTES[code]
+        num_bytes = payload.nbytes
         if payload.is_cpu and payload.is_contiguous() and offset + num_bytes <= self.nbytes:
             # A third of the price of copy_: at one token per batch the two tensor calls cost more than the bytes.
             ctypes.memmove(self._address + offset, payload.data_ptr(), num_bytes)
         else:
-            self.read_payload(code, offset, n, hidden_size).copy_(payload)
+            n, hidden_size = payload.shape
+            with torch.inference_mode():
+                self.read_payload(code, offset, n, hidden_size).copy_(payload)
 
 
 def row_bytes(hidden_size: int, top_k: int, item_bytes: int) -> int:
@@ -114,62 +121,93 @@ def max_record_bytes(num_tokens: int, hidden_size: int, top_k: int, item_bytes: 
     return HEADER_BYTES + 6 * ALIGNMENT + _aligned(num_tokens * row_bytes(hidden_size, top_k, item_bytes))
 
 
-def encoded_size(batch: Batch) -> int:
-    """Bytes of the record of `batch`: a multiple of 64."""
-    n = len(batch.slots)
-    if n == 0:
-        return HEADER_BYTES
-    payload = batch.payload
-    if payload is None:
-        raise TransportError(f"a batch of {n} tokens from rank {batch.src} to {batch.dst} has no payload")
-    columns = 2 * _aligned(4 * n)
-    if batch.kind == _DISPATCH:
-        pairs = n * batch.expert_ids.shape[1]
-        columns += _aligned(4 * n) + _aligned(4 * pairs) + _aligned(2 * pairs)
-    return HEADER_BYTES + columns + _aligned(payload.nbytes)
+class Layout(NamedTuple):
+    """Where the parts of one kind and shape of record lie, from its beginning; in items of each column's type."""
+
+    size: int  # bytes
+    kind: int
+    code: int
+    top_k: int
+    hidden_size: int
+    n: int
+    pairs: int
+    step: int  # int32 items from one [n] column to the next
+    weights: int
+    ids: int
+    payload: int  # bytes
 
 
-def encode_into(batch: Batch, buffer: WireBuffer, offset: int = 0) -> int:
-    """Write the record of `batch` at byte `offset` (a multiple of 64) and return its size.
+# A server sees few hidden sizes, but as many n as there are token slots; bounded all the same.
+@functools.lru_cache(maxsize=1 << 16)
+def _layout(kind: int, n: int, top_k: int, hidden_size: int, code: int) -> Layout:
+    step = _aligned(4 * n)
+    if kind == _DISPATCH:
+        pairs = n * top_k
+        weights = HEADER_BYTES + 3 * step
+        ids = weights + _aligned(4 * pairs)
+        payload = ids + _aligned(2 * pairs)
+    else:
+        pairs = top_k = 0
+        weights = ids = payload = HEADER_BYTES + 2 * step
+    size = payload + _aligned(n * hidden_size * _ITEM_BYTES[code])
+    return Layout(size, kind, code, top_k, hidden_size, n, pairs, step // 4, weights // 4, ids // 2, payload)
 
-    The caller has made sure that `encoded_size(batch)` bytes are there.
+
+def layout_of(batch: Batch) -> Layout:
+    """The layout of the record of `batch`.
 
     Raises:
         TransportError: the batch has tokens but no payload, or one of an unknown dtype or shape.
     """
     n = len(batch.slots)
-    top_k = batch.expert_ids.shape[1]
-    size, code, hidden_size = HEADER_BYTES, _NO_PAYLOAD, 0
+    if n == 0:
+        return _layout(batch.kind, 0, 0, 0, _NO_PAYLOAD)
+    payload = batch.payload
+    if payload is None:
+        raise TransportError(f"a batch of {n} tokens from rank {batch.src} to {batch.dst} has no payload")
+    code = _CODE_OF_DTYPE.get(payload.dtype)
+    if code is None:
+        raise TransportError(f"a payload of {payload.dtype} cannot travel: float32, bfloat16 and float16 can")
+    shape = payload.shape
+    if len(shape) != 2 or shape[0] != n:
+        raise TransportError(f"a batch of {n} tokens has a payload of shape {tuple(shape)}")
+    return _layout(batch.kind, n, batch.expert_ids.shape[1], shape[1], code)
+
+
+def encoded_size(batch: Batch) -> int:
+    """Bytes of the record of `batch`: a multiple of 64. Raises as `layout_of` does."""
+    return layout_of(batch).size
+
+
+def encode_into(batch: Batch, buffer: WireBuffer, offset: int = 0, layout: Layout | None = None) -> int:
+    """Write the record of `batch` at byte `offset` (a multiple of 64) and return its size.
+
+    The caller has made sure that the bytes are there. Raises as `layout_of` does, unless given its result.
+    """
+    size, kind, code, top_k, hidden_size, n, pairs, step, weights, ids, payload_at = layout or layout_of(batch)
     if n:
-        code, hidden_size = _describe(batch, n)
-        step = _aligned(4 * n)
-        at = (offset + HEADER_BYTES) // 4
+        at = (offset + HEADER_BYTES) >> 2
         int32 = buffer.int32
         int32[at : at + n] = batch.slots
-        at += step // 4
+        at += step
         int32[at : at + n] = batch.generations
-        size += 2 * step
-        if batch.kind == _DISPATCH:
-            pairs = n * top_k
-            at += step // 4
+        if pairs:
+            at += step
             int32[at : at + n] = batch.iterations
-            at += step // 4
+            at = (offset >> 2) + weights
             buffer.float32[at : at + pairs] = batch.expert_weights.ravel()
-            size += step + _aligned(4 * pairs)
-            at = (offset + size) // 2
+            at = (offset >> 1) + ids
             buffer.int16[at : at + pairs] = batch.expert_ids.ravel()
-            size += _aligned(2 * pairs)
         payload = batch.payload
-        assert payload is not None  # _describe has looked
-        buffer.write_payload(code, offset + size, payload)
-        size += _aligned(n * hidden_size * _ITEM_BYTES[code])
+        assert payload is not None  # layout_of has looked
+        buffer.write_payload(code, offset + payload_at, payload)
     _HEADER.pack_into(
         buffer.octets,
         offset,
         size,
         MAGIC,
         VERSION,
-        batch.kind,
+        kind,
         code,
         batch.src,
         batch.dst,
@@ -183,19 +221,6 @@ def encode_into(batch: Batch, buffer: WireBuffer, offset: int = 0) -> int:
         batch.sent_at,
     )
     return size
-
-
-def _describe(batch: Batch, n: int) -> tuple[int, int]:
-    """Dtype code and hidden size of the payload of a batch of n > 0 tokens."""
-    payload = batch.payload
-    if payload is None:
-        raise TransportError(f"a batch of {n} tokens from rank {batch.src} to {batch.dst} has no payload")
-    code = _CODE_OF_DTYPE.get(payload.dtype)
-    if code is None:
-        raise TransportError(f"a payload of {payload.dtype} cannot travel: float32, bfloat16 and float16 can")
-    if payload.dim() != 2 or payload.shape[0] != n:
-        raise TransportError(f"a batch of {n} tokens has a payload of shape {tuple(payload.shape)}")
-    return code, payload.shape[1]
 
 
 def decode(buffer: WireBuffer, offset: int = 0, limit: int | None = None) -> Batch:
@@ -218,46 +243,28 @@ def decode(buffer: WireBuffer, offset: int = 0, limit: int | None = None) -> Bat
         raise TransportError(
             f"not a batch: magic {magic:#x}, version {version} (this is {VERSION}), kind {kind_code}, dtype {code}"
         )
-    step = _aligned(4 * n)
-    pairs = n * top_k if kind_code == _DISPATCH else 0
-    columns = 3 if kind_code == _DISPATCH else 2
-    start = HEADER_BYTES + columns * step + _aligned(4 * pairs) + _aligned(2 * pairs)
-    expected = start + _aligned(n * hidden_size * _ITEM_BYTES[code])
-    if size != expected or size > limit or (n and code == _NO_PAYLOAD) or (n and kind_code == _ANNOUNCE):
+    layout = _layout(kind_code, n, top_k, hidden_size, code)
+    if size != layout.size or size > limit or (n and (code == _NO_PAYLOAD or kind_code == _ANNOUNCE)):
         raise TransportError(
             f"a {kind.name} record of {size} bytes (of {limit}) contradicts its header: "
             f"{n} tokens, top-{top_k}, hidden size {hidden_size}, dtype {code}"
         )
-    if n == 0:
-        return Batch(
-            kind,
-            src,
-            dst,
-            layer,
-            wave,
-            epoch,
-            count,
-            _NO_INT32,
-            _NO_INT32,
-            _NO_INT32,
-            _NO_IDS,
-            _NO_WEIGHTS,
-            None,
-            sent_at,
-        )
-    int32 = buffer.int32
-    at = (offset + HEADER_BYTES) // 4
-    step //= 4
-    slots = int32[at : at + n]
-    generations = int32[at + step : at + step + n]
-    iterations, expert_ids, expert_weights = _NO_INT32, _NO_IDS, _NO_WEIGHTS
-    if kind_code == _DISPATCH:
-        iterations = int32[at + 2 * step : at + 2 * step + n]
-        at += 3 * step
-        expert_weights = buffer.float32[at : at + pairs].reshape(n, top_k)
-        at = 2 * at + _aligned(4 * pairs) // 2
-        expert_ids = buffer.int16[at : at + pairs].reshape(n, top_k)
-    payload = buffer.read_payload(code, offset + start, n, hidden_size)
+    slots = generations = iterations = _NO_INT32
+    expert_ids, expert_weights, payload = _NO_IDS, _NO_WEIGHTS, None
+    if n:
+        int32, step = buffer.int32, layout.step
+        at = (offset + HEADER_BYTES) >> 2
+        slots = int32[at : at + n]
+        at += step
+        generations = int32[at : at + n]
+        if layout.pairs:
+            at += step
+            iterations = int32[at : at + n]
+            at = (offset >> 2) + layout.weights
+            expert_weights = buffer.float32[at : at + layout.pairs].reshape(n, top_k)
+            at = (offset >> 1) + layout.ids
+            expert_ids = buffer.int16[at : at + layout.pairs].reshape(n, top_k)
+        payload = buffer.read_payload(code, offset + layout.payload, n, hidden_size)
     return Batch(
         kind,
         src,

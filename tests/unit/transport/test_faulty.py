@@ -5,11 +5,11 @@ from __future__ import annotations
 import select
 
 import pytest
-from transport_batches import assert_same, make_batch
 
 from amoe.transport.faulty import FaultPlan, FaultyTransport
 from amoe.transport.inproc import InprocFabric
 from amoe.types import Batch
+from tests.unit.transport.transport_batches import assert_same, make_batch
 
 
 class Pair:

@@ -6,11 +6,11 @@ import select
 import threading
 
 import pytest
-from transport_batches import assert_same, make_batch
 
 from amoe.errors import TransportError
 from amoe.transport.inproc import InprocFabric
 from amoe.types import BatchKind
+from tests.unit.transport.transport_batches import assert_same, make_batch
 
 
 def readable(descriptor: int) -> bool:

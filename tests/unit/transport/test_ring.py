@@ -44,11 +44,10 @@ class Harness:
         return True
 
     def take(self) -> bool:
-        record = self.reader.take()
-        if record is None:
+        if self.reader.is_empty:
             assert not self.published
             return False
-        offset, size = record
+        offset, size = self.reader.take()
         expected, filling = self.published.popleft()
         assert size == expected
         self.taken.append((offset, size, filling))
@@ -130,7 +129,7 @@ def test_reset_forgets_all() -> None:
     ring.write(3)
     reset(ring.words, 0)
     assert ring.words[JUMP] == NEVER
-    assert RingReader(ring.words, 0, START, 4 * 64).take() is None
+    assert RingReader(ring.words, 0, START, 4 * 64).is_empty
 
 
 @pytest.mark.parametrize("size", [0, 63, 64 * 5, 2**63])

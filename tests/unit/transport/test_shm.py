@@ -14,12 +14,12 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from transport_batches import assert_same, make_batch
 
 from amoe.errors import TransportError
 from amoe.transport.shm import ShmFabric, ShmTransport
 from amoe.transport.wire import encoded_size
 from amoe.types import Batch, BatchKind
+from tests.unit.transport.transport_batches import assert_same, make_batch
 
 RING = 4096
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transport_batches import assert_same, make_batch
 
 from amoe.errors import TransportError
 from amoe.transport.wire import (
@@ -20,6 +19,7 @@ from amoe.transport.wire import (
     max_record_bytes,
 )
 from amoe.types import Batch, BatchKind
+from tests.unit.transport.transport_batches import assert_same, make_batch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
