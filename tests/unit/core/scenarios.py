@@ -36,7 +36,7 @@ def models(draw):
 
 
 @st.composite
-def request_lists(draw, *, max_requests, max_prompt, aborts):
+def request_lists(draw, *, max_requests, max_prompt, max_tokens, aborts):
     """Requests whose prompts share beginnings, and which come together or one by one."""
     rng = random.Random(draw(st.integers(0, 2**32)))
     stems = [[rng.randrange(VOCAB) for _ in range(max_prompt)] for _ in range(2)]
@@ -48,7 +48,7 @@ def request_lists(draw, *, max_requests, max_prompt, aborts):
         prompt = rng.choice(stems)[:shared] + [rng.randrange(VOCAB) for _ in range(length - shared)]
         arrive = rng.randint(0, spread)
         abort = arrive + rng.randint(0, rng.choice([20, 300, 2000])) if aborts and rng.random() < 0.5 else None
-        requests.append(Request(request_id, rng.randrange(3), tuple(prompt), rng.randint(1, 12), arrive, abort))
+        requests.append(Request(request_id, rng.randrange(3), tuple(prompt), rng.randint(1, max_tokens), arrive, abort))
     return tuple(requests)
 
 
@@ -60,6 +60,7 @@ def scenarios(
     placements=PLACEMENTS,
     max_requests=8,
     max_prompt=60,
+    max_tokens=12,
     aborts=False,
     duplicates=0.0,
     roomy=False,
@@ -75,7 +76,9 @@ def scenarios(
     )
     cache = CacheConfig(block_size=draw(st.integers(1, 8)), enable_prefix_caching=draw(st.booleans()))
     return Scenario(
-        requests=draw(request_lists(max_requests=max_requests, max_prompt=max_prompt, aborts=aborts)),
+        requests=draw(
+            request_lists(max_requests=max_requests, max_prompt=max_prompt, max_tokens=max_tokens, aborts=aborts)
+        ),
         spec=draw(models()),
         placement=draw(st.sampled_from(placements)),
         scheduler=scheduler,

@@ -1,0 +1,225 @@
+"""Continuous batching: admission in order, chunks within the budget, preemption from the back, abort in every phase."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from amoe.config import CacheConfig, SchedulerConfig
+from amoe.core.batcher import Batcher
+from amoe.core.sequence import SequenceStatus
+from amoe.types import SamplingParams
+
+PARAMS = SamplingParams(max_tokens=32)
+
+
+def make(*, rows=4, budget=16, blocks=8, block_size=4, caching=False):
+    scheduler = SchedulerConfig(max_num_seqs=rows, max_num_batched_tokens=budget)
+    return Batcher(scheduler, CacheConfig(block_size=block_size, enable_prefix_caching=caching), blocks, 64, 1)
+
+
+def add(batcher, request_id, length, first=0):
+    return batcher.add(request_id, np.arange(first, first + length, dtype=np.int32), PARAMS)
+
+
+def finish_chunks(batcher, entry):
+    """The model has run on the chunks of an entry."""
+    for chunk in entry.chunks:
+        batcher.finish_chunk(int(chunk[-1]))
+
+
+def sample(batcher, *sequences, token=7, finished=False):
+    """The head has run on these sequences."""
+    slots = np.asarray([sequence.slots[0] for sequence in sequences], np.int32)
+    batcher.extend(slots, np.full(len(slots), token), np.full(len(slots), finished))
+
+
+def prefilled(batcher, sequence):
+    """Bring a sequence behind its first sampled token."""
+    while sequence.status is not SequenceStatus.DECODE:
+        finish_chunks(batcher, batcher.start())
+    sample(batcher, sequence)
+
+
+def assert_empty(batcher):
+    batcher.blocks.check()
+    assert batcher.blocks.num_used == 0
+    assert batcher.slots.num_free == batcher.slots.num_slots
+    assert batcher.table.num_free_rows == len(batcher.table.sequences)
+    assert not batcher.running
+    assert not batcher.waiting
+    assert not batcher.members
+    assert batcher.start().num_tokens == 0
+
+
+def positions(batcher, slots):
+    return batcher.tokens.position[slots].tolist()
+
+
+def test_a_prompt_goes_in_chunks_one_at_a_time_and_only_its_last_token_is_sampled():
+    batcher = make(budget=4)
+    sequence = add(batcher, 1, 10)
+    seen = []
+    for _ in range(3):
+        entry = batcher.start()
+        assert len(entry.chunks) == 1
+        assert batcher.start().num_tokens == 0, "one chunk of a sequence at a time"
+        chunk = entry.chunks[0]
+        seen += positions(batcher, chunk)
+        assert batcher.tokens.wants_logits[chunk].tolist() == [p == 9 for p in positions(batcher, chunk)]
+        finish_chunks(batcher, entry)
+    assert seen == list(range(10))
+    assert sequence.status is SequenceStatus.DECODE
+    assert batcher.slots.num_free == batcher.slots.num_slots - 1
+    sample(batcher, sequence)
+    assert positions(batcher, batcher.start().decodes) == [10]
+
+
+def test_the_budget_bounds_prompt_tokens_in_flight_over_all_sequences():
+    batcher = make(budget=6)
+    first, second = add(batcher, 1, 4), add(batcher, 2, 4)
+    entry = batcher.start()
+    assert [len(chunk) for chunk in entry.chunks] == [4, 2]
+    assert batcher.start().num_tokens == 0
+    finish_chunks(batcher, entry)
+    assert first.status is SequenceStatus.DECODE
+    assert [len(chunk) for chunk in batcher.start().chunks] == [2]
+    assert second.status is SequenceStatus.PREFILL
+
+
+def test_admission_is_in_order_of_arrival_even_if_a_later_one_would_fit():
+    batcher = make(blocks=4, rows=4)
+    add(batcher, 1, 8)
+    big, small = add(batcher, 2, 12), add(batcher, 3, 1)
+    batcher.start()
+    assert [s.request_id for s in batcher.running.values()] == [1]
+    assert list(batcher.waiting) == [big, small]
+
+
+def test_no_more_sequences_than_rows():
+    batcher = make(rows=2)
+    for request_id in range(3):
+        add(batcher, request_id, 1)
+    batcher.start()
+    assert len(batcher.running) == 2
+    batcher.abort(0)
+    batcher.start()
+    assert sorted(batcher.running) == [1, 2]
+
+
+def test_the_latest_is_preempted_and_comes_back_with_all_its_tokens():
+    batcher = make(blocks=3, block_size=2)
+    first, second = add(batcher, 1, 2), add(batcher, 2, 2, first=50)
+    prefilled(batcher, first)
+    prefilled(batcher, second)
+    entry = batcher.start()  # both need a second block, and there is one
+    assert batcher.num_preemptions == 1
+    assert second.status is SequenceStatus.WAITING
+    assert second.token_ids.tolist() == [50, 51, 7]
+    assert second.prompt_len == 2
+    assert len(entry.decodes) == 1
+    assert batcher.start().num_tokens == 0, "there is no room for it yet"
+    sample(batcher, first, finished=True)
+    entry = batcher.start()
+    assert positions(batcher, entry.chunks[0]) == [0, 1, 2]
+    finish_chunks(batcher, entry)
+    sample(batcher, second, finished=True)
+    assert_empty(batcher)
+
+
+def test_whoever_is_preempted_first_comes_back_last():
+    batcher = make(blocks=4, block_size=2, rows=4)
+    sequences = [add(batcher, request_id, 2) for request_id in range(4)]
+    for sequence in sequences:
+        while sequence.status is not SequenceStatus.DECODE:
+            finish_chunks(batcher, batcher.start())
+    sample(batcher, *sequences)
+    entry = batcher.start()
+    assert len(entry.decodes) == 2
+    assert [s.request_id for s in batcher.waiting] == [2, 3]
+    add(batcher, 9, 1)
+    assert [s.request_id for s in batcher.waiting] == [2, 3, 9]
+
+
+def test_a_prompt_in_flight_is_preempted_for_an_earlier_sequence():
+    batcher = make(blocks=3, block_size=2)
+    first, second = add(batcher, 1, 2), add(batcher, 2, 4)
+    entry = batcher.start()
+    batcher.finish_chunk(int(entry.chunks[0][-1]))
+    sample(batcher, first)
+    assert len(second.slots) == 4, "its chunk is in flight"
+    assert len(batcher.start().decodes) == 1
+    assert second.status is SequenceStatus.WAITING
+    assert batcher._prefill_in_flight == 0
+    assert second.token_ids.tolist() == [0, 1, 2, 3]
+    sample(batcher, first, finished=True)
+    batcher.start()
+    assert second.status is SequenceStatus.PREFILL
+
+
+def abort_while(phase, batcher, sequence):
+    """Bring the sequence into a phase."""
+    if phase == "waiting":
+        return
+    entry = batcher.start()
+    if phase == "chunk in flight":
+        return
+    finish_chunks(batcher, entry)
+    if phase == "between chunks":
+        return
+    finish_chunks(batcher, batcher.start())
+    if phase == "on its way to the head":
+        return
+    sample(batcher, sequence)
+    if phase == "decode due":
+        return
+    batcher.start()
+
+
+@pytest.mark.parametrize(
+    "phase",
+    ["waiting", "chunk in flight", "between chunks", "on its way to the head", "decode due", "decode in flight"],
+)
+@pytest.mark.parametrize("caching", [False, True])
+def test_abort_frees_everything_at_any_stage(phase, caching):
+    batcher = make(budget=4, caching=caching)
+    sequence = add(batcher, 1, 8)
+    abort_while(phase, batcher, sequence)
+    assert batcher.abort(1) is sequence
+    assert sequence.status is SequenceStatus.FINISHED
+    assert batcher.abort(1) is None, "there is one end"
+    assert_empty(batcher)
+
+
+def test_a_shared_prefix_is_computed_once_and_outlives_the_one_who_computed_it():
+    batcher = make(caching=True, budget=32)
+    first = add(batcher, 1, 9)
+    prefilled(batcher, first)
+    second = add(batcher, 2, 9)
+    entry = batcher.start()
+    assert second.num_cached_tokens == 8
+    assert positions(batcher, entry.chunks[0]) == [8]
+    assert second.blocks[:2] == first.blocks[:2]
+    batcher.abort(1)
+    third = add(batcher, 3, 9)
+    batcher.start()
+    assert third.blocks[:2] == second.blocks[:2]
+    assert third.blocks[2] != second.blocks[2]
+    assert (batcher.blocks.num_queries, batcher.blocks.num_hits) == (27, 16)
+
+
+def test_cached_tokens_are_those_of_the_first_admission():
+    batcher = make(blocks=3, block_size=2, caching=True)
+    first, second = add(batcher, 1, 2), add(batcher, 2, 2, first=50)
+    prefilled(batcher, first)
+    prefilled(batcher, second)
+    batcher.start()
+    assert second.status is SequenceStatus.WAITING
+    sample(batcher, first, finished=True)
+    entry = batcher.start()
+    assert positions(batcher, entry.chunks[0]) == [2], "its own first block was still there"
+    assert second.num_cached_tokens == 0
+
+
+def test_an_unknown_request_is_not_aborted():
+    assert make().abort(5) is None
