@@ -133,7 +133,9 @@ async def _serve(config: EngineConfig, options: ServerOptions) -> None:
         try:
             with LoadingProgress(f"loading {config.model}") as progress:
                 ready = await _unless_requested(signals, cluster.start(progress))
-            model = ModelInfo(name=options.model_names[0], max_model_len=_max_model_len(config, ready), vocab_size=vocab_size)
+            model = ModelInfo(
+                name=options.model_names[0], max_model_len=_max_model_len(config, ready), vocab_size=vocab_size
+            )
             engine = AsyncEngine(cluster.channels, config, tokenizer, model)
             cluster.on_death = lambda _, reason: engine.die(reason)
             engine.run()

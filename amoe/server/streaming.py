@@ -15,7 +15,12 @@ from amoe.engine.generation import GenerationDelta
 from amoe.server.encoding import DONE, event
 from amoe.server.errors import describe
 
-CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
+
+class NoResponse(Response):
+    """For a client that has gone: nothing is sent."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pass
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -38,7 +43,7 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Respon
         await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return NoResponse()
     finally:
         await _cancel(task, watcher)
 
