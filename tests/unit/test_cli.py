@@ -1,0 +1,109 @@
+"""The command line: flags to configuration, and mistakes in one line."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from amoe import __version__, cli
+from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.server import cli as server_cli
+from tests.fake_workers import make_tokenizer
+
+
+def parse(*argv: str):
+    return cli.build_parser("serve").parse_args(["serve", *argv])
+
+
+def test_no_flags_are_the_defaults():
+    assert server_cli.engine_config(parse(), "m") == EngineConfig(model="m")
+
+
+def test_every_flag():
+    flags = """
+        --dtype float32 --device cuda:1 --max-model-len 4k --seed 3 --threads-per-worker 2 --max-waiting 7
+        --attention-workers 2 --expert-workers 3 --schedule defrag --defrag-decay 0.5 --defrag-lookahead 2
+        --max-wait 0.1 --max-num-seqs 8 --max-num-batched-tokens 1K --block-size 32 --num-kv-blocks 99
+        --kv-cache-memory-bytes 2G --no-enable-prefix-caching
+    """
+    args = parse("m", *flags.split())
+    assert server_cli.engine_config(args, "m") == EngineConfig(
+        model="m",
+        dtype="float32",
+        device="cuda:1",
+        max_model_len=4000,
+        threads_per_worker=2,
+        max_waiting=7,
+        seed=3,
+        placement=PlacementConfig(attention_workers=2, expert_workers=3),
+        scheduler=SchedulerConfig(
+            schedule="defrag",
+            defrag_decay=0.5,
+            defrag_lookahead=2,
+            max_wait_s=0.1,
+            max_num_seqs=8,
+            max_num_batched_tokens=1024,
+        ),
+        cache=CacheConfig(block_size=32, num_blocks=99, kv_cache_bytes=2 * 1024**3, enable_prefix_caching=False),
+    )
+    args = parse("--colocated", "2", "--schedule", "lockstep", "--micro-batches", "2")
+    config = server_cli.engine_config(args, "m")
+    assert config.placement == PlacementConfig(colocated=2)
+    assert config.scheduler == SchedulerConfig(schedule="lockstep", micro_batches=2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--colocated", "2", "--expert-workers", "1"], "--colocated excludes"),
+        (["--attention-workers", "2"], "--expert-workers"),
+        (["--micro-batches", "2"], "--micro-batches"),
+        (["--max-num-seqs", "0"], "--max-num-seqs"),
+        (["/does/not/exist"], "is not a directory"),
+    ],
+)
+def test_mistakes_are_one_line(argv, message, capsys):
+    assert cli.main(["serve", *argv]) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.startswith("amoe: error: ")
+    assert output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["--port", "99999"], ["--max-num-seqs", "many"], ["--schedule", "x"], ["--nope"]])
+def test_mistakes_of_syntax(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["serve", *argv])
+    assert caught.value.code == 2
+    assert "amoe serve: error" in capsys.readouterr().err or "--nope" in argv
+
+
+def test_not_a_checkpoint(tmp_path, capsys):
+    assert cli.main(["serve", str(tmp_path)]) == 2
+    assert "config.json" in capsys.readouterr().err
+    make_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    assert cli.main(["serve", str(tmp_path)]) == 2
+    assert "llama" in capsys.readouterr().err.lower()
+
+
+def test_taken_port(checkpoint_factory, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", str(checkpoint_factory("qwen3_moe")), "--port", str(port)]) == 2
+    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in capsys.readouterr().err
+
+
+def test_human_numbers():
+    assert [server_cli.human_int(text) for text in ("7", "2k", "2K", "1m", "1M")] == [7, 2000, 2048, 10**6, 2**20]
+
+
+def test_version_and_help_do_not_load_torch():
+    code = "import sys; from amoe import cli\ntry: cli.main(['--version'])\nfinally: assert 'torch' not in sys.modules"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout == f"amoe {__version__}\n"

@@ -1,0 +1,160 @@
+"""The names are an interface: dashboards and alerts are written against them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from amoe.metrics import EngineMetrics, one_two_five_buckets
+from amoe.stats import (
+    BATCH_SIZE_EDGES,
+    JOIN_WAIT_EDGES,
+    LayerHistograms,
+    QueueSnapshot,
+    WorkerStats,
+)
+
+REQUEST_LABELS = {"model_name", "engine"}
+BLOCK_LABELS = {"worker", "block", "layer"}
+GOLDEN = {
+    "amoe:admission_rejections": ("counter", {"model_name", "reason"}),
+    "amoe:block_batch_size": ("histogram", BLOCK_LABELS),
+    "amoe:e2e_request_latency_seconds": ("histogram", REQUEST_LABELS),
+    "amoe:engine_healthy": ("gauge", {"model_name"}),
+    "amoe:expert_pairs": ("counter", {"layer", "expert", "worker"}),
+    "amoe:generation_tokens": ("counter", REQUEST_LABELS),
+    "amoe:inter_token_latency_seconds": ("histogram", REQUEST_LABELS),
+    "amoe:join_wait_seconds": ("histogram", BLOCK_LABELS),
+    "amoe:kv_cache_usage_perc": ("gauge", REQUEST_LABELS),
+    "amoe:micro_queue_age_seconds": ("gauge", BLOCK_LABELS),
+    "amoe:micro_queue_depth": ("gauge", BLOCK_LABELS),
+    "amoe:num_preemptions": ("counter", REQUEST_LABELS),
+    "amoe:num_requests_running": ("gauge", REQUEST_LABELS),
+    "amoe:num_requests_waiting": ("gauge", REQUEST_LABELS),
+    "amoe:prefix_cache_hits": ("counter", REQUEST_LABELS),
+    "amoe:prefix_cache_queries": ("counter", REQUEST_LABELS),
+    "amoe:prompt_tokens": ("counter", REQUEST_LABELS),
+    "amoe:prompt_tokens_cached": ("counter", REQUEST_LABELS),
+    "amoe:request_decode_time_seconds": ("histogram", REQUEST_LABELS),
+    "amoe:request_generation_tokens": ("histogram", REQUEST_LABELS),
+    "amoe:request_prompt_tokens": ("histogram", REQUEST_LABELS),
+    "amoe:request_success": ("counter", REQUEST_LABELS | {"finished_reason"}),
+    "amoe:request_time_per_output_token_seconds": ("histogram", REQUEST_LABELS),
+    "amoe:time_to_first_token_seconds": ("histogram", REQUEST_LABELS),
+    "amoe:token_slots_used": ("gauge", REQUEST_LABELS),
+    "amoe:worker_busy_seconds": ("counter", {"worker"}),
+    "amoe:worker_steps": ("counter", {"worker"}),
+}
+
+
+@pytest.fixture
+def metrics() -> EngineMetrics:
+    """Every series, with known values."""
+    metrics = EngineMetrics("m", max_model_len=100)
+    metrics.prepare([0, 1])
+    metrics.first_token(1, 0.03, num_prompt_tokens=7, num_cached_tokens=4)
+    metrics.tokens(1, 1, None)
+    metrics.tokens(1, 2, 0.2)
+    metrics.finished(1, "length", seconds=0.4, decode_seconds=0.3, num_prompt_tokens=7, num_generated_tokens=3)
+    metrics.finished(0, "abort", seconds=1.0, decode_seconds=None, num_prompt_tokens=5, num_generated_tokens=0)
+    metrics.rejected("queue_full")
+    batch_sizes, joins = LayerHistograms(2, BATCH_SIZE_EDGES), LayerHistograms(2, JOIN_WAIT_EDGES)
+    for size in (1, 2, 3, 5000):
+        batch_sizes.observe(1, size)
+    joins.observe_many(0, np.array([1e-4, 0.02]))
+    metrics.worker(WorkerStats(rank=0, role="attention", num_running=9))
+    metrics.worker(
+        WorkerStats(
+            rank=0,
+            role="attention",
+            num_running=3,
+            num_waiting=2,
+            kv_blocks_used=5,
+            kv_blocks_total=20,
+            num_preemptions=1,
+            prefix_queries=70,
+            prefix_hits=40,
+            steps=12,
+            busy_s=1.5,
+            queues=[QueueSnapshot("attention", 1, 4, 0.25)],
+            batch_sizes=batch_sizes.snapshot("attention"),
+            join_waits=joins.snapshot("experts"),
+        )
+    )
+    metrics.worker(WorkerStats(rank=1, role="experts", steps=3, expert_pairs=[[0, 8], [2, 0]]))
+    return metrics
+
+
+def samples(metrics: EngineMetrics) -> dict[str, float]:
+    """`name{label=value,...}` without the model's name, to value."""
+    found = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for sample in family.samples:
+            labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()) if k != "model_name")
+            found[f"{sample.name}{{{labels}}}"] = sample.value
+    return found
+
+
+def test_names_types_and_labels(metrics: EngineMetrics):
+    families = list(text_string_to_metric_families(metrics.render().decode()))
+    found = {}
+    for family in families:
+        labels = {label for sample in family.samples for label in sample.labels if label != "le"}
+        found[family.name] = (family.type, labels)
+        assert family.documentation
+    assert found == GOLDEN
+
+
+def test_request_values(metrics: EngineMetrics):
+    found = samples(metrics)
+    assert found["amoe:prompt_tokens_total{engine=1}"] == 7
+    assert found["amoe:prompt_tokens_cached_total{engine=1}"] == 4
+    assert found["amoe:generation_tokens_total{engine=1}"] == 3
+    assert found["amoe:generation_tokens_total{engine=0}"] == 0
+    assert found["amoe:request_success_total{engine=1,finished_reason=length}"] == 1
+    assert found["amoe:request_success_total{engine=0,finished_reason=abort}"] == 1
+    assert found["amoe:time_to_first_token_seconds_sum{engine=1}"] == 0.03
+    assert found["amoe:time_to_first_token_seconds_bucket{engine=1,le=0.02}"] == 0
+    assert found["amoe:time_to_first_token_seconds_bucket{engine=1,le=0.04}"] == 1
+    assert found["amoe:inter_token_latency_seconds_count{engine=1}"] == 1
+    assert found["amoe:request_time_per_output_token_seconds_sum{engine=1}"] == pytest.approx(0.15)
+    assert found["amoe:request_decode_time_seconds_count{engine=0}"] == 0
+    assert found["amoe:e2e_request_latency_seconds_count{engine=0}"] == 1
+    assert found["amoe:admission_rejections_total{reason=queue_full}"] == 1
+
+
+def test_worker_values(metrics: EngineMetrics):
+    found = samples(metrics)
+    assert found["amoe:num_requests_running{engine=0}"] == 3
+    assert found["amoe:num_requests_waiting{engine=0}"] == 2
+    assert found["amoe:kv_cache_usage_perc{engine=0}"] == 0.25
+    assert found["amoe:num_preemptions_total{engine=0}"] == 1
+    assert found["amoe:prefix_cache_hits_total{engine=0}"] == 40
+    assert found["amoe:micro_queue_depth{block=attention,layer=1,worker=0}"] == 4
+    assert found["amoe:micro_queue_age_seconds{block=attention,layer=1,worker=0}"] == 0.25
+    assert found["amoe:worker_steps_total{worker=1}"] == 3
+    assert found["amoe:worker_busy_seconds_total{worker=0}"] == 1.5
+    assert found["amoe:expert_pairs_total{expert=1,layer=0,worker=1}"] == 8
+    assert "amoe:num_requests_running{engine=1}" not in found  # an expert worker has no requests
+    assert "amoe:expert_pairs_total{expert=0,layer=0,worker=1}" not in found
+
+
+def test_histograms_of_workers_are_cumulative(metrics: EngineMetrics):
+    found = samples(metrics)
+    bucket = "amoe:block_batch_size_bucket{{block=attention,layer=1,le={},worker=0}}"
+    assert [found[bucket.format(le)] for le in ("1.0", "2.0", "4.0", "2048.0", "+Inf")] == [1, 2, 3, 3, 4]
+    assert found["amoe:block_batch_size_count{block=attention,layer=1,worker=0}"] == 4
+    assert found["amoe:block_batch_size_sum{block=attention,layer=1,worker=0}"] == 5006
+    bucket = "amoe:join_wait_seconds_bucket{{block=experts,layer=0,le={},worker=0}}"
+    assert [found[bucket.format(le)] for le in ("0.0001", "0.01", "0.025", "+Inf")] == [1, 1, 2, 2]
+
+
+def test_engines_do_not_share_series():
+    EngineMetrics("a", 10).rejected("queue_full")
+    assert "queue_full" not in EngineMetrics("a", 10).render().decode()
+
+
+def test_one_two_five_buckets():
+    assert one_two_five_buckets(100) == [1, 2, 5, 10, 20, 50, 100]
+    assert one_two_five_buckets(2048)[-1] == 2000
