@@ -40,12 +40,12 @@ from amoe.config import (
     SchedulerConfig,
 )
 from amoe.engine.tokenizer import Tokenizer
-from amoe.errors import AmoeError, ConfigError, RequestError
+from amoe.errors import ConfigError
 from amoe.models.config import load_model_config
 from amoe.types import SamplingParams
 
 BUILTIN = "builtin"
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -146,24 +146,13 @@ def _schedules(text: str) -> list[str]:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    """`amoe bench serve`. Returns the exit status: 0 if every request was answered."""
-    return _guarded(lambda: asyncio.run(_serve(args)))
+    """`amoe bench serve`. Returns the exit status: 0 if every request was answered. Raises `AmoeError`."""
+    return asyncio.run(_serve(args))
 
 
 def run_offline(args: argparse.Namespace) -> int:
-    """`amoe bench offline`. Returns the exit status: 0 if every request was answered."""
-    return _guarded(lambda: asyncio.run(_offline(args)))
-
-
-def _guarded(run: Callable[[], int]) -> int:
-    console = Console(stderr=True)
-    try:
-        return run()
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except (AmoeError, OSError) as error:
-        console.print(f"amoe bench: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return EXIT_USAGE if isinstance(error, ConfigError | RequestError) else EXIT_FAILED
+    """`amoe bench offline`. Returns the exit status: 0 if every request was answered. Raises `AmoeError`."""
+    return asyncio.run(_offline(args))
 
 
 async def _serve(args: argparse.Namespace) -> int:
@@ -200,7 +189,6 @@ async def _serve(args: argparse.Namespace) -> int:
 async def _offline(args: argparse.Namespace) -> int:
     clock = MonotonicClock()
     config = _engine_config(args)
-    machine = Machine.here(clock)
     vocab_size = load_model_config(config.model).vocab_size
     tokenizer = Tokenizer(config.model)
     _check_length(args, args.max_model_len)
@@ -211,6 +199,8 @@ async def _offline(args: argparse.Namespace) -> int:
         concurrency=args.batch or len(specs),
         params=SamplingParams(temperature=args.temperature, top_p=args.top_p, ignore_eos=args.ignore_eos),
     )
+
+    machine = Machine.here(clock)
 
     def make_progress(title: str) -> contextlib.AbstractContextManager[Progress]:
         return ProgressDisplay(Console(stderr=True), title, len(specs))
@@ -223,9 +213,12 @@ async def _offline(args: argparse.Namespace) -> int:
     comparisons = compare(rounds) if rounds else []
     if len(rounds) > 1:
         print_comparison(console, comparisons, args.rounds)
-    bandwidths = [r.memory_bandwidth / 1e9 for r in rounds]
-    if bandwidths:
+    if rounds:
+        bandwidths = [r.memory_bandwidth / 1e9 for r in rounds]
         console.print(f"memory bandwidth before the runs: {min(bandwidths):.1f} to {max(bandwidths):.1f} GB/s read")
+        console.print(
+            f"busiest expert of a layer: {np.nanmean([r.expert_imbalance for r in rounds]):.2f} times the mean"
+        )
     if args.json:
         results: dict[str, Any] = {
             "rounds": [asdict(r) for r in rounds],

@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from amoe.bench.load import LoadGenerator, LoadResult, Progress
 from amoe.bench.record import RequestRecord, summarise
 from amoe.bench.report import Round, memory_bandwidth
@@ -18,8 +21,11 @@ from amoe.cluster.local import LocalCluster
 from amoe.config import EngineConfig, ScheduleName, SchedulerConfig
 from amoe.engine.async_engine import AsyncEngine, ModelInfo
 from amoe.engine.tokenizer import Tokenizer
+from amoe.engine.worker import HEARTBEAT_S
 from amoe.errors import AmoeError
+from amoe.metrics import EngineMetrics
 from amoe.models.config import load_model_config
+from amoe.stats import WorkerStats
 from amoe.types import SamplingParams
 
 PROBE_THREADS = 2
@@ -73,10 +79,35 @@ class EngineSender:
             record.failure = f"{type(error).__name__}: {error}"
 
 
+class WorkerStatsKeeper(EngineMetrics):
+    """Metrics that keep the latest statistics of each worker."""
+
+    def __init__(self, model_name: str, max_model_len: int) -> None:
+        super().__init__(model_name, max_model_len)
+        self.latest: dict[int, WorkerStats] = {}
+
+    def worker(self, stats: WorkerStats) -> None:
+        """A worker has said how it is."""
+        super().worker(stats)
+        self.latest[stats.rank] = stats
+
+    async def expert_imbalance(self) -> float:
+        """Pairs of the busiest expert of a layer divided by the layer's mean, averaged over the layers."""
+        await asyncio.sleep(2 * HEARTBEAT_S)  # statistics come with heartbeats
+        per_worker = [
+            np.asarray(stats.expert_pairs, np.float64) for stats in self.latest.values() if stats.expert_pairs
+        ]
+        return expert_imbalance(sum(per_worker, np.zeros((1, 1))))
+
+
+def expert_imbalance(pairs: npt.NDArray[np.float64]) -> float:
+    """Greatest over mean of each layer, averaged over the layers that have any. pairs: [num_layers, num_experts]."""
+    used = pairs[pairs.sum(axis=1) > 0]
+    return float((used.max(axis=1) / used.mean(axis=1)).mean()) if len(used) else float("nan")
+
+
 @contextlib.asynccontextmanager
-async def running_engine(
-    config: EngineConfig, on_loading: Callable[[int, int], None] | None = None
-) -> AsyncIterator[AsyncEngine]:
+async def running_engine(config: EngineConfig) -> AsyncIterator[tuple[AsyncEngine, WorkerStatsKeeper]]:
     """An engine and its workers, which are gone afterwards.
 
     Raises:
@@ -86,15 +117,16 @@ async def running_engine(
     tokenizer = Tokenizer(config.model)
     vocab_size = load_model_config(config.model).vocab_size
     cluster = LocalCluster(config)
-    ready = await cluster.start(on_loading)
+    ready = await cluster.start()
     try:
         max_model_len = min(ready[rank].max_model_len for rank in config.placement.attention_ranks)
         info = ModelInfo(name=Path(config.model).name, max_model_len=max_model_len, vocab_size=vocab_size)
-        engine = AsyncEngine(cluster.channels, config, tokenizer, info)
-        cluster.on_death = lambda rank, reason: engine.die(f"worker {rank}: {reason}")
+        metrics = WorkerStatsKeeper(info.name, max_model_len)
+        engine = AsyncEngine(cluster.channels, config, tokenizer, info, metrics=metrics)
+        cluster.on_death = lambda _, reason: engine.die(reason)
         engine.run()
         try:
-            yield engine
+            yield engine, metrics
         finally:
             await engine.close()
     finally:
@@ -148,14 +180,23 @@ async def run_rounds(
             title = f"{schedule}, round {number + 1}/{num_rounds}"
             bandwidth = memory_bandwidth(clock, PROBE_THREADS)
             try:
-                async with running_engine(run_config) as engine:
+                async with running_engine(run_config) as (engine, metrics):
                     with make_progress(title) as progress:
                         result = await measure(engine, plan, clock, progress)
+                    imbalance = float("nan") if result.interrupted else await metrics.expert_imbalance()
             except asyncio.CancelledError:  # while workers start or stop
                 return rounds
             if result.records:
                 figures = summarise(result.records)
-                rounds.append(Round(variant=schedule, number=number, figures=figures, memory_bandwidth=bandwidth))
+                rounds.append(
+                    Round(
+                        variant=schedule,
+                        number=number,
+                        figures=figures,
+                        memory_bandwidth=bandwidth,
+                        expert_imbalance=imbalance,
+                    )
+                )
             if result.interrupted:
                 return rounds
     return rounds

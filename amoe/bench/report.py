@@ -139,12 +139,14 @@ class Round:
         number: of the round, from 0.
         figures: of the run.
         memory_bandwidth: bytes per second, just before it.
+        expert_imbalance: pairs of a layer's busiest expert over the layer's mean, averaged over layers; NaN: unknown.
     """
 
     variant: str
     number: int
     figures: Figures
     memory_bandwidth: float
+    expert_imbalance: float = float("nan")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

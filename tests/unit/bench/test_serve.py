@@ -162,18 +162,18 @@ def test_failures_are_shown_and_set_the_exit_status(run, capsys):
     assert "3 × failed: HTTP 503: full" in capsys.readouterr().out
 
 
-def test_lengths_that_the_model_cannot_hold_are_refused(run, capsys):
+def test_lengths_that_the_model_cannot_hold_are_refused(run):
     server = FakeServer(whole_answer)
-    assert run(server, "--input-len", "40", "--output-len", "40") == 2
-    assert "limit is 64" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="limit is 64"):
+        run(server, "--input-len", "40", "--output-len", "40")
     assert server.requests == []
 
 
-def test_wrong_flags_are_a_message(run, capsys):
-    assert run(FakeServer(whole_answer), "--request-rate", "0", "--input-len", "4", "--output-len", "4") == 2
-    assert "--request-rate" in capsys.readouterr().err
-    assert run(FakeServer(whole_answer), "--range-ratio", "2") == 2
-    assert "--range-ratio" in capsys.readouterr().err
+def test_wrong_flags_are_a_message(run):
+    with pytest.raises(ConfigError, match="--request-rate"):
+        run(FakeServer(whole_answer), "--request-rate", "0", "--input-len", "4", "--output-len", "4")
+    with pytest.raises(ConfigError, match="--range-ratio"):
+        run(FakeServer(whole_answer), "--range-ratio", "2")
 
 
 async def test_an_interrupted_run_shows_what_it_has():
