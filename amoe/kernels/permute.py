@@ -49,6 +49,19 @@ class PairPlan:
         """Where each expert's pairs begin in sorted order, and P at the end: one more than `experts`."""
         return [0, *np.cumsum(self.counts, dtype=np.int64).tolist()]
 
+    def padded(self, num_experts: int, rows: int) -> tuple[Int64Array, Int64Array]:
+        """The same pairs with `rows` places for each of `num_experts` local experts.
+
+        Returns:
+            token_rows [num_experts * rows], token 0 where a place is empty; and pair_positions [P] among those places.
+        """
+        counts = np.array(self.counts)
+        rank = np.arange(self.num_pairs) - np.repeat(np.cumsum(counts) - counts, counts)  # within its expert
+        places = np.repeat(np.array(self.experts) * rows, counts) + rank
+        token_rows = np.zeros(num_experts * rows, np.int64)
+        token_rows[places] = self.token_rows
+        return token_rows, places[self.pair_positions]
+
 
 def plan_pairs(
     expert_ids: npt.NDArray[np.int16] | Int64Array, weights: Float32Array, local_index: Int64Array
@@ -82,7 +95,7 @@ def plan_pairs(
         experts=present.tolist(),
         counts=pairs_per_expert[present].tolist(),
         pair_positions=positions,
-        pair_weights=np.ascontiguousarray(pair_weights, np.float32),
+        pair_weights=np.array(pair_weights, np.float32),  # a copy: the wire's buffer is read-only and will be reused
         token_offsets=np.searchsorted(rows, np.arange(num_tokens)),
     )
 

@@ -15,6 +15,7 @@ def parse(hf: dict[str, Any]) -> ModelConfig:
     """Translate the object in `config.json`. Raises `CheckpointError` for what cannot be served."""
     options = Options(hf)
     fields = common_fields(options, max_position=4096, rms_norm_eps=1e-5, eos_token_id=50279)
+    options.refuse_sliding_window(fields["max_position_embeddings"])
     return ModelConfig(
         architecture=NAME,
         intermediate_size=0,

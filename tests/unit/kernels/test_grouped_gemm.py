@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from amoe.kernels import grouped_gemm
 from amoe.kernels.grouped_gemm import expert_views, grouped_experts, grouped_experts_reference
 from amoe.kernels.permute import plan_pairs
 
@@ -32,14 +33,32 @@ def make_case(seed, num_tokens, top_k, num_experts, hidden, size, absent=0.2, dt
     hidden=st.sampled_from([5, 16, 33]),
     size=st.sampled_from([3, 8, 21]),
     absent=st.sampled_from([0.0, 0.4, 1.0]),
+    padded=st.booleans(),
 )
-def test_equals_the_oracle(seed, num_tokens, top_k, extra, hidden, size, absent):
+def test_equals_the_oracle(seed, num_tokens, top_k, extra, hidden, size, absent, padded):
     x, ids, weights, w13, w2 = make_case(seed, num_tokens, top_k, top_k + extra, hidden, size, absent)
     plan = plan_pairs(ids, weights, np.arange(len(w13)))
     kept = x.clone()
-    ours = grouped_experts(x, plan, w13, w2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped_gemm, "_padding_pays", lambda plan, w13: padded)
+        ours = grouped_experts(x, plan, w13, w2)
     torch.testing.assert_close(ours, grouped_experts_reference(x, plan, w13, w2), atol=2e-5, rtol=1e-4)
     assert torch.equal(x, kept), "the inputs belong to the caller"
+
+
+def test_padding_is_for_few_rows_over_most_experts():
+    def pays(counts, num_experts):
+        ids = np.repeat(np.arange(len(counts)), counts)[:, None].astype(np.int16)
+        plan = plan_pairs(ids, np.ones(ids.shape, np.float32), np.arange(num_experts))
+        w13 = torch.empty(num_experts, 2, 1, dtype=torch.bfloat16)
+        assert not grouped_gemm._padding_pays(plan, w13.float())
+        return grouped_gemm._padding_pays(plan, w13)
+
+    assert pays([2, 2, 3, 1], 4)
+    assert pays([2, 2, 3, 0], 4)
+    assert not pays([1, 1, 0, 0], 4), "it would read the weights of experts that nobody asked for"
+    assert not pays([17, 17, 17, 17], 4), "the products are worth a call each"
+    assert not pays([16, 1, 1, 1, 1, 1, 1, 1], 8), "most of the rows would be padding"
 
 
 def test_bfloat16_is_summed_in_float32():

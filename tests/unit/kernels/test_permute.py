@@ -56,6 +56,16 @@ def test_offsets_bound_each_experts_pairs():
     assert plan.token_rows.tolist() == [0, 1, 2, 0, 2]
 
 
+def test_the_plan_owns_its_arrays():
+    """Ids and weights are views of a receive buffer: read-only, and overwritten by the next message."""
+    ids, weights = np.array([[1, 0]], np.int16), np.array([[0.25, 0.75]], np.float32)
+    ids.flags.writeable = False
+    plan = plan_pairs(ids, weights, np.arange(2))
+    weights[:] = 0
+    assert plan.pair_weights.tolist() == [0.25, 0.75]
+    assert all(getattr(plan, name).flags.writeable for name in ("token_rows", "pair_positions", "token_offsets"))
+
+
 def test_16_tokens_of_top_8_take_well_under_a_step():
     """Measured 25 µs; the bound leaves room for a loaded machine but not for a loop over tokens."""
     rng = np.random.default_rng(0)
