@@ -14,13 +14,13 @@ from amoe.config import EngineConfig, PlacementConfig
 
 
 async def main() -> None:
-    config = EngineConfig(model=sys.argv[1], placement=PlacementConfig(attention_workers=1, expert_workers=2))
+    config = EngineConfig(model=sys.argv[1], placement=PlacementConfig(attention_workers=1, expert_workers=1))
     cluster = LocalCluster(config, entry="fake_worker:build_worker", ring_bytes=1 << 20)
     signals = ShutdownSignals(cluster.kill)
     signals.install()
 
     def on_progress(done: int, total: int) -> None:
-        if total == 300:
+        if total == 200:
             print("loading", *cluster.pids, flush=True)
 
     await cluster.start(on_progress)
