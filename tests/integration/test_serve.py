@@ -1,0 +1,132 @@
+"""`amoe serve` as users run it: real processes, signals and a real model, a tiny one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+
+class Served:
+    """A running `amoe serve`."""
+
+    def __init__(self, model: Path, *flags: str) -> None:
+        command = [sys.executable, "-m", "amoe.cli", "serve", str(model), "--port", "0", *flags]
+        # A process group of its own, so that a signal to the tests does not reach it.
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        assert self.process.stdout is not None
+        self.output: list[str] = []
+        self.url = self.until_line(r"ready at (http://\S+)")[1]
+        self.workers = psutil.Process(self.process.pid).children(recursive=True)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def until_line(self, pattern: str) -> re.Match[str]:
+        """Wait for a line of output."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output.append(line)
+            if (match := re.match(pattern, line)) is not None:
+                return match
+        raise AssertionError("".join(self.output))
+
+    def wait(self) -> int:
+        """Exit status; checks that no worker is left."""
+        assert self.process.stdout is not None
+        self.output.extend(self.process.stdout)
+        status = self.process.wait()
+        _, alive = psutil.wait_procs(self.workers, timeout=30)
+        assert not alive
+        return status
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+
+@pytest.fixture
+def serve(checkpoint_factory: Callable[..., Path]) -> Iterator[Callable[..., Served]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(*flags: str) -> Served:
+            served = Served(checkpoint_factory("qwen3_moe"), *flags)
+            stack.callback(served.client.close)
+            stack.callback(served.process.kill)
+            return served
+
+        yield start
+
+
+def text_of(stream: openai.Stream) -> tuple[str, str | None]:
+    """The text of a stream of completions, and how it ended."""
+    text, finish_reason = "", None
+    for chunk in stream:
+        text += chunk.choices[0].text
+        finish_reason = chunk.choices[0].finish_reason
+    return text, finish_reason
+
+
+LONG = {"prompt": [5, 6, 7], "max_tokens": 40, "temperature": 0, "extra_body": {"ignore_eos": True}}
+
+
+def test_serves_and_drains(serve: Callable[..., Served]):
+    served = serve("--colocated", "2", "--served-model-name", "tiny", "other")
+    assert [model.id for model in served.client.models.list()] == ["tiny", "other"]
+    assert "amoe: server" in psutil.Process(served.process.pid).cmdline()[0]
+    whole = served.client.completions.create(model="tiny", **LONG)
+    assert whole.usage.completion_tokens == 40
+    assert httpx.get(f"{served.url}/health").status_code == 200
+    assert "amoe:block_batch_size_bucket" in httpx.get(f"{served.url}/metrics").text
+
+    stream = served.client.completions.create(model="other", stream=True, **LONG)
+    first = next(iter(stream))
+    served.workers[0].suspend()
+    served.signal(signal.SIGTERM)
+    served.until_line("shutting down: 1 open")
+    served.workers[0].resume()
+    text, finish_reason = text_of(stream)
+    assert first.choices[0].text + text == whole.choices[0].text
+    assert finish_reason == "length"
+    assert served.wait() == 0
+    assert not [line for line in served.output if "Traceback" in line]
+
+
+def test_dead_worker_is_told_at_once(serve: Callable[..., Served]):
+    served = serve("--expert-workers", "1", "--disable-uvicorn-access-log")
+    assert len(served.workers) >= 2
+    stream = served.client.completions.create(model=None, stream=True, **LONG)
+    next(iter(stream))
+    served.workers[0].suspend()
+    (expert,) = [worker for worker in served.workers if "expert" in " ".join(worker.cmdline())]
+    expert.kill()
+    served.workers[0].resume()
+    with pytest.raises(openai.APIError, match="was killed by SIGKILL"):
+        text_of(stream)
+    assert httpx.get(f"{served.url}/health").status_code == 503
+    with pytest.raises(openai.InternalServerError, match="was killed by SIGKILL"):
+        served.client.completions.create(model=None, **LONG)
+    served.signal(signal.SIGTERM)
+    assert served.wait() == 0
+    assert not [line for line in served.output if "Traceback" in line]
+
+
+def test_second_interrupt_kills(serve: Callable[..., Served]):
+    served = serve()
+    stream = served.client.completions.create(model=None, stream=True, **LONG)
+    next(iter(stream))
+    served.workers[0].suspend()
+    served.signal(signal.SIGINT)
+    served.until_line("shutting down: 1 open")
+    served.signal(signal.SIGINT)
+    assert served.wait() == 130
+    stream.close()
