@@ -373,6 +373,7 @@ class AsyncEngine:
 
     async def _watch(self) -> None:
         last = self._clock.now()
+        stalled: int | None = None
         while True:
             await asyncio.sleep(WATCHDOG_PERIOD_S)
             now = self._clock.now()
@@ -384,4 +385,10 @@ class AsyncEngine:
             if silent is not None:
                 self.die(f"worker {silent} has made no progress for {self._watchdog.heartbeat_timeout_s:g} s")
                 return
+            if self._watchdog.stalled != stalled:
+                stalled = self._watchdog.stalled
+                if stalled is None:
+                    logger.warning("all workers make progress again")
+                else:
+                    logger.error("worker %d has work but runs no block: not healthy", stalled)
             self.metrics.healthy(self.healthy)

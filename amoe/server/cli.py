@@ -25,13 +25,20 @@ def _port(text: str) -> int:
     return int(text)
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, other than "None", which means that the help text says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `serve`; its parser sets `func`."""
     parser = subparsers.add_parser(
         "serve",
         help="serve a model over an OpenAI-compatible HTTP API",
         description="Serve a Mixture-of-Experts model over an OpenAI-compatible HTTP API.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     _add_model_flags(parser)
     _add_placement_flags(parser)
@@ -52,7 +59,12 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dtype", choices=DTYPES, default=engine.dtype, help="auto is the checkpoint's")
     group.add_argument("--device", default=engine.device, help="cpu, cuda, cuda:1; plain cuda spreads the workers")
-    group.add_argument("--max-model-len", type=human_int, metavar="N", help="tokens of prompt and answer together")
+    group.add_argument(
+        "--max-model-len",
+        type=human_int,
+        metavar="N",
+        help="tokens of prompt and answer together; default: what the model was trained for",
+    )
     group.add_argument("--seed", type=int, default=engine.seed, help="base of the seeds of requests that bring none")
 
 

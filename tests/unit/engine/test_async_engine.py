@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
 from amoe.engine import async_engine
-from amoe.engine.async_engine import AsyncEngine
+from amoe.engine.async_engine import AsyncEngine, Generation
 from amoe.engine.generation import GenerationDelta
 from amoe.engine.messages import AbortRequests, Failed, Outputs
 from amoe.errors import AmoeError, EngineDeadError, EngineOverloadedError, RequestError
@@ -280,3 +281,53 @@ async def test_close_ends_what_is_open(make):
     await engine.close()
     with pytest.raises(EngineDeadError, match="has stopped"):
         await read(generation)
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_any_interleaving_ends_every_request_once(make, seed):
+    """Starts, readers, readers that leave, stop strings, refusals and at times a death, in random order."""
+    rng = random.Random(seed)
+    engine, workers = make(num_workers=2, max_num_seqs=3, max_waiting=3)
+    outcomes: list[str] = []
+
+    async def consume(generation: Generation, patience: int) -> None:
+        try:
+            async for delta in generation:
+                await asyncio.sleep(0)
+                patience -= 1
+                if delta.finish_reason is not None:
+                    assert await anext(generation, None) is None
+                    return outcomes.append(delta.finish_reason)
+                if patience == 0:
+                    generation.close()
+                    return outcomes.append("left")
+        except AmoeError:
+            assert await anext(generation, None) is None
+            outcomes.append("error")
+        finally:
+            generation.close()
+        return None
+
+    tasks, num_refused = [], 0
+    for turn in range(60):
+        params = SamplingParams(max_tokens=rng.randint(1, 8), stop=rng.choice([(), ("a",), ("ba",)]))
+        try:
+            generations = engine.start([(engine.tokenizer.encode("bab"), params)] * rng.randint(1, 3))
+        except AmoeError:
+            num_refused += 1
+        else:
+            tasks += [asyncio.create_task(consume(generation, rng.randint(1, 9))) for generation in generations]
+        if rng.random() < 0.2 and tasks:
+            rng.choice(tasks).cancel()
+        if turn == 50 and seed % 4 == 0:
+            workers[0].die()
+        for _ in range(rng.randint(0, 4)):
+            await asyncio.sleep(0)
+    done = await asyncio.gather(*tasks, return_exceptions=True)
+    num_cancelled = sum(isinstance(result, asyncio.CancelledError) for result in done)
+    assert len(outcomes) + num_cancelled == len(tasks)
+    assert not [result for result in done if isinstance(result, Exception)]
+    await engine.drain()
+    assert engine.num_open == 0
+    assert sum(engine._num_requests.values()) == sum(engine._num_tokens.values()) == 0
+    assert not workers[1].open
