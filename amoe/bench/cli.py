@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -147,6 +148,7 @@ def _schedules(text: str) -> list[str]:
 
 def run_serve(args: argparse.Namespace) -> int:
     """`amoe bench serve`. Returns the exit status: 0 if every request was answered. Raises `AmoeError`."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for every request
     return asyncio.run(_serve(args))
 
 
@@ -216,9 +218,9 @@ async def _offline(args: argparse.Namespace) -> int:
     if rounds:
         bandwidths = [r.memory_bandwidth / 1e9 for r in rounds]
         console.print(f"memory bandwidth before the runs: {min(bandwidths):.1f} to {max(bandwidths):.1f} GB/s read")
-        console.print(
-            f"busiest expert of a layer: {np.nanmean([r.expert_imbalance for r in rounds]):.2f} times the mean"
-        )
+        imbalances = [r.expert_imbalance for r in rounds if not np.isnan(r.expert_imbalance)]
+        if imbalances:
+            console.print(f"busiest expert of a layer: {np.mean(imbalances):.2f} times the mean")
     if args.json:
         results: dict[str, Any] = {
             "rounds": [asdict(r) for r in rounds],

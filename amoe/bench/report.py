@@ -120,9 +120,9 @@ def _latency_table(figures: Figures) -> Table:
     for name in names:
         table.add_column(name, justify="right")
     latencies: tuple[tuple[str, Latency], ...] = (
-        ("time to first token (TTFT)", figures.time_to_first_token),
-        ("inter-token latency (ITL)", figures.inter_token_latency),
-        ("time per output token (TPOT)", figures.time_per_output_token),
+        ("first token (TTFT)", figures.time_to_first_token),
+        ("between tokens (ITL)", figures.inter_token_latency),
+        ("per token (TPOT)", figures.time_per_output_token),
         ("end to end", figures.end_to_end),
     )
     for label, latency in latencies:
