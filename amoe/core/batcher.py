@@ -164,7 +164,9 @@ class Batcher:
 
     def _start_decodes(self, limit: int | None) -> Int32Array:
         self._grow(np.flatnonzero(self._decode_ready))
-        rows = np.flatnonzero(self._decode_ready)[:limit]
+        rows = np.flatnonzero(self._decode_ready)
+        if limit is not None and len(rows) > limit:  # whoever was left out goes first the next time
+            rows = np.sort(rows[np.argsort(self.tokens.iteration[self.table.slot[rows]], kind="stable")[:limit]])
         if len(rows) == 0:
             return np.empty(0, np.int32)
         slots = self.table.slot[rows]

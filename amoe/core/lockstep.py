@@ -89,7 +89,7 @@ class HomeBarrier:
         for index, wave in enumerate(self._waves):
             if wave.phase is Phase.ANNOUNCED and self._announcements.all(index, wave.epoch):
                 self._begin(index, wave)
-            # After that, since an epoch without tokens here is over as soon as it begins, and the next may be announced.
+            # After that: an epoch without tokens here is over as it begins, and the next may have been announced.
             if wave.phase is Phase.IDLE:
                 outgoing += self._announce(core, index, wave, now)
         return outgoing

@@ -84,6 +84,7 @@ class VirtualWorker:
         self.slab = np.zeros(len(placement.attention_ranks) * slots, np.uint64)
         self.streamed: dict[int, list[int]] = {}
         self.terminal: Counter[int] = Counter()
+        self.sampling: dict[int, int] = {}  # request by row, as the engine keeps the sampling parameters
 
     @property
     def batcher(self):
@@ -163,10 +164,12 @@ class VirtualWorker:
         return sums
 
     def _run_head(self, step: HeadStep, hidden) -> None:
+        self.sampling |= {s.row: s.request_id for s in self.batcher.take_admitted() if s.row >= 0}
         token_ids = fake_model.sample(hidden, self.spec)
         finished = np.zeros(step.num_tokens, np.bool_)
         for index, row in enumerate(step.rows.tolist()):
             sequence = self.batcher.table.sequences[row]
+            assert self.sampling[row] == sequence.request_id, "sampled with somebody else's parameters"
             streamed = self.streamed[sequence.request_id]
             streamed.append(int(token_ids[index]))
             generated = self.oracles[sequence.request_id].generated

@@ -223,3 +223,17 @@ def test_cached_tokens_are_those_of_the_first_admission():
 
 def test_an_unknown_request_is_not_aborted():
     assert make().abort(5) is None
+
+
+def test_whoever_was_left_out_of_a_micro_batch_goes_first_the_next_time():
+    batcher = make(rows=3, budget=3)
+    sequences = [add(batcher, request_id, 1) for request_id in range(3)]
+    finish_chunks(batcher, batcher.start())
+    sample(batcher, *sequences)
+    started = []
+    for _ in range(6):
+        (slot,) = batcher.start(max_decodes=1).decodes
+        (sequence,) = (s for s in sequences if s.slots[0] == slot)
+        started.append(sequence.request_id)
+        sample(batcher, sequence)
+    assert sorted(started[:3]) == sorted(started[3:]) == [0, 1, 2]
