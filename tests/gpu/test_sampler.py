@@ -23,7 +23,7 @@ PARAMS = [
 
 @pytest.mark.parametrize("vocab_size", [4096, 32_000])
 @pytest.mark.parametrize("copies", [1, 9])
-def test_tokens_equal_the_oracle(vocab_size, copies):
+def test_tokens_equal_the_oracle(vocab_size, copies, device):
     params = PARAMS * copies
     rng = np.random.default_rng(0)
     table = SamplingTable(len(params), vocab_size)
@@ -33,7 +33,7 @@ def test_tokens_equal_the_oracle(vocab_size, copies):
     prompt_lens, lens = np.full(len(params), 32), np.full(len(params), 40)
     logits = torch.randn(len(params), vocab_size, generator=torch.Generator().manual_seed(1)) * 4
     rows = np.arange(len(params))
-    sampled = sample(logits.to("cuda"), table, rows, lens - prompt_lens, tokens, prompt_lens, lens)
+    sampled = sample(logits.clone().to(device), table, rows, lens - prompt_lens, tokens, prompt_lens, lens)
     for row, row_params in enumerate(params):
         prompt, output = tokens[row, :32].tolist(), tokens[row, 32:].tolist()
         expected = sample_reference(logits[row], row_params, seed=row, prompt=prompt, output=output, eos_token_ids=(2,))
