@@ -179,6 +179,7 @@ class _WorkerCollector(Collector):
                 "KV cache blocks in use; 1 is all.",
                 [s.kv_blocks_used / max(1, s.kv_blocks_total) for s in stats],
             ),
+            ("token_slots_used", "Tokens in flight.", [s.token_slots_used for s in stats]),
         )
         counters = (
             ("num_preemptions", "Sequences that lost their KV cache to others.", [s.num_preemptions for s in stats]),

@@ -71,6 +71,7 @@ def _describe_sequences(stats: WorkerStats, batcher: Batcher) -> None:
     stats.num_waiting = len(batcher.waiting)
     stats.kv_blocks_used = batcher.blocks.num_used
     stats.kv_blocks_total = batcher.blocks.num_blocks
+    stats.token_slots_used = batcher.slots.num_slots - batcher.slots.num_free
     stats.num_preemptions = batcher.num_preemptions
     stats.prefix_queries = batcher.blocks.num_queries
     stats.prefix_hits = batcher.blocks.num_hits

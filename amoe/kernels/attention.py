@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -43,7 +44,7 @@ class KVCache:
         self.num_kv_heads = num_kv_heads
         # Zeros, because padding reads slots that nobody wrote: a weight of 0 times a stray NaN would be NaN.
         self.layers = [
-            torch.zeros((num_blocks, block_size, 2, num_kv_heads, head_dim), dtype=dtype, device=device)
+            _zeros((num_blocks, block_size, 2, num_kv_heads, head_dim), dtype, device)
             for _ in range(num_layers)
         ]
         self.k = [layer[:, :, 0] for layer in self.layers]
@@ -76,6 +77,14 @@ class KVCache:
     def bytes_per_block(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes that one block takes, in all layers together."""
         return num_layers * block_size * 2 * num_kv_heads * head_dim * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on the host, pages that take memory only once they are written, so that a roomy cache costs nothing."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
 
 
 @dataclass(slots=True)

@@ -39,7 +39,8 @@ class ServerProcess:
     def __init__(self, log: Path, *flags: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "amoe.cli", "serve", "--port", str(self.port), "--dtype", "float32", *flags]
+        command = [sys.executable, "-m", "amoe.cli", "serve", "--port", str(self.port), "--dtype", "float32"]
+        command += ["--threads-per-worker", "1", *flags]
         self.log = log
         with log.open("w") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
@@ -168,7 +169,7 @@ def test_disconnect_frees_the_sequence(server: ServerProcess) -> None:
 
 def test_a_full_queue_answers_503_and_the_server_lives(tmp_path: Path) -> None:
     server = ServerProcess(tmp_path / "log", "--max-num-seqs", "1", "--max-waiting", "1")
-    body = {"model": "amoe-builtin", "prompt": "import", "max_tokens": 400, "ignore_eos": True}
+    body = {"model": "amoe-builtin", "prompt": "import", "max_tokens": 120, "ignore_eos": True}
 
     def post(_: int) -> httpx.Response:
         return httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
