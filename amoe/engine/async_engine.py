@@ -189,11 +189,6 @@ class AsyncEngine:
         return self._death is None and self._watchdog.stalled is None
 
     @property
-    def death(self) -> EngineDeadError | None:
-        """Why nothing can be served any more, if so."""
-        return self._death
-
-    @property
     def num_open(self) -> int:
         """Sequences that have not ended."""
         return len(self._open)

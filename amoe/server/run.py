@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WORKER_GRACE_S = 10.0
+FLUSH_GRACE_S = 10.0  # for clients to read their last bytes, before uvicorn cuts them off
 CONNECTION_BACKLOG = 2048
 
 
@@ -69,7 +70,7 @@ class WebServer(uvicorn.Server):
             log_level=options.uvicorn_log_level,
             access_log=options.access_log,
             lifespan="off",
-            timeout_graceful_shutdown=max(1, round(options.shutdown_timeout_s)),
+            timeout_graceful_shutdown=round(options.shutdown_timeout_s + FLUSH_GRACE_S),
             backlog=CONNECTION_BACKLOG,
         )
         super().__init__(config)
@@ -168,6 +169,9 @@ async def _serve_http(
             )
         context.engine.refuse_new()
         server.should_exit = True
+        await asyncio.wait((serving,), timeout=options.shutdown_timeout_s)
+        if not serving.done():
+            await context.engine.close()  # what is still open gets a proper error, and so comes to its end
         await serving
     finally:
         requested.cancel()

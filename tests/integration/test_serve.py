@@ -120,6 +120,19 @@ def test_dead_worker_is_told_at_once(serve: Callable[..., Served]):
     assert not [line for line in served.output if "Traceback" in line]
 
 
+def test_requests_that_outlast_the_drain_get_an_error(serve: Callable[..., Served]):
+    served = serve("--shutdown-timeout", "0.1")
+    stream = served.client.completions.create(model=None, stream=True, **LONG)
+    next(iter(stream))
+    served.workers[0].suspend()
+    served.signal(signal.SIGTERM)
+    with pytest.raises(openai.APIError, match="the server has stopped"):
+        text_of(stream)
+    served.workers[0].resume()
+    assert served.wait() == 0
+    assert not [line for line in served.output if "Traceback" in line or "ERROR" in line]
+
+
 def test_second_interrupt_kills(serve: Callable[..., Served]):
     served = serve()
     stream = served.client.completions.create(model=None, stream=True, **LONG)
