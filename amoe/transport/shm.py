@@ -10,10 +10,10 @@ No wake-up is lost, because every send rings the destination's doorbell after it
 drains the doorbell before it looks at the rings: what was published before a drained ring is seen (the system calls
 order the accesses), and what comes later leaves the doorbell rung, so that the descriptor is readable again.
 
-HINT spares `poll` the drain, a system call, while nobody has rung: a sender sets HINT after it has rung, and `poll`
-clears HINT before it drains. So a ring whose HINT was seen has been drained; one whose HINT has not been set yet keeps
-the descriptor readable until it is, shortly after. (A sender killed in between would keep it readable for ever: every
-64th idle poll drains without a hint.)
+HINT spares `poll` the drain, a system call, while nobody has rung: a sender sets HINT and then rings, `poll` clears
+HINT and then drains. The hint comes first because the ring may put the sender to sleep in favour of the reader. A `poll`
+between the two drains too early and leaves the descriptor readable without a hint; therefore every fourth idle `poll`
+drains anyway.
 
 Waiting for space: a sender whose record does not fit sets WAIT of that ring and rings the reader. The reader, whenever
 it has drained its doorbell, first gives back the space of the batches that it delivered last time, then rings every
@@ -37,7 +37,7 @@ from amoe.transport.wire import ALIGNMENT, Layout, WireBuffer, decode, encode_in
 from amoe.types import Batch
 
 _PAGE = 4096
-_IDLE_POLLS = 64
+_IDLE_POLLS = 4  # without a batch, before the doorbell is drained without a hint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,8 +225,8 @@ class ShmTransport:
             self._region.close()
 
     def _ring(self, rank: int) -> None:
-        os.eventfd_write(self._doorbells[rank], 1)
         self._words[rank * 8] = 1
+        os.eventfd_write(self._doorbells[rank], 1)
 
     def _answer_waiting(self) -> None:
         for src, reader in self._readers:
