@@ -78,6 +78,7 @@ class Batcher:
         self._prefill_in_flight = 0
         self._frontier = 0
         self._arrivals = 0
+        self._refused = (0, 0)  # arrival of the sequence that did not fit, and the block manager's changes then
 
     # ---- sequences come and go
 
@@ -200,10 +201,14 @@ class Batcher:
         if not self.waiting or self.table.num_free_rows == 0:
             return False
         sequence = self.waiting[0]
+        attempt = (sequence.arrival, self.blocks.num_changes)
+        if attempt == self._refused:  # hashing a long prompt again would cost every turn of the loop
+            return False
         count = len(sequence.token_ids)
         found, hashes = self.blocks.match_prefix(sequence.token_ids)
         missing = self.blocks.blocks_for(count) - len(found)
         if missing > self.blocks.num_available_beside(found):
+            self._refused = attempt
             return False
         self.waiting.popleft()
         self.blocks.acquire(found)

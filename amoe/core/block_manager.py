@@ -37,6 +37,7 @@ class BlockManager:
         self._block_of: dict[bytes, int] = {}
         self.num_queries = 0
         self.num_hits = 0
+        self.num_changes = 0  # grows with whatever may let somebody in who has been refused
 
     @property
     def num_available(self) -> int:
@@ -113,15 +114,19 @@ class BlockManager:
         Returns:
             Its hash, the parent of the next block's.
         """
+        if not self._caching:
+            return ROOT_HASH
         name = hash_block(parent, token_ids)
         # Another sequence may have computed the same content at the same time: the first one keeps the name.
-        if self._caching and name not in self._block_of and block not in self._hash_of:
+        if name not in self._block_of and block not in self._hash_of:
             self._hash_of[block] = name
             self._block_of[name] = block
+            self.num_changes += 1
         return name
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference each. The last block of a sequence is forgotten first, since prefixes are worth more."""
+        self.num_changes += 1
         for block in reversed(blocks):
             assert self._references[block] > 0, f"block {block} released twice"
             self._references[block] -= 1

@@ -237,3 +237,19 @@ def test_whoever_was_left_out_of_a_micro_batch_goes_first_the_next_time():
         started.append(sequence.request_id)
         sample(batcher, sequence)
     assert sorted(started[:3]) == sorted(started[3:]) == [0, 1, 2]
+
+
+def test_a_refused_prompt_is_looked_up_again_only_when_something_has_changed(monkeypatch):
+    batcher = make(blocks=4, rows=4, budget=32, caching=True)
+    first = add(batcher, 1, 9)
+    entry = batcher.start()
+    second = add(batcher, 2, 12)
+    lookups = []
+    match_prefix = batcher.blocks.match_prefix
+    monkeypatch.setattr(batcher.blocks, "match_prefix", lambda ids: lookups.append(len(ids)) or match_prefix(ids))
+    for _ in range(3):
+        assert batcher.start().num_tokens == 0
+    assert lookups == [12]
+    finish_chunks(batcher, entry)  # commits two blocks of a prefix that both have
+    assert positions(batcher, batcher.start().chunks[0]) == [8, 9, 10, 11]
+    assert second.blocks[:2] == first.blocks[:2]
