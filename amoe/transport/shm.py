@@ -11,9 +11,9 @@ drains the doorbell before it looks at the rings: what was published before a dr
 order the accesses), and what comes later leaves the doorbell rung, so that the descriptor is readable again.
 
 HINT spares `poll` the drain, a system call, while nobody has rung: a sender sets HINT and then rings, `poll` clears
-HINT and then drains. The hint comes first because the ring may put the sender to sleep in favour of the reader. A `poll`
-between the two drains too early and leaves the descriptor readable without a hint; therefore every fourth idle `poll`
-drains anyway.
+HINT and then drains. The hint comes first because the ring may put the sender to sleep in favour of the reader. A
+`poll` between the two drains too early and leaves the descriptor readable without a hint; therefore every fourth idle
+`poll` drains anyway.
 
 Waiting for space: a sender whose record does not fit sets WAIT of that ring and rings the reader. The reader, whenever
 it has drained its doorbell, first gives back the space of the batches that it delivered last time, then rings every
