@@ -26,19 +26,26 @@ def test_every_placement_and_schedule(placement, schedule, data):
     run_scenario(data.draw(scenarios(placements=[placement], schedules=[schedule], max_requests=4, max_prompt=30)))
 
 
-@clusters(30)
+@clusters(20)
 @given(scenarios())
-def test_long_prompts_in_little_memory(scenario):
+def test_long_prompts_in_small_chunks(scenario):
     run_scenario(scenario)
 
 
-@clusters(40)
+@clusters(25)
+@given(scenarios(aborts=True, max_requests=10, max_prompt=6, max_tokens=30))
+def test_long_answers_in_little_memory(scenario):
+    """They grow until somebody is preempted."""
+    run_scenario(scenario)
+
+
+@clusters(30)
 @given(scenarios(aborts=True))
 def test_aborts_at_any_time(scenario):
     run_scenario(scenario)
 
 
-@clusters(25)
+@clusters(30)
 @given(scenarios(aborts=True, duplicates=0.3))
 def test_duplicates_and_late_answers_change_nothing(scenario):
     run_scenario(scenario)
