@@ -16,6 +16,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from amoe.builtin import builtin_model_path
 from amoe.cluster.local import ring_bytes_for
 from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.core.steps import Step
 from amoe.engine.build import build_worker
 from amoe.engine.messages import AddRequest, ToServer, ToWorker
 from amoe.engine.worker import Worker
@@ -78,6 +80,10 @@ def _model_of(worker: Worker) -> Model:
     return executor._model
 
 
+def _note(seen: list[tuple[str, int]], step: Step, _seconds: float) -> None:
+    seen.append((step.block.kind.name.lower(), step.num_tokens))
+
+
 def measure(config: EngineConfig, num_tokens: int, num_new: int) -> dict[str, tuple[float, float, int]]:
     """Median (kernel, host) microseconds and the number of steps, by kind of block."""
     ranks = range(config.placement.num_workers)
@@ -94,9 +100,7 @@ def measure(config: EngineConfig, num_tokens: int, num_new: int) -> dict[str, tu
     while idle < 100:
         for worker in workers:
             seen: list[tuple[str, int]] = []
-            worker.stats.observe = lambda step, _s, seen=seen: seen.append(  # type: ignore[method-assign]
-                (step.block.kind.name.lower(), step.num_tokens)
-            )
+            worker.stats.observe = partial(_note, seen)  # type: ignore[method-assign]
             for watch in watches:
                 watch.seconds = 0.0
             start = time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from amoe.config import EngineConfig, PlacementConfig
@@ -32,9 +31,3 @@ def title_of(placement: PlacementConfig, rank: int) -> str:
     if is_home and is_owner:
         return f"worker {rank}"
     return f"attention {rank}" if is_home else f"expert {placement.expert_ranks.index(rank)}"
-
-
-def threads_per_worker(config: EngineConfig) -> int:
-    """Intra-op threads of each worker: the usable cores divided by the workers, unless the user said."""
-    cores = len(os.sched_getaffinity(0))
-    return config.threads_per_worker or max(1, cores // config.placement.num_workers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from amoe.clock import Clock, MonotonicClock
 from amoe.config import EngineConfig
 from amoe.core.worker import ModelShape, WorkerCore
+from amoe.engine.devices import resolve_device, threads_per_worker
 from amoe.engine.executor import AttentionExecutor, ExpertsExecutor
 from amoe.engine.home import Home
 from amoe.engine.memory import KVPlan, free_bytes, plan_kv_cache
@@ -17,35 +17,12 @@ from amoe.engine.messages import ControlPort, Loading, Ready
 from amoe.engine.sampler import SamplingTable
 from amoe.engine.worker import Worker
 from amoe.engine.worker_stats import StatsKeeper
-from amoe.errors import ConfigError
 from amoe.kernels.attention import KVCache
 from amoe.models.config import ModelConfig, load_model_config
 from amoe.models.loader import load_model, resolve_dtype
 from amoe.models.model import Blocks, Model
 from amoe.policy.placement import experts_of, place_experts
 from amoe.transport.base import Transport
-
-
-def resolve_device(name: str, rank: int) -> torch.device:
-    """The device of worker `rank`: plain `cuda` spreads workers over the devices there are.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name!r} is not a device") from error
-    if device.type == "cpu":
-        return device
-    try:
-        count = torch.get_device_module(device).device_count()
-    except (RuntimeError, AttributeError) as error:
-        raise ConfigError(f"--device {name}: this torch cannot use it") from error
-    index = device.index if device.index is not None else (rank % count if count else 0)
-    if index >= count:
-        raise ConfigError(f"--device {name}: there is no such device here ({count} found)")
-    return torch.device(device.type, index)
 
 
 def role_of(config: EngineConfig, rank: int) -> str:
@@ -62,8 +39,7 @@ def build_worker(
     Raises:
         ConfigError, CheckpointError: it cannot be made; the message is for the user.
     """
-    threads = config.threads_per_worker or max(1, (os.cpu_count() or 1) // config.placement.num_workers)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads_per_worker(config))
     model_config = load_model_config(config.model)
     device = resolve_device(config.device, rank)
     role = role_of(config, rank)
@@ -81,9 +57,7 @@ def build_worker(
             model.dtype,
             device,
         )
-    worker = _wire(
-        config, model_config, rank, role, model, kv, plan, transport, control, clock or MonotonicClock()
-    )
+    worker = _wire(config, model_config, rank, role, model, kv, plan, transport, control, clock or MonotonicClock())
     control.send(Ready(plan.max_model_len, plan.num_blocks, config.cache.block_size, model.parameter_bytes))
     return worker
 

@@ -44,8 +44,7 @@ class KVCache:
         self.num_kv_heads = num_kv_heads
         # Zeros, because padding reads slots that nobody wrote: a weight of 0 times a stray NaN would be NaN.
         self.layers = [
-            _zeros((num_blocks, block_size, 2, num_kv_heads, head_dim), dtype, device)
-            for _ in range(num_layers)
+            _zeros((num_blocks, block_size, 2, num_kv_heads, head_dim), dtype, device) for _ in range(num_layers)
         ]
         self.k = [layer[:, :, 0] for layer in self.layers]
         self.v = [layer[:, :, 1] for layer in self.layers]
