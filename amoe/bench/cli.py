@@ -29,23 +29,13 @@ from amoe.bench.workload import (
     standard_library_text,
     text_prompts,
 )
-from amoe.builtin import builtin_model_path
 from amoe.clock import MonotonicClock
-from amoe.config import (
-    DTYPES,
-    SCHEDULES,
-    CacheConfig,
-    EngineConfig,
-    PlacementConfig,
-    ScheduleName,
-    SchedulerConfig,
-)
 from amoe.engine.tokenizer import Tokenizer
 from amoe.errors import ConfigError
 from amoe.models.config import load_model_config
+from amoe.server.engine_flags import add_engine_flags, engine_config
 from amoe.types import SamplingParams
 
-BUILTIN = "builtin"
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
@@ -107,26 +97,18 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _add_offline(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("offline", help="measure the engine without HTTP, and compare schedules")
-    parser.add_argument("model", metavar="MODEL", help=f"checkpoint directory, or {BUILTIN!r}")
     parser.add_argument("--batch", type=_positive, metavar="B", help="requests under way (default: all)")
     _add_workload(parser, num_prompts=32, input_len=64, output_len=64)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--schedule", choices=SCHEDULES, default=None)
-    which.add_argument("--schedules", type=_schedules, metavar="A,B,...", help="compare them, each in every round")
+    parser.add_argument(
+        "--schedules",
+        type=_variants,
+        metavar="A,B,...",
+        help="compare these, each in every round; lockstep:2 is lockstep with 2 micro-batches (default: --schedule)",
+    )
     parser.add_argument("--rounds", type=_positive, default=1, help="interleaved rounds (default 1)")
-    group = parser.add_argument_group("engine")
-    group.add_argument("--attention-workers", type=int, default=1)
-    group.add_argument("--expert-workers", type=int, default=0)
-    group.add_argument("--colocated", type=int, default=0)
-    group.add_argument("--micro-batches", type=int, default=1, help="of lockstep")
-    group.add_argument("--dtype", choices=DTYPES, default="auto")
-    group.add_argument("--device", default="cpu")
-    group.add_argument("--max-model-len", type=int)
-    group.add_argument("--max-num-seqs", type=int, default=256)
-    group.add_argument("--max-num-batched-tokens", type=int, default=2048)
-    group.add_argument("--num-kv-blocks", type=int)
-    group.add_argument("--threads-per-worker", type=int)
-    parser.set_defaults(func=run_offline)
+    add_engine_flags(parser)
+    # Warm-up and rounds may meet a prompt again: a hit would measure the cache.
+    parser.set_defaults(func=run_offline, enable_prefix_caching=False)
 
 
 def _positive(text: str) -> int:
@@ -136,14 +118,14 @@ def _positive(text: str) -> int:
     return value
 
 
-def _schedules(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in SCHEDULES:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SCHEDULES)}")
-    if len(set(names)) < len(names):
+def _variants(text: str) -> list[offline.Variant]:
+    try:
+        variants = [offline.Variant.parse(name) for name in text.split(",")]
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if len(set(variants)) < len(variants):
         raise argparse.ArgumentTypeError("each schedule once")
-    return names
+    return variants
 
 
 def run_serve(args: argparse.Namespace) -> int:
@@ -190,7 +172,7 @@ async def _serve(args: argparse.Namespace) -> int:
 
 async def _offline(args: argparse.Namespace) -> int:
     clock = MonotonicClock()
-    config = _engine_config(args)
+    config = engine_config(args)
     vocab_size = load_model_config(config.model).vocab_size
     tokenizer = Tokenizer(config.model)
     _check_length(args, args.max_model_len)
@@ -207,11 +189,12 @@ async def _offline(args: argparse.Namespace) -> int:
     def make_progress(title: str) -> contextlib.AbstractContextManager[Progress]:
         return ProgressDisplay(Console(stderr=True), title, len(specs))
 
-    schedules: Sequence[ScheduleName] = args.schedules or [config.scheduler.schedule]
-    rounds = await offline.run_rounds(config, schedules, args.rounds, plan, clock, make_progress)
+    alone = offline.Variant(config.scheduler.schedule, config.scheduler.micro_batches)
+    variants: list[offline.Variant] = args.schedules or [alone]
+    rounds = await offline.run_rounds(config, variants, args.rounds, plan, clock, make_progress)
     console = Console()
     if len(rounds) == 1:
-        print_figures(console, f"{args.model}, {rounds[0].variant}", rounds[0].figures)
+        print_figures(console, f"{config.model}, {rounds[0].variant}", rounds[0].figures)
     comparisons = compare(rounds) if rounds else []
     if len(rounds) > 1:
         print_comparison(console, comparisons, args.rounds)
@@ -228,7 +211,7 @@ async def _offline(args: argparse.Namespace) -> int:
         }
         write_json(args.json, "offline", _config_of(args), machine, results)
     failed = sum(r.figures.failed for r in rounds)
-    return _exit_status(failed, len(rounds) < args.rounds * len(schedules))
+    return _exit_status(failed, len(rounds) < args.rounds * len(variants))
 
 
 def _exit_status(num_failed: int, is_interrupted: bool) -> int:
@@ -239,32 +222,10 @@ def _exit_status(num_failed: int, is_interrupted: bool) -> int:
 
 def _config_of(args: argparse.Namespace) -> dict[str, Any]:
     kept = {key: value for key, value in vars(args).items() if key not in {"func", "json", "command"}}
-    return {key: value if isinstance(value, int | float | str | list) else None for key, value in kept.items()}
-
-
-def _engine_config(args: argparse.Namespace) -> EngineConfig:
-    schedules: Sequence[ScheduleName] = args.schedules or [args.schedule or SchedulerConfig().schedule]
-    # Only lockstep takes micro-batches: where it is one of several, the configuration is written for it.
-    schedule: ScheduleName = "lockstep" if args.micro_batches > 1 and "lockstep" in schedules else schedules[0]
-    return EngineConfig(
-        model=str(builtin_model_path()) if args.model == BUILTIN else args.model,
-        dtype=args.dtype,
-        device=args.device,
-        max_model_len=args.max_model_len,
-        threads_per_worker=args.threads_per_worker,
-        max_waiting=max(1024, args.num_prompts),
-        placement=PlacementConfig(
-            attention_workers=args.attention_workers, expert_workers=args.expert_workers, colocated=args.colocated
-        ),
-        scheduler=SchedulerConfig(
-            schedule=schedule,
-            micro_batches=args.micro_batches,
-            max_num_seqs=args.max_num_seqs,
-            max_num_batched_tokens=args.max_num_batched_tokens,
-        ),
-        # Prompts are random, but warm-up and rounds may meet one again: a hit would measure the cache.
-        cache=CacheConfig(num_blocks=args.num_kv_blocks, enable_prefix_caching=False),
-    )
+    return {
+        key: value if isinstance(value, int | float | str | None) else [str(item) for item in value]
+        for key, value in kept.items()
+    }
 
 
 def _check_length(args: argparse.Namespace, max_model_len: int | None) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,14 +16,12 @@ from amoe.bench.record import RequestRecord, summarise
 from amoe.bench.report import Round, memory_bandwidth
 from amoe.bench.workload import RequestSpec
 from amoe.clock import Clock
-from amoe.cluster.local import LocalCluster
-from amoe.config import EngineConfig, ScheduleName, SchedulerConfig
-from amoe.engine.async_engine import AsyncEngine, ModelInfo
-from amoe.engine.tokenizer import Tokenizer
+from amoe.cluster.front import running_engine
+from amoe.config import SCHEDULES, EngineConfig, ScheduleName, SchedulerConfig
+from amoe.engine.async_engine import AsyncEngine
 from amoe.engine.worker import HEARTBEAT_S
-from amoe.errors import AmoeError
+from amoe.errors import AmoeError, ConfigError
 from amoe.metrics import EngineMetrics
-from amoe.models.config import load_model_config
 from amoe.stats import WorkerStats
 from amoe.types import SamplingParams
 
@@ -91,13 +88,13 @@ class WorkerStatsKeeper(EngineMetrics):
         super().worker(stats)
         self.latest[stats.rank] = stats
 
-    async def expert_imbalance(self) -> float:
-        """Pairs of the busiest expert of a layer divided by the layer's mean, averaged over the layers."""
-        await asyncio.sleep(2 * HEARTBEAT_S)  # statistics come with heartbeats
-        per_worker = [
-            np.asarray(stats.expert_pairs, np.float64) for stats in self.latest.values() if stats.expert_pairs
-        ]
-        return expert_imbalance(sum(per_worker, np.zeros((1, 1))))
+
+async def _imbalance(engine: AsyncEngine) -> float:
+    await asyncio.sleep(2 * HEARTBEAT_S)  # statistics come with heartbeats
+    assert isinstance(engine.metrics, WorkerStatsKeeper)
+    workers = engine.metrics.latest.values()
+    per_worker = [np.asarray(stats.expert_pairs, np.float64) for stats in workers if stats.expert_pairs]
+    return expert_imbalance(sum(per_worker, np.zeros((1, 1))))
 
 
 def expert_imbalance(pairs: npt.NDArray[np.float64]) -> float:
@@ -106,31 +103,29 @@ def expert_imbalance(pairs: npt.NDArray[np.float64]) -> float:
     return float((used.max(axis=1) / used.mean(axis=1)).mean()) if len(used) else float("nan")
 
 
-@contextlib.asynccontextmanager
-async def running_engine(config: EngineConfig) -> AsyncIterator[tuple[AsyncEngine, WorkerStatsKeeper]]:
-    """An engine and its workers, which are gone afterwards.
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A schedule to measure; `micro_batches` is for lockstep."""
 
-    Raises:
-        ConfigError, CheckpointError: it cannot work.
-        EngineDeadError: a worker failed while it started.
-    """
-    tokenizer = Tokenizer(config.model)
-    vocab_size = load_model_config(config.model).vocab_size
-    cluster = LocalCluster(config)
-    ready = await cluster.start()
-    try:
-        max_model_len = min(ready[rank].max_model_len for rank in config.placement.attention_ranks)
-        info = ModelInfo(name=Path(config.model).name, max_model_len=max_model_len, vocab_size=vocab_size)
-        metrics = WorkerStatsKeeper(info.name, max_model_len)
-        engine = AsyncEngine(cluster.channels, config, tokenizer, info, metrics=metrics)
-        cluster.on_death = lambda _, reason: engine.die(reason)
-        engine.run()
-        try:
-            yield engine, metrics
-        finally:
-            await engine.close()
-    finally:
-        await cluster.stop()
+    schedule: ScheduleName
+    micro_batches: int = 1
+
+    def __str__(self) -> str:
+        return self.schedule if self.micro_batches == 1 else f"{self.schedule}:{self.micro_batches}"
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """`progress`, or `lockstep:2` for two micro-batches.
+
+        Raises:
+            ConfigError: there is no such schedule, or it takes no micro-batches.
+        """
+        name, _, count = text.partition(":")
+        if name not in SCHEDULES or not (count or "1").isdigit():
+            raise ConfigError(f"{text!r} is none of {', '.join(SCHEDULES)}, nor lockstep:2 or lockstep:3")
+        variant = cls(name, int(count or "1"))  # type: ignore[arg-type]
+        SchedulerConfig(schedule=variant.schedule, micro_batches=variant.micro_batches)
+        return variant
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,13 +156,13 @@ async def measure(engine: Generator, plan: OfflinePlan, clock: Clock, progress: 
 
 async def run_rounds(
     config: EngineConfig,
-    schedules: Sequence[ScheduleName],
+    variants: Sequence[Variant],
     num_rounds: int,
     plan: OfflinePlan,
     clock: Clock,
     make_progress: Callable[[str], contextlib.AbstractContextManager[Progress]],
 ) -> list[Round]:
-    """Measure each schedule once per round, each time with fresh workers. Interrupted, it returns what it has.
+    """Measure each variant once per round, each time with fresh workers. Interrupted, it returns what it has.
 
     Args:
         make_progress: display of one run, given its title.
@@ -175,22 +170,22 @@ async def run_rounds(
     rounds: list[Round] = []
     for number in range(num_rounds):
         # Every other round runs backwards, so that a drift of the machine favours nobody.
-        for schedule in schedules if number % 2 == 0 else tuple(reversed(schedules)):
-            run_config = replace(config, scheduler=_scheduler(config, schedule))
-            title = f"{schedule}, round {number + 1}/{num_rounds}"
+        for variant in variants if number % 2 == 0 else tuple(reversed(variants)):
+            run_config = replace(config, scheduler=_scheduler(config, variant))
+            title = f"{variant}, round {number + 1}/{num_rounds}"
             bandwidth = memory_bandwidth(clock, PROBE_THREADS)
             try:
-                async with running_engine(run_config) as (engine, metrics):
+                async with running_engine(run_config, metrics=WorkerStatsKeeper) as (engine, _):
                     with make_progress(title) as progress:
                         result = await measure(engine, plan, clock, progress)
-                    imbalance = float("nan") if result.interrupted else await metrics.expert_imbalance()
+                    imbalance = float("nan") if result.interrupted else await _imbalance(engine)
             except asyncio.CancelledError:  # while workers start or stop
                 return rounds
             if result.records:
                 figures = summarise(result.records)
                 rounds.append(
                     Round(
-                        variant=schedule,
+                        variant=str(variant),
                         number=number,
                         figures=figures,
                         memory_bandwidth=bandwidth,
@@ -202,7 +197,5 @@ async def run_rounds(
     return rounds
 
 
-def _scheduler(config: EngineConfig, schedule: ScheduleName) -> SchedulerConfig:
-    # Micro-batches are lockstep's alone; the others refuse them.
-    micro_batches = config.scheduler.micro_batches if schedule == "lockstep" else 1
-    return replace(config.scheduler, schedule=schedule, micro_batches=micro_batches)
+def _scheduler(config: EngineConfig, variant: Variant) -> SchedulerConfig:
+    return replace(config.scheduler, schedule=variant.schedule, micro_batches=variant.micro_batches)

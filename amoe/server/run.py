@@ -16,14 +16,12 @@ import setproctitle
 import uvicorn
 from fastapi import FastAPI
 
+from amoe.cluster.front import connect_engine
 from amoe.cluster.local import LocalCluster
 from amoe.cluster.shutdown import ShutdownSignals
 from amoe.config import EngineConfig
-from amoe.engine.async_engine import AsyncEngine, ModelInfo
-from amoe.engine.messages import Ready
 from amoe.engine.tokenizer import Tokenizer
 from amoe.errors import ConfigError
-from amoe.models.config import load_model_config
 from amoe.server.app import create_app
 from amoe.server.context import ServerContext
 from amoe.server.progress import LoadingProgress
@@ -126,7 +124,6 @@ async def _serve(config: EngineConfig, options: ServerOptions) -> None:
     check_model_directory(config.model)
     tokenizer = Tokenizer(config.model)
     defaults = SamplingDefaults.from_checkpoint(config.model)
-    vocab_size = load_model_config(config.model).vocab_size
     with contextlib.closing(bind(options.host, options.port)) as listener:
         cluster = LocalCluster(config)
         signals = ShutdownSignals(cluster.kill)
@@ -134,12 +131,7 @@ async def _serve(config: EngineConfig, options: ServerOptions) -> None:
         try:
             with LoadingProgress(f"loading {config.model}") as progress:
                 ready = await _unless_requested(signals, cluster.start(progress))
-            model = ModelInfo(
-                name=options.model_names[0], max_model_len=_max_model_len(config, ready), vocab_size=vocab_size
-            )
-            engine = AsyncEngine(cluster.channels, config, tokenizer, model)
-            cluster.on_death = lambda _, reason: engine.die(reason)
-            engine.run()
+            engine = connect_engine(cluster, ready, name=options.model_names[0], tokenizer=tokenizer)
             try:
                 context = ServerContext(engine=engine, model_names=options.model_names, defaults=defaults)
                 await _serve_http(context, options, listener, signals)
@@ -190,11 +182,6 @@ async def _unless_requested(signals: ShutdownSignals, work: Coroutine[Any, Any, 
         task.cancel()
         requested.cancel()
         await asyncio.gather(task, requested, return_exceptions=True)
-
-
-def _max_model_len(config: EngineConfig, ready: list[Ready]) -> int:
-    """What every attention worker can take. Expert workers have no say: they have no KV cache."""
-    return min(ready[rank].max_model_len for rank in config.placement.attention_ranks)
 
 
 def check_model_directory(model: str) -> None:

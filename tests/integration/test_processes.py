@@ -8,13 +8,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from amoe.cluster.front import running_engine
 from amoe.config import EngineConfig, PlacementConfig
 from amoe.engine.async_engine import AsyncEngine
 from amoe.errors import EngineDeadError
 from amoe.types import SamplingParams
 from tests.integration.exactness import FACTORS, Case, assert_exact, checkpoint
 from tests.pairwise import all_combinations, pairwise
-from tests.processes import generate, running_engine
+from tests.processes import generate
 
 _PROCESS_FACTORS = {"schedule": FACTORS["schedule"], "placement": FACTORS["placement"]}
 # One architecture and feature per cell, in turn; the in-process tests have covered their combinations.

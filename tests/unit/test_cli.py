@@ -10,7 +10,7 @@ import pytest
 
 from amoe import __version__, cli
 from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
-from amoe.server import cli as server_cli
+from amoe.server import engine_flags
 from tests.fake_workers import make_tokenizer
 
 
@@ -19,7 +19,7 @@ def parse(*argv: str):
 
 
 def test_no_flags_are_the_defaults():
-    assert server_cli.engine_config(parse(), "m") == EngineConfig(model="m")
+    assert engine_flags.engine_config(parse("m")) == EngineConfig(model="m")
 
 
 def test_every_flag():
@@ -30,7 +30,7 @@ def test_every_flag():
         --kv-cache-memory-bytes 2G --no-enable-prefix-caching
     """
     args = parse("m", *flags.split())
-    assert server_cli.engine_config(args, "m") == EngineConfig(
+    assert engine_flags.engine_config(args) == EngineConfig(
         model="m",
         dtype="float32",
         device="cuda:1",
@@ -49,8 +49,8 @@ def test_every_flag():
         ),
         cache=CacheConfig(block_size=32, num_blocks=99, kv_cache_bytes=2 * 1024**3, enable_prefix_caching=False),
     )
-    args = parse("--colocated", "2", "--schedule", "lockstep", "--micro-batches", "2")
-    config = server_cli.engine_config(args, "m")
+    args = parse("m", "--colocated", "2", "--schedule", "lockstep", "--micro-batches", "2")
+    config = engine_flags.engine_config(args)
     assert config.placement == PlacementConfig(colocated=2)
     assert config.scheduler == SchedulerConfig(schedule="lockstep", micro_batches=2)
 
@@ -100,7 +100,7 @@ def test_taken_port(checkpoint_factory, capsys):
 
 
 def test_human_numbers():
-    assert [server_cli.human_int(text) for text in ("7", "2k", "2K", "1m", "1M")] == [7, 2000, 2048, 10**6, 2**20]
+    assert [engine_flags.human_int(text) for text in ("7", "2k", "2K", "1m", "1M")] == [7, 2000, 2048, 10**6, 2**20]
 
 
 def test_version_and_help_do_not_load_torch():

@@ -11,6 +11,7 @@ from amoe.bench.workload import RequestSpec
 from amoe.clock import ManualClock
 from amoe.engine.generation import GenerationDelta
 from amoe.errors import AmoeError, EngineDeadError
+from amoe.server.engine_flags import engine_config
 from amoe.types import SamplingParams
 
 
@@ -57,12 +58,12 @@ def parse(*flags):
 
 
 def test_flags_become_a_configuration():
-    args = parse("/somewhere", "--colocated", "2", "--schedules", "progress,lockstep", "--micro-batches", "2")
-    config = cli._engine_config(args)
+    args = parse("/somewhere", "--colocated", "2", "--schedules", "progress,lockstep:2")
+    config = engine_config(args)
     assert config.placement.num_workers == 2
-    assert offline._scheduler(config, "lockstep").micro_batches == 2
-    assert offline._scheduler(config, "progress").micro_batches == 1
-    assert offline._scheduler(config, "progress").schedule == "progress"
+    progress, lockstep = (offline._scheduler(config, variant) for variant in args.schedules)
+    assert (progress.schedule, progress.micro_batches) == ("progress", 1)
+    assert (lockstep.schedule, lockstep.micro_batches) == ("lockstep", 2)
     assert not config.cache.enable_prefix_caching
 
 
@@ -71,7 +72,8 @@ def test_flags_become_a_configuration():
     [
         ("m", "--schedules", "progress,nonsense"),
         ("m", "--schedules", "progress,progress"),
-        ("m", "--schedule", "progress", "--schedules", "lockstep"),
+        ("m", "--schedules", "progress:2"),
+        ("m", "--schedules", "lockstep:x"),
         ("m", "--num-prompts", "0"),
     ],
 )

@@ -1,0 +1,164 @@
+"""The flags of the engine, and the configuration that they make: for every command that runs one.
+
+vLLM's names where it has the thing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from amoe.builtin import builtin_model_path
+from amoe.config import DTYPES, SCHEDULES, CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+
+_UNITS = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2, "g": 1000**3, "G": 1024**3}
+
+
+def human_int(text: str) -> int:
+    """`2048`, `32k` (32,000) or `32K` (32,768), as in vLLM."""
+    match = re.fullmatch(r"(\d+)([kKmMgG]?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 2048, 32k (32,000) or 32K (32,768)")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, other than "None", which means that the help text says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """MODEL and the flags of `EngineConfig`, in groups; but `--seed`, which each command explains its own way."""
+    _add_model_flags(parser)
+    _add_placement_flags(parser)
+    _add_scheduler_flags(parser)
+    _add_cache_flags(parser)
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    engine = EngineConfig(model="x")
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "model", metavar="MODEL", nargs="?", help="directory of a checkpoint in Hugging Face format; default: built-in"
+    )
+    group.add_argument("--dtype", choices=DTYPES, default=engine.dtype, help="auto is the checkpoint's")
+    group.add_argument("--device", default=engine.device, help="cpu, cuda, cuda:1; plain cuda spreads the workers")
+    group.add_argument(
+        "--max-model-len",
+        type=human_int,
+        metavar="N",
+        help="tokens of prompt and answer together; default: what the model was trained for",
+    )
+
+
+def _add_placement_flags(parser: argparse.ArgumentParser) -> None:
+    placement = PlacementConfig()
+    group = parser.add_argument_group("placement", "which worker processes there are")
+    group.add_argument(
+        "--attention-workers", type=int, default=placement.attention_workers, metavar="N", help="hold KV cache and head"
+    )
+    group.add_argument(
+        "--expert-workers",
+        type=int,
+        default=placement.expert_workers,
+        metavar="N",
+        help="share the experts; 0: the attention worker holds them too",
+    )
+    group.add_argument(
+        "--colocated",
+        type=int,
+        default=placement.colocated,
+        metavar="N",
+        help="instead: N workers that hold attention and a share of the experts each; 0 is off",
+    )
+    group.add_argument("--threads-per-worker", type=int, metavar="N", help="default: the cores divided by the workers")
+
+
+def _add_scheduler_flags(parser: argparse.ArgumentParser) -> None:
+    scheduler = SchedulerConfig()
+    group = parser.add_argument_group("scheduler")
+    group.add_argument("--schedule", choices=SCHEDULES, default=scheduler.schedule, help="which block runs next")
+    group.add_argument(
+        "--defrag-decay", type=float, default=scheduler.defrag_decay, metavar="X", help="weight per block downstream"
+    )
+    group.add_argument(
+        "--defrag-lookahead", type=int, default=scheduler.defrag_lookahead, metavar="N", help="blocks looked ahead"
+    )
+    group.add_argument(
+        "--micro-batches", type=int, default=scheduler.micro_batches, metavar="N", help="of lockstep: 1, 2 or 3"
+    )
+    group.add_argument(
+        "--max-wait",
+        type=float,
+        default=scheduler.max_wait_s,
+        metavar="SECONDS",
+        help="a block whose oldest token has waited longer runs next, whatever the schedule says",
+    )
+    group.add_argument(
+        "--max-num-seqs", type=human_int, default=scheduler.max_num_seqs, metavar="N", help="per attention worker"
+    )
+    group.add_argument(
+        "--max-num-batched-tokens",
+        type=human_int,
+        default=scheduler.max_num_batched_tokens,
+        metavar="N",
+        help="prompt tokens in flight per attention worker",
+    )
+    group.add_argument(
+        "--max-waiting",
+        type=human_int,
+        default=EngineConfig(model="x").max_waiting,
+        metavar="N",
+        help="requests that may wait beside the running ones; more are answered 503",
+    )
+
+
+def _add_cache_flags(parser: argparse.ArgumentParser) -> None:
+    cache = CacheConfig()
+    group = parser.add_argument_group("KV cache", "of each attention worker")
+    group.add_argument("--block-size", type=int, default=cache.block_size, metavar="N", help="tokens per block")
+    group.add_argument("--num-kv-blocks", type=human_int, metavar="N", help="default: from --kv-cache-memory-bytes")
+    group.add_argument("--kv-cache-memory-bytes", type=human_int, metavar="N", help="default: a share of what is free")
+    group.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=cache.enable_prefix_caching,
+        help="find full blocks of earlier prompts again",
+    )
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """The configuration that the flags describe.
+
+    Raises:
+        ConfigError: naming the flag that cannot work.
+    """
+    return EngineConfig(
+        model=args.model or str(builtin_model_path()),
+        dtype=args.dtype,
+        device=args.device,
+        max_model_len=args.max_model_len,
+        threads_per_worker=args.threads_per_worker,
+        max_waiting=args.max_waiting,
+        seed=args.seed,
+        placement=PlacementConfig(
+            attention_workers=args.attention_workers, expert_workers=args.expert_workers, colocated=args.colocated
+        ),
+        scheduler=SchedulerConfig(
+            schedule=args.schedule,
+            defrag_decay=args.defrag_decay,
+            defrag_lookahead=args.defrag_lookahead,
+            max_wait_s=args.max_wait,
+            micro_batches=args.micro_batches,
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+        ),
+        cache=CacheConfig(
+            block_size=args.block_size,
+            num_blocks=args.num_kv_blocks,
+            kv_cache_bytes=args.kv_cache_memory_bytes,
+            enable_prefix_caching=args.enable_prefix_caching,
+        ),
+    )
