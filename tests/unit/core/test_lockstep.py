@@ -183,3 +183,15 @@ def test_a_late_copy_of_a_dispatch_starts_no_old_epoch():
     barrier.on_announce(announce(1, 0, epoch=2))
     barrier.on_dispatch(dispatch(0, 0, epoch=2))
     assert barrier.ready() == [(block, 2)]
+
+
+def test_a_late_copy_of_an_announcement_is_not_kept():
+    barrier, core = home_barrier(rank=1), FakeCore()
+    for epoch in range(2):
+        barrier.on_announce(announce(0, 5, epoch=epoch))
+        begun(barrier, core)
+        barrier.on_announce(announce(1, 0, epoch=epoch))
+        barrier.start(core, 0.0)
+    barrier.on_announce(announce(0, 5, epoch=0))
+    assert not barrier._announcements.any(wave=0, epoch=0)
+    assert barrier.start(core, 0.0) == []
