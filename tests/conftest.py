@@ -13,7 +13,7 @@ from tests.checkpoints import make_checkpoint
 
 # `make test` draws the same examples every time; `make test-all` (--hypothesis-profile=thorough) draws many new ones.
 settings.register_profile("same", deadline=None, database=None, derandomize=True)
-settings.register_profile("thorough", deadline=None, database=None, max_examples=2000, print_blob=True)
+settings.register_profile("thorough", deadline=None, database=None, max_examples=1000, print_blob=True)
 settings.load_profile("same")
 
 
