@@ -91,7 +91,7 @@ def scenarios(
         placement=draw(st.sampled_from(placements)),
         scheduler=scheduler,
         cache=cache,
-        spare_blocks=100 if roomy else draw(st.sampled_from([0, 1, 3, 6])),
+        spare_blocks=1000 if roomy else draw(st.sampled_from([0, 1, 3, 6])),
         duplicates=duplicates,
         seed=draw(st.integers(0, 2**32)),
     )
