@@ -58,7 +58,9 @@ class Batch:
     Attributes:
         kind: what it is; ANNOUNCE has no columns, and DISPATCH may have n = 0 (a lockstep marker).
         src, dst: ranks of workers.
-        layer, wave, epoch: where the tokens stand; `epoch` counts lockstep iterations of a wave.
+        layer, wave: where the tokens stand.
+        epoch: in lockstep, the iteration of the wave; otherwise, of a RESULT, the latest iteration that the expert
+            worker has seen of any home.
         count: n, except for ANNOUNCE, where it is the number of tokens that the home brings.
         slots: [n] token slots at the home worker.
         generations: [n] of those slots: a late answer to a freed slot is recognised by them.
@@ -132,7 +134,7 @@ class SamplingParams:
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "must be between 0 and max_tokens"),
             ("temperature", 0.0 <= self.temperature < float("inf"), "must be a finite number of at least 0"),
             ("top_p", 0.0 < self.top_p <= 1.0, "must be in (0, 1]"),
-            ("top_k", self.top_k >= 0, "must be -1 or 0 (off) or at least 1"),
+            ("top_k", 0 <= self.top_k < 2**31, "must be -1 or 0 (off) or at least 1, and below 2**31"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "must be in [0, 1]"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "must be in [-2, 2]"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "must be in [-2, 2]"),

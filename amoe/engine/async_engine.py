@@ -281,11 +281,12 @@ class AsyncEngine:
         state = GenerationState(params, self.tokenizer.detokenizer(params), len(prompt_token_ids))
         generation = Generation(self, self._next_id, rank, state, self._clock.now())
         self._next_id += 1
+        # First of all: what cannot be sent raises here, and must not stay open for ever.
+        self._send(rank, AddRequest(generation.request_id, list(prompt_token_ids), params))
         self._open[generation.request_id] = generation
         self._num_requests[rank] += 1
         self._num_tokens[rank] += len(prompt_token_ids)
         self._all_closed.clear()
-        self._send(rank, AddRequest(generation.request_id, list(prompt_token_ids), params))
         return generation
 
     def _forget(self, generation: Generation, reason: FinishReason) -> None:

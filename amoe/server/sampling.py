@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amoe.engine.tokenizer import read_json
-from amoe.errors import CheckpointError
+from amoe.errors import CheckpointError, RequestError
 from amoe.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -39,6 +39,12 @@ class SamplingDefaults:
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise CheckpointError(f"{file}: {name} must be a number, not {value!r}")
+        if not isinstance(values.get("top_k", 0), int):
+            raise CheckpointError(f"{file}: top_k must be a whole number, not {values['top_k']!r}")
+        try:
+            SamplingParams(**values)
+        except RequestError as error:
+            raise CheckpointError(f"{file}: {error}") from error
         return cls(**values)
 
     def changed(self) -> dict[str, float]:

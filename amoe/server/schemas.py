@@ -29,6 +29,8 @@ def _parse_stop(value: Any) -> tuple[str, ...]:
         raise ValueError("must be a string or a list of strings")
     if len(strings) > MAX_STOP_STRINGS or any(len(entry) > MAX_STOP_CHARS for entry in strings):
         raise ValueError(f"at most {MAX_STOP_STRINGS} stop strings of at most {MAX_STOP_CHARS} characters")
+    if any("\ud800" <= char <= "\udfff" for entry in strings for char in entry):
+        raise ValueError("must be valid Unicode, without halves of surrogate pairs")
     return tuple(strings)
 
 

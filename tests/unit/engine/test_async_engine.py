@@ -260,6 +260,19 @@ async def test_late_and_unknown_outputs_change_nothing(make):
     assert engine.healthy
 
 
+async def test_what_cannot_be_sent_does_not_stay_open(make, monkeypatch):
+    engine, (worker,) = make()
+
+    def refuse(message):
+        raise OverflowError("no such integer in msgpack")
+
+    monkeypatch.setattr(worker, "send", refuse)
+    with pytest.raises(OverflowError):
+        engine.start([([1], SamplingParams())])
+    assert engine.num_open == 0
+    await asyncio.wait_for(engine.drain(), 5)
+
+
 async def test_drain_waits_and_refuses(make):
     engine, (worker,) = make()
     worker.runs.clear()

@@ -94,6 +94,17 @@ def test_defaults_of_a_checkpoint(tmp_path):
     defaults = SamplingDefaults.from_checkpoint(tmp_path)
     assert defaults == SamplingDefaults(temperature=0.7)
     assert defaults.changed() == {"temperature": 0.7}
-    file.write_text(json.dumps({"temperature": "hot"}))
-    with pytest.raises(CheckpointError, match="temperature must be a number"):
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"temperature": "hot"}, "temperature must be a number"),
+        ({"top_k": 50.5}, "top_k must be a whole number"),
+        ({"top_p": 1.5}, "top_p must be in"),
+    ],
+)
+def test_defaults_that_would_fail_every_request_are_refused_at_start(tmp_path, content, message):
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f"generation_config.json: {message}"):
         SamplingDefaults.from_checkpoint(tmp_path)
