@@ -159,6 +159,11 @@ class Batcher:
                 entry.chunks.append(self._start_chunk(self._prefilling.pop()))
         return entry
 
+    def see_iteration(self, iteration: int) -> None:
+        """Some home has tokens in this iteration. Homes count their own: without it, one that has been idle would come
+        back with the least progress of all, and expert workers would serve it alone until it has caught up."""
+        self._frontier = max(self._frontier, iteration)
+
     @property
     def _prefill_budget(self) -> int:
         return self._max_prefill_tokens - self._prefill_in_flight
@@ -173,8 +178,10 @@ class Batcher:
         slots = self.table.slot[rows]
         self.slots.renew(slots)
         self.tokens.position[slots] = self.table.num_tokens[rows] - 1
-        self.tokens.iteration[slots] += 1
-        self._frontier = max(self._frontier, int(self.tokens.iteration[slots].max()))
+        # Whoever is far behind, because this home was idle while others were not, must not take precedence for long.
+        iterations = np.maximum(self.tokens.iteration[slots] + 1, self._frontier - 1)
+        self.tokens.iteration[slots] = iterations
+        self.see_iteration(int(iterations.max()))
         self._decode_ready[rows] = False
         return slots
 

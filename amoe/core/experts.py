@@ -38,6 +38,7 @@ class ExpertsCore:
         self._slots_per_home = slots_per_home
         self._queues = queues
         self._barrier = barrier
+        self._latest_iteration = 0
 
     def slab_rows(self, batch: Batch) -> Int32Array:
         """[n] where the payload of a dispatch belongs."""
@@ -51,6 +52,8 @@ class ExpertsCore:
         self._queues.push(
             BlockId(BlockKind.EXPERTS, batch.layer, batch.wave), (*columns, weights), batch.iterations, now
         )
+        if len(batch.iterations):
+            self._latest_iteration = max(self._latest_iteration, int(batch.iterations.max()))
         if self._barrier is not None:
             self._barrier.on_dispatch(batch)
 
@@ -71,7 +74,7 @@ class ExpertsCore:
         return ExpertsStep(block, slab_rows, expert_ids, weights, replies)
 
     def _replies(self, block: BlockId, homes: Int32Array, slots: Int32Array, generations: Int32Array) -> list[Outgoing]:
-        epoch, waiting = self._barrier.complete(block) if self._barrier is not None else (0, frozenset())
+        epoch, waiting = self._barrier.complete(block) if self._barrier else (self._latest_iteration, frozenset())
         bounds = np.searchsorted(homes, np.arange(len(self._home_ranks) + 1))
         replies = []
         for home, home_rank in enumerate(self._home_ranks):

@@ -253,3 +253,31 @@ def test_a_refused_prompt_is_looked_up_again_only_when_something_has_changed(mon
     finish_chunks(batcher, entry)  # commits two blocks of a prefix that both have
     assert positions(batcher, batcher.start().chunks[0]) == [8, 9, 10, 11]
     assert second.blocks[:2] == first.blocks[:2]
+
+
+def test_a_home_that_was_idle_takes_no_precedence_for_long():
+    batcher = make()
+    add(batcher, 0, 3)
+    (chunk,) = batcher.start().chunks
+    batcher.finish_chunk(int(chunk[-1]))
+    batcher.see_iteration(1000)  # another home is there
+    slots = chunk[-1:]
+    batcher.extend(slots, np.array([7]), np.array([False]))
+    batcher.start()
+    assert batcher.tokens.iteration[slots[0]] >= 999
+    add(batcher, 1, 2)
+    (newcomer,) = batcher.start().chunks
+    assert batcher.tokens.iteration[newcomer[0]] == 1001
+
+
+def test_iterations_advance_by_one_where_nobody_is_ahead():
+    batcher = make()
+    add(batcher, 0, 3)
+    (chunk,) = batcher.start().chunks
+    batcher.finish_chunk(int(chunk[-1]))
+    slots = chunk[-1:]
+    before = int(batcher.tokens.iteration[slots[0]])
+    for step in range(1, 4):
+        batcher.extend(slots, np.array([7]), np.array([False]))
+        batcher.start()
+        assert batcher.tokens.iteration[slots[0]] == before + step

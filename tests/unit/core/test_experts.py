@@ -1,0 +1,46 @@
+"""The expert side of a worker, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from amoe.core.experts import ExpertsCore, count_pairs
+from amoe.core.micro_queue import MicroQueues
+from amoe.types import Batch, BatchKind, BlockId, BlockKind
+
+
+def dispatch(src: int, slots: list[int], iteration: int, layer: int = 0) -> Batch:
+    count = len(slots)
+    return Batch(
+        kind=BatchKind.DISPATCH,
+        src=src,
+        dst=2,
+        layer=layer,
+        count=count,
+        slots=np.array(slots, np.int32),
+        generations=np.zeros(count, np.int32),
+        iterations=np.full(count, iteration, np.int32),
+        expert_ids=np.tile(np.array([[1, -1]], np.int16), (count, 1)),
+        expert_weights=np.full((count, 2), 0.5, np.float32),
+    )
+
+
+def make() -> tuple[ExpertsCore, MicroQueues]:
+    queues = MicroQueues(num_layers=2, num_waves=1)
+    return ExpertsCore(rank=2, home_ranks=(0, 1), slots_per_home=10, queues=queues, barrier=None), queues
+
+
+def test_every_home_gets_one_answer_and_hears_how_far_the_others_are():
+    core, queues = make()
+    core.on_dispatch(dispatch(1, [3, 4], iteration=7), now=0.0)
+    core.on_dispatch(dispatch(0, [5], iteration=900), now=1.0)
+    core.on_dispatch(dispatch(1, [6], iteration=8), now=2.0)
+    step = core.experts_step(queues.index(BlockId(BlockKind.EXPERTS, 0)))
+    assert step.slab_rows.tolist() == [5, 13, 14, 16]
+    replies = [(reply.batch.dst, reply.batch.slots.tolist(), reply.rows) for reply in step.replies]
+    assert replies == [(0, [5], slice(0, 1)), (1, [3, 4, 6], slice(1, 4))]
+    assert {reply.batch.epoch for reply in step.replies} == {900}
+
+
+def test_count_pairs():
+    assert count_pairs(np.array([[0, -1], [2, 0]], np.int16), 4).tolist() == [2, 0, 1, 0]
