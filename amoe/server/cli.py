@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from amoe.server.engine_flags import HelpFormatter, add_engine_flags, engine_config
 
@@ -13,6 +14,13 @@ def _port(text: str) -> int:
     if not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 (any free one) to 65535")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of seconds of at least 0")
+    return seconds
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,7 +48,7 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=_port, default=8000, help="0 takes a free one")
     group.add_argument(
         "--shutdown-timeout",
-        type=float,
+        type=_seconds,
         default=30.0,
         metavar="SECONDS",
         help="how long open requests may go on after SIGTERM",

@@ -73,7 +73,10 @@ def test_mistakes_are_one_line(argv, message, capsys):
     assert output.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("argv", [["--port", "99999"], ["--max-num-seqs", "many"], ["--schedule", "x"], ["--nope"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["--port", "99999"], ["--max-num-seqs", "many"], ["--schedule", "x"], ["--nope"], ["--shutdown-timeout", "inf"]],
+)
 def test_mistakes_of_syntax(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["serve", *argv])
