@@ -55,7 +55,7 @@ def plan_kv_cache(
     useful = config.scheduler.max_num_seqs * -(-longest // block_size)
     num_blocks = config.cache.num_blocks
     if num_blocks is None:
-        share = HOST_SHARE if config.device == "cpu" else DEVICE_SHARE
+        share = HOST_SHARE if torch.device(config.device).type == "cpu" else DEVICE_SHARE
         budget = config.cache.kv_cache_bytes or int(available_bytes * share) // num_sharing
         num_blocks = min(budget // block_bytes, useful)
     capacity = num_blocks * block_size

@@ -26,7 +26,7 @@ class Watchdog:
     def beat(self, rank: int, stats: WorkerStats) -> None:
         """A heartbeat has come."""
         self._silence[rank] = 0.0
-        has_work = stats.num_running > 0 or any(queue.depth for queue in stats.queues)
+        has_work = stats.num_running + stats.num_waiting > 0 or any(queue.depth for queue in stats.queues)
         if not has_work or stats.steps != self._steps.get(rank):
             self._idle[rank] = 0.0
         self._has_work[rank] = has_work

@@ -43,3 +43,11 @@ def test_waiting_tokens_are_work():
         watchdog.beat(0, WorkerStats(rank=0, role="experts", queues=[QueueSnapshot("experts", 0, 3, 1.0)]))
         watchdog.advance(5.0)
     assert watchdog.stalled == 0
+
+
+def test_waiting_sequences_are_work():
+    watchdog = Watchdog(range(1), 8.0, 30.0)
+    for _ in range(20):
+        watchdog.beat(0, WorkerStats(rank=0, role="attention", num_waiting=1))
+        watchdog.advance(5.0)
+    assert watchdog.stalled == 0
