@@ -58,9 +58,7 @@ class Batch:
     Attributes:
         kind: what it is; ANNOUNCE has no columns, and DISPATCH may have n = 0 (a lockstep marker).
         src, dst: ranks of workers.
-        layer, wave: where the tokens stand.
-        epoch: in lockstep, the iteration of the wave; otherwise, of a RESULT, the latest iteration that the expert
-            worker has seen of any home.
+        layer, wave, epoch: where the tokens stand; `epoch` counts lockstep iterations of a wave.
         count: n, except for ANNOUNCE, where it is the number of tokens that the home brings.
         slots: [n] token slots at the home worker.
         generations: [n] of those slots: a late answer to a freed slot is recognised by them.
@@ -68,7 +66,7 @@ class Batch:
         expert_ids: [n, K] (DISPATCH) global expert ids at this destination, -1 where there is none.
         expert_weights: [n, K] (DISPATCH) weights of those pairs.
         payload: [n, H] hidden states in the model's dtype; None if n = 0.
-        sent_at: seconds of the host's monotonic clock.
+        latest_iteration: (RESULT) the greatest that the expert worker has seen, whichever home it came from.
     """
 
     kind: BatchKind
@@ -84,7 +82,7 @@ class Batch:
     expert_ids: Int16Array = field(default_factory=lambda: np.empty((0, 0), np.int16))
     expert_weights: Float32Array = field(default_factory=lambda: np.empty((0, 0), np.float32))
     payload: torch.Tensor | None = None
-    sent_at: float = 0.0
+    latest_iteration: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -182,8 +182,7 @@ class AttentionCore:
         leaders = join.settle(slots, self.batcher.tokens.leader[slots], owner)
         if self._barrier is not None:
             self._barrier.on_result(batch)
-        else:
-            self.batcher.see_iteration(batch.epoch)
+        self.batcher.see_iteration(batch.latest_iteration)
         if len(leaders):
             self.join_waits.observe_many(batch.layer, join.waits(leaders, now))
             self._advance(batch.layer, batch.wave, leaders, now)

@@ -74,7 +74,7 @@ class ExpertsCore:
         return ExpertsStep(block, slab_rows, expert_ids, weights, replies)
 
     def _replies(self, block: BlockId, homes: Int32Array, slots: Int32Array, generations: Int32Array) -> list[Outgoing]:
-        epoch, waiting = self._barrier.complete(block) if self._barrier else (self._latest_iteration, frozenset())
+        epoch, waiting = self._barrier.complete(block) if self._barrier is not None else (0, frozenset())
         bounds = np.searchsorted(homes, np.arange(len(self._home_ranks) + 1))
         replies = []
         for home, home_rank in enumerate(self._home_ranks):
@@ -91,6 +91,7 @@ class ExpertsCore:
                 count=end - start,
                 slots=slots[start:end],
                 generations=generations[start:end],
+                latest_iteration=self._latest_iteration,
             )
             replies.append(Outgoing(batch, slice(start, end)))
         return replies

@@ -10,7 +10,7 @@
     28      hidden size, n        4 each
     36      count                 4
     40      epoch                 8
-    48      sent_at               8       seconds, host's monotonic clock
+    48      latest_iteration      8
     56      padding               8
     64      slots, generations    4n each
     ...     iterations            4n      DISPATCH only, as are the next two
@@ -42,7 +42,7 @@ HEADER_BYTES = 64
 MAGIC = int.from_bytes(b"AMOE", "little")
 VERSION = 1
 
-_HEADER = struct.Struct("<QIBBBxHHiHHIIiqd8x")
+_HEADER = struct.Struct("<QIBBBxHHiHHIIiqq8x")
 _NO_PAYLOAD = 0
 _CODE_OF_DTYPE: dict[torch.dtype, int] = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _DTYPE_OF_CODE: dict[int, torch.dtype] = {code: dtype for dtype, code in _CODE_OF_DTYPE.items()}
@@ -218,7 +218,7 @@ def encode_into(batch: Batch, buffer: WireBuffer, offset: int = 0, layout: Layou
         n,
         batch.count,
         batch.epoch,
-        batch.sent_at,
+        batch.latest_iteration,
     )
     return size
 
@@ -235,7 +235,7 @@ def decode(buffer: WireBuffer, offset: int = 0, limit: int | None = None) -> Bat
     limit = buffer.nbytes - offset if limit is None else limit
     if limit < HEADER_BYTES:
         raise TransportError(f"a record of {limit} bytes is shorter than its header")
-    (size, magic, version, kind_code, code, src, dst, layer, wave, top_k, hidden_size, n, count, epoch, sent_at) = (
+    (size, magic, version, kind_code, code, src, dst, layer, wave, top_k, hidden_size, n, count, epoch, latest) = (
         _HEADER.unpack_from(buffer.octets, offset)
     )
     kind = _KINDS.get(kind_code)
@@ -279,5 +279,5 @@ def decode(buffer: WireBuffer, offset: int = 0, limit: int | None = None) -> Bat
         expert_ids,
         expert_weights,
         payload,
-        sent_at,
+        latest,
     )

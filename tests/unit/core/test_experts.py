@@ -39,7 +39,7 @@ def test_every_home_gets_one_answer_and_hears_how_far_the_others_are():
     assert step.slab_rows.tolist() == [5, 13, 14, 16]
     replies = [(reply.batch.dst, reply.batch.slots.tolist(), reply.rows) for reply in step.replies]
     assert replies == [(0, [5], slice(0, 1)), (1, [3, 4, 6], slice(1, 4))]
-    assert {reply.batch.epoch for reply in step.replies} == {900}
+    assert {reply.batch.latest_iteration for reply in step.replies} == {900}
 
 
 def test_count_pairs():

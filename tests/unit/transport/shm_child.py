@@ -38,7 +38,7 @@ def main() -> None:
                     batch.slots,
                     batch.generations,
                     payload=batch.payload,
-                    sent_at=batch.sent_at,
+                    latest_iteration=batch.latest_iteration,
                 )
             )
     transport.close()

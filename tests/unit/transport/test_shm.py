@@ -47,7 +47,7 @@ def result_of(batch: Batch, dst: int) -> Batch:
         batch.slots,
         batch.generations,
         payload=batch.payload,
-        sent_at=batch.sent_at,
+        latest_iteration=batch.latest_iteration,
     )
 
 
