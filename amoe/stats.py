@@ -81,7 +81,7 @@ class WorkerStats:
         num_running, num_waiting: sequences (attention workers).
         kv_blocks_used, kv_blocks_total: blocks of the KV cache; cached but unreferenced blocks are not used.
         token_slots_used: tokens in flight (attention workers).
-        prompt_tokens, generation_tokens, cached_prompt_tokens, num_preemptions: cumulative.
+        num_preemptions: cumulative.
         prefix_queries, prefix_hits: prompt tokens looked up in and found in the prefix cache, cumulative.
         queues: the μ-queues of the worker.
         batch_sizes: tokens per step, by kind and layer.
@@ -99,9 +99,6 @@ class WorkerStats:
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
     token_slots_used: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    cached_prompt_tokens: int = 0
     num_preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0

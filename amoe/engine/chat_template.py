@@ -65,7 +65,10 @@ class ChatTemplate:
         """From chat_template.jinja, else from `config` (tokenizer_config.json); None if neither has one."""
         file = directory / "chat_template.jinja"
         if file.is_file():
-            return cls(file.read_text(encoding="utf-8"), str(file))
+            try:
+                return cls(file.read_text(encoding="utf-8"), str(file))
+            except (OSError, UnicodeDecodeError) as error:
+                raise CheckpointError(f"{file}: {error}") from error
         source = config.get("chat_template")
         if isinstance(source, list):  # several by name
             by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}

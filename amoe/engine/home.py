@@ -39,8 +39,6 @@ class Home:
         seed: int,
     ) -> None:
         self.core = core
-        self.num_prompt_tokens = 0
-        self.num_generated_tokens = 0
         self._executor = executor
         self._sampling = sampling
         self._control = control
@@ -56,7 +54,6 @@ class Home:
         if count == 0 or count + message.params.max_tokens > batcher.max_model_len:
             self._control.send(Outputs([SequenceOutput(message.request_id, [], finish_reason="error")]))
             return
-        self.num_prompt_tokens += count
         batcher.add(message.request_id, np.asarray(message.prompt_token_ids, np.int32), message.params)
 
     def abort(self, request_ids: Sequence[int]) -> None:
@@ -96,7 +93,6 @@ class Home:
         codes = finish_reasons(self._sampling, rows, sampled.token_ids, num_generated + 1)
         outputs = self._outputs(rows, sampled, codes)
         self.core.on_head(step, sampled.token_ids, codes != GO_ON)
-        self.num_generated_tokens += len(rows)
         self._control.send(Outputs(outputs))
 
     def _set_sampling_rows(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import tokenizers
 from amoe.engine.chat_template import ChatTemplate
 from amoe.engine.detokenizer import ByteDecoder, Detokenizer, TokenDecoder, WindowDecoder
 from amoe.errors import CheckpointError, RequestError
+from amoe.models.config import read_json_object
 from amoe.types import SamplingParams
 
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -35,15 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the file is no JSON object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+    return read_json_object(path) if path.exists() else {}
 
 
 class Tokenizer:
@@ -51,7 +43,6 @@ class Tokenizer:
 
     Attributes:
         vocab_size: ids that the tokenizer knows; the model's embedding may have more rows.
-        eos_token_ids: ids that end a sequence.
 
     Raises:
         CheckpointError: if the directory has no tokenizer.json, or a file in it cannot be read.
@@ -71,7 +62,6 @@ class Tokenizer:
         self._config = read_json(directory / "tokenizer_config.json")
         self._special_tokens = self._read_special_tokens(directory)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self.eos_token_ids = self._read_eos_token_ids(directory)
         self._special_ids = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
         self._is_byte_level = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
         self._bytes: dict[int, bytes] = {}
@@ -148,15 +138,3 @@ class Tokenizer:
                     found[name] = token
                     break
         return found
-
-    def _read_eos_token_ids(self, directory: Path) -> tuple[int, ...]:
-        """From generation_config.json, else config.json, else the tokenizer's end-of-sequence token."""
-        for name in ("generation_config.json", "config.json"):
-            ids = read_json(directory / name).get("eos_token_id")
-            if isinstance(ids, int):
-                return (ids,)
-            if isinstance(ids, list) and ids:
-                return tuple(ids)
-        token = self._special_tokens.get("eos_token")
-        token_id = None if token is None else self._tokenizer.token_to_id(token)
-        return () if token_id is None else (token_id,)

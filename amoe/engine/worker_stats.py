@@ -43,8 +43,6 @@ class StatsKeeper:
         if core.experts is not None:
             stats.expert_pairs = self._expert_pairs.tolist()
         if home is not None:
-            stats.prompt_tokens = home.num_prompt_tokens
-            stats.generation_tokens = home.num_generated_tokens
             stats.join_waits = home.core.join_waits.snapshot("experts")
             _describe_sequences(stats, home.core.batcher)
         return stats
@@ -75,4 +73,3 @@ def _describe_sequences(stats: WorkerStats, batcher: Batcher) -> None:
     stats.num_preemptions = batcher.num_preemptions
     stats.prefix_queries = batcher.blocks.num_queries
     stats.prefix_hits = batcher.blocks.num_hits
-    stats.cached_prompt_tokens = batcher.blocks.num_hits

@@ -22,17 +22,10 @@ def test_encode_and_decode(tmp_path):
     text = "the dog, 你好 🙂"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.vocab_size == 300
-    assert tokenizer.eos_token_ids == (0,)
     assert tokenizer.decode([0, *tokenizer.encode("x")]) == "x"
     assert tokenizer.decode([0, *tokenizer.encode("x")], skip_special_tokens=False) == f"{EOS}x"
     assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
     assert tokenizer.token_bytes(12345) == b""
-
-
-def test_eos_of_the_generation_config_wins(tmp_path):
-    make_tokenizer(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
-    assert Tokenizer(tmp_path).eos_token_ids == (0, 7)
 
 
 def test_lone_surrogate_is_a_request_error(tmp_path):
@@ -45,7 +38,7 @@ def test_missing_or_broken_files(tmp_path):
         Tokenizer(tmp_path)
     make_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: expected a JSON object"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: holds a list, not a JSON object"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
@@ -78,6 +71,9 @@ def test_template_file_and_named_templates(tmp_path):
     assert Tokenizer(tmp_path).render_chat(MESSAGES, {}) == "D"
     (tmp_path / "chat_template.jinja").write_text("F")
     assert Tokenizer(tmp_path).render_chat(MESSAGES, {}) == "F"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: .*utf-8"):
+        Tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
