@@ -118,7 +118,8 @@ class AsyncEngine:
         config: of the workers.
         model: what they have loaded.
         heartbeat_timeout_s: a worker that says nothing for so long is dead.
-        stall_timeout_s: a worker that has sequences and runs no block for so long makes the engine unhealthy.
+        stall_timeout_s: a worker that says nothing, or has work and runs no block, for so long makes the engine
+            unhealthy until it goes on.
     """
 
     def __init__(
@@ -130,8 +131,8 @@ class AsyncEngine:
         *,
         metrics: EngineMetrics | None = None,
         clock: Clock | None = None,
-        heartbeat_timeout_s: float = 8.0,
-        stall_timeout_s: float = 30.0,
+        heartbeat_timeout_s: float = 120.0,
+        stall_timeout_s: float = 15.0,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -386,5 +387,5 @@ class AsyncEngine:
                 if stalled is None:
                     logger.warning("all workers make progress again")
                 else:
-                    logger.error("worker %d has work but runs no block: not healthy", stalled)
+                    logger.error("worker %d makes no progress: not healthy", stalled)
             self.metrics.healthy(self.healthy)

@@ -10,9 +10,10 @@ from amoe.stats import WorkerStats
 class Watchdog:
     """Counts, for every worker, the seconds without a heartbeat and the seconds of work without a step.
 
-    A heartbeat comes from within the worker's loop, so that silence means a loop that hangs. A loop that turns but runs
-    no block although tokens or sequences wait (an answer that never comes) is a stall: it may end, while silence is
-    taken as death.
+    A heartbeat comes from within the worker's loop, so that silence means a loop that hangs, or a very long step. A
+    loop that turns but runs no block although tokens or sequences wait (an answer that never comes) makes no progress
+    either. Both are a stall, which may end; silence that lasts is taken as death. A process that ends is noticed at
+    once, by whoever has started it.
     """
 
     def __init__(self, ranks: Iterable[int], heartbeat_timeout_s: float, stall_timeout_s: float) -> None:
@@ -46,5 +47,6 @@ class Watchdog:
 
     @property
     def stalled(self) -> int | None:
-        """A worker that has had work, but run no block, for `stall_timeout_s`."""
-        return next((rank for rank, s in self._idle.items() if s >= self.stall_timeout_s), None)
+        """A worker that for `stall_timeout_s` has said nothing, or has had work but run no block."""
+        idle, silence, limit = self._idle, self._silence, self.stall_timeout_s
+        return next((rank for rank in silence if max(idle[rank], silence[rank]) >= limit), None)

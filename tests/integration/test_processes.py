@@ -98,12 +98,14 @@ async def test_a_killed_worker_ends_every_request_with_an_error(root: Path) -> N
         assert not engine.healthy
 
 
-async def test_a_stopped_worker_makes_the_engine_unhealthy(root: Path) -> None:
+async def test_a_stopped_worker_makes_the_engine_unhealthy_until_it_goes_on(root: Path) -> None:
     """SIGSTOP: the process lives, its loop does not turn."""
     async with running_engine(small_config(root, colocated=2)) as (engine, cluster):
         assert engine.healthy
+        engine._watchdog.stall_timeout_s = 2.0
         psutil.Process(cluster.pids[1]).suspend()
         try:
             await wait_for(lambda: not engine.healthy, "the watchdog notices")
         finally:
             psutil.Process(cluster.pids[1]).resume()
+        await wait_for(lambda: engine.healthy, "it goes on")

@@ -1,4 +1,4 @@
-"""Silence is death, work without steps is a stall."""
+"""Silence and work without steps are a stall; lasting silence is death."""
 
 from __future__ import annotations
 
@@ -6,13 +6,24 @@ from amoe.engine.watchdog import Watchdog
 from amoe.stats import QueueSnapshot, WorkerStats
 
 
-def test_silence():
-    watchdog = Watchdog(range(2), 8.0, 30.0)
-    watchdog.advance(7.9)
-    assert watchdog.silent is None
+def test_silence_is_a_stall_and_at_last_death():
+    watchdog = Watchdog(range(2), 80.0, 30.0)
+    watchdog.advance(29.0)
+    assert watchdog.stalled is None
     watchdog.beat(0, WorkerStats(rank=0, role="colocated"))
-    watchdog.advance(0.2)
+    watchdog.advance(2.0)
+    assert watchdog.stalled == 1
+    assert watchdog.silent is None
+    watchdog.advance(50.0)
     assert watchdog.silent == 1
+
+
+def test_a_long_step_is_forgiven():
+    watchdog = Watchdog(range(1), 80.0, 30.0)
+    watchdog.advance(40.0)
+    assert watchdog.stalled == 0
+    watchdog.beat(0, WorkerStats(rank=0, role="colocated"))
+    assert watchdog.stalled is None
 
 
 def test_work_without_steps_is_a_stall_until_a_step():
