@@ -46,12 +46,15 @@ class EngineMetrics:
     """All series of one engine, in a registry of its own.
 
     The `engine` label is the rank of the attention worker that served the request.
+
+    Attributes:
+        workers: the latest snapshot of each worker, by rank.
     """
 
     def __init__(self, model_name: str, max_model_len: int) -> None:
         self.registry = CollectorRegistry()
         self._model_name = model_name
-        self._workers: dict[int, WorkerStats] = {}
+        self.workers: dict[int, WorkerStats] = {}
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed.")
         self._prompt_tokens_cached = self._counter("prompt_tokens_cached", "Prompt tokens found in the prefix cache.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
@@ -79,7 +82,7 @@ class EngineMetrics:
             "amoe:engine_healthy", "1 while every worker makes progress.", ("model_name",), registry=self.registry
         )
         self._healthy.labels(model_name).set(1)
-        self.registry.register(_WorkerCollector(model_name, self._workers))
+        self.registry.register(_WorkerCollector(model_name, self.workers))
 
     def _counter(self, name: str, documentation: str) -> Counter:
         return Counter(f"amoe:{name}", documentation, LABELS, registry=self.registry)
@@ -139,7 +142,7 @@ class EngineMetrics:
 
     def worker(self, stats: WorkerStats) -> None:
         """Take a worker's latest snapshot."""
-        self._workers[stats.rank] = stats
+        self.workers[stats.rank] = stats
 
     def healthy(self, value: bool) -> None:
         """Whether every worker makes progress."""

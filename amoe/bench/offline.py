@@ -21,8 +21,6 @@ from amoe.config import SCHEDULES, EngineConfig, ScheduleName, SchedulerConfig
 from amoe.engine.async_engine import AsyncEngine
 from amoe.engine.worker import HEARTBEAT_S
 from amoe.errors import AmoeError, ConfigError
-from amoe.metrics import EngineMetrics
-from amoe.stats import WorkerStats
 from amoe.types import SamplingParams
 
 PROBE_THREADS = 2
@@ -76,23 +74,9 @@ class EngineSender:
             record.failure = f"{type(error).__name__}: {error}"
 
 
-class WorkerStatsKeeper(EngineMetrics):
-    """Metrics that keep the latest statistics of each worker."""
-
-    def __init__(self, model_name: str, max_model_len: int) -> None:
-        super().__init__(model_name, max_model_len)
-        self.latest: dict[int, WorkerStats] = {}
-
-    def worker(self, stats: WorkerStats) -> None:
-        """A worker has said how it is."""
-        super().worker(stats)
-        self.latest[stats.rank] = stats
-
-
 async def _imbalance(engine: AsyncEngine) -> float:
     await asyncio.sleep(2 * HEARTBEAT_S)  # statistics come with heartbeats
-    assert isinstance(engine.metrics, WorkerStatsKeeper)
-    workers = engine.metrics.latest.values()
+    workers = engine.metrics.workers.values()
     per_worker = [np.asarray(stats.expert_pairs, np.float64) for stats in workers if stats.expert_pairs]
     return expert_imbalance(sum(per_worker, np.zeros((1, 1))))
 
@@ -175,7 +159,7 @@ async def run_rounds(
             title = f"{variant}, round {number + 1}/{num_rounds}"
             bandwidth = memory_bandwidth(clock, PROBE_THREADS)
             try:
-                async with running_engine(run_config, metrics=WorkerStatsKeeper) as (engine, _):
+                async with running_engine(run_config) as (engine, _):
                     with make_progress(title) as progress:
                         result = await measure(engine, plan, clock, progress)
                     imbalance = float("nan") if result.interrupted else await _imbalance(engine)

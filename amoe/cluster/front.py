@@ -11,39 +11,28 @@ from amoe.config import EngineConfig
 from amoe.engine.async_engine import AsyncEngine, ModelInfo
 from amoe.engine.messages import Ready
 from amoe.engine.tokenizer import Tokenizer
-from amoe.metrics import EngineMetrics
 from amoe.models.config import load_model_config
 
 
-def connect_engine(
-    cluster: LocalCluster,
-    ready: Sequence[Ready],
-    *,
-    name: str,
-    tokenizer: Tokenizer,
-    metrics: type[EngineMetrics] = EngineMetrics,
-) -> AsyncEngine:
+def connect_engine(cluster: LocalCluster, ready: Sequence[Ready], *, name: str, tokenizer: Tokenizer) -> AsyncEngine:
     """An engine that listens to the workers of a started cluster, and dies with any of them.
 
     Args:
         ready: what `LocalCluster.start` returned.
         name: of the model, as users see it.
-        metrics: what keeps the figures.
     """
     config = cluster.config
     # Expert workers have no say in the length of a sequence: they have no KV cache.
     longest = min(ready[rank].max_model_len for rank in config.placement.attention_ranks)
     model = ModelInfo(name=name, max_model_len=longest, vocab_size=load_model_config(config.model).vocab_size)
-    engine = AsyncEngine(cluster.channels, config, tokenizer, model, metrics=metrics(name, longest))
+    engine = AsyncEngine(cluster.channels, config, tokenizer, model)
     cluster.on_death = lambda _, reason: engine.die(reason)
     engine.run()
     return engine
 
 
 @contextlib.asynccontextmanager
-async def running_engine(
-    config: EngineConfig, *, metrics: type[EngineMetrics] = EngineMetrics, grace_s: float = 10.0
-) -> AsyncIterator[tuple[AsyncEngine, LocalCluster]]:
+async def running_engine(config: EngineConfig) -> AsyncIterator[tuple[AsyncEngine, LocalCluster]]:
     """An engine and its workers, which are gone afterwards.
 
     Raises:
@@ -54,10 +43,10 @@ async def running_engine(
     cluster = LocalCluster(config)
     ready = await cluster.start()
     try:
-        engine = connect_engine(cluster, ready, name=Path(config.model).name, tokenizer=tokenizer, metrics=metrics)
+        engine = connect_engine(cluster, ready, name=Path(config.model).name, tokenizer=tokenizer)
         try:
             yield engine, cluster
         finally:
             await engine.close()
     finally:
-        await cluster.stop(grace_s)
+        await cluster.stop()

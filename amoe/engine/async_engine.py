@@ -129,7 +129,6 @@ class AsyncEngine:
         tokenizer: Tokenizer,
         model: ModelInfo,
         *,
-        metrics: EngineMetrics | None = None,
         clock: Clock | None = None,
         heartbeat_timeout_s: float = 120.0,
         stall_timeout_s: float = 15.0,
@@ -137,7 +136,7 @@ class AsyncEngine:
         self.config = config
         self.tokenizer = tokenizer
         self.model = model
-        self.metrics = metrics or EngineMetrics(model.name, model.max_model_len)
+        self.metrics = EngineMetrics(model.name, model.max_model_len)
         self._channels = channels
         self._clock = clock or MonotonicClock()
         self._attention_ranks = config.placement.attention_ranks
