@@ -37,10 +37,6 @@ class Join:
         self._opened_at[leaders] = now
         np.add.at(self._pending, leaders, dispatched.sum(axis=1, dtype=np.int32))
 
-    def is_settled(self, leaders: Int32Array) -> BoolArray:
-        """[n]: the group waits for nothing."""
-        return self._pending[leaders] == 0
-
     def accept(self, slots: Int32Array, current: BoolArray, layer: int, owner: int) -> BoolArray:
         """Answers for `slots` [n] have come from `owner`; `current` [n] tells which slots still mean what they meant.
 

@@ -12,7 +12,7 @@ from amoe.core.worker import ModelShape, WorkerCore
 from amoe.engine.devices import resolve_device, threads_per_worker
 from amoe.engine.executor import AttentionExecutor, ExpertsExecutor
 from amoe.engine.home import Home
-from amoe.engine.memory import KVPlan, free_bytes, plan_kv_cache
+from amoe.engine.memory import KVPlan, free_bytes, longest_sequence, plan_kv_cache
 from amoe.engine.messages import ControlPort, Loading, Ready
 from amoe.engine.sampler import SamplingTable
 from amoe.engine.worker import Worker
@@ -41,6 +41,7 @@ def build_worker(
     """
     torch.set_num_threads(threads_per_worker(config))
     model_config = load_model_config(config.model)
+    longest_sequence(config, model_config)  # refuses in a second what would be refused once the weights are loaded
     device = resolve_device(config.device, rank)
     role = role_of(config, rank)
     model = _load(config, model_config, rank, device, lambda done, total: control.send(Loading(done, total)))

@@ -34,6 +34,20 @@ def free_bytes(device: torch.device) -> int:
     return int(free)
 
 
+def longest_sequence(config: EngineConfig, model: ModelConfig) -> int:
+    """Tokens of a sequence at most, memory not considered.
+
+    Raises:
+        ConfigError: more are asked for than the model can tell apart.
+    """
+    longest = config.max_model_len or model.max_position_embeddings
+    if longest > model.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {longest} is more than the model was trained for ({model.max_position_embeddings})"
+        )
+    return longest
+
+
 def plan_kv_cache(
     config: EngineConfig, model: ModelConfig, dtype: torch.dtype, available_bytes: int, num_sharing: int
 ) -> KVPlan:
@@ -44,11 +58,7 @@ def plan_kv_cache(
         ConfigError: a sequence of the length asked for does not fit.
     """
     block_size = config.cache.block_size
-    longest = config.max_model_len or model.max_position_embeddings
-    if longest > model.max_position_embeddings:
-        raise ConfigError(
-            f"--max-model-len {longest} is more than the model was trained for ({model.max_position_embeddings})"
-        )
+    longest = longest_sequence(config, model)
     block_bytes = KVCache.bytes_per_block(
         model.num_layers, block_size, model.num_key_value_heads, model.head_dim, dtype
     )
