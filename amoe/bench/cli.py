@@ -70,8 +70,8 @@ def _add_workload(parser: argparse.ArgumentParser, num_prompts: int, input_len: 
         help="generate exactly as many tokens as asked for (default)",
     )
     group.add_argument("--warmup", type=int, default=None, metavar="W", help="requests before, not measured")
-    group.add_argument("--seed", type=int, default=0, help="of prompts, lengths and arrivals (default 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write configuration and figures there")
+    group.add_argument("--seed", type=_seed, default=0, help="of prompts, lengths and arrivals (default 0)")
+    parser.add_argument("--json", type=_report_file, metavar="FILE", help="write configuration and figures there")
 
 
 def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -116,6 +116,20 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
+    return value
+
+
+def _report_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():  # to be told before the measurement, not after it
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: no such directory, or it is one")
+    return path
 
 
 def _variants(text: str) -> list[offline.Variant]:

@@ -84,6 +84,15 @@ def test_mistakes_of_syntax(argv, capsys):
     assert "amoe serve: error" in capsys.readouterr().err or "--nope" in argv
 
 
+@pytest.mark.parametrize("argv", [["--seed", "-1"], ["--json", "/does/not/exist/report.json"]])
+@pytest.mark.parametrize("command", ["serve", "offline"])
+def test_a_measurement_that_would_be_lost_does_not_begin(command, argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["bench", command, *argv])
+    assert caught.value.code == 2
+    assert f"argument {argv[0]}" in capsys.readouterr().err
+
+
 def test_not_a_checkpoint(tmp_path, capsys):
     assert cli.main(["serve", str(tmp_path)]) == 2
     assert "config.json" in capsys.readouterr().err
