@@ -9,7 +9,9 @@ import numpy as np
 from amoe.core.lockstep import ExpertsBarrier
 from amoe.core.micro_queue import MicroQueues
 from amoe.core.steps import ExpertsStep, Outgoing
-from amoe.types import Batch, BatchKind, BlockId, BlockKind, Int16Array, Int32Array
+from amoe.types import Batch, BatchKind, BlockId, BlockKind, BoolArray, Int16Array, Int32Array, Int64Array
+
+_LAYERS_PER_GENERATION = 2**16  # layers travel in 16 bits
 
 
 class ExpertsCore:
@@ -39,23 +41,38 @@ class ExpertsCore:
         self._queues = queues
         self._barrier = barrier
         self._latest_iteration = 0
+        # Where the token in each place of the slab stands: its slot's generation, then the layer.
+        self._stamps: Int64Array = np.full(len(home_ranks) * slots_per_home, -1, np.int64)
 
     def slab_rows(self, batch: Batch) -> Int32Array:
         """[n] where the payload of a dispatch belongs."""
         return batch.slots + np.int32(self._home_of_rank[batch.src] * self._slots_per_home)
 
-    def on_dispatch(self, batch: Batch, now: float) -> None:
-        """Tokens have come. Copies the columns: the batch's memory belongs to the transport."""
-        homes = np.full(len(batch.slots), self._home_of_rank[batch.src], np.int32)
-        columns = (homes, batch.slots.copy(), batch.generations.copy(), batch.expert_ids.copy())
-        weights = batch.expert_weights.copy()
-        self._queues.push(
-            BlockId(BlockKind.EXPERTS, batch.layer, batch.wave), (*columns, weights), batch.iterations, now
+    def on_dispatch(self, batch: Batch, now: float) -> BoolArray:
+        """Tokens have come. Copies the columns: the batch's memory belongs to the transport.
+
+        Returns:
+            [n]: the row's payload has to be kept. A late copy of what the token has left behind must not overwrite
+            its place in the slab; it is False, and not queued.
+        """
+        rows = self.slab_rows(batch)
+        stamps = batch.generations.astype(np.int64) * _LAYERS_PER_GENERATION + batch.layer
+        fresh = stamps >= self._stamps[rows]
+        self._stamps[rows[fresh]] = stamps[fresh]
+        iterations = batch.iterations[fresh]  # a mask copies
+        columns = (
+            np.full(len(iterations), self._home_of_rank[batch.src], np.int32),
+            batch.slots[fresh],
+            batch.generations[fresh],
+            batch.expert_ids[fresh],
+            batch.expert_weights[fresh],
         )
-        if len(batch.iterations):
-            self._latest_iteration = max(self._latest_iteration, int(batch.iterations.max()))
+        self._queues.push(BlockId(BlockKind.EXPERTS, batch.layer, batch.wave), columns, iterations, now)
+        if len(iterations):
+            self._latest_iteration = max(self._latest_iteration, int(iterations.max()))
         if self._barrier is not None:
             self._barrier.on_dispatch(batch)
+        return fresh
 
     def experts_step(self, index: int) -> ExpertsStep:
         """Take all tokens that wait for the experts of a layer, sorted by home, so that every home gets one answer."""

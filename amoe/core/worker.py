@@ -89,7 +89,7 @@ class WorkerCore:
         """A batch has arrived.
 
         Returns:
-            Of a RESULT, [n]: which rows are awaited. None of anything else.
+            [n]: the rows whose payload has to be kept, the others are late or duplicates. None of an ANNOUNCE.
 
         Raises:
             TransportError: the batch is none of this worker's business.
@@ -97,8 +97,7 @@ class WorkerCore:
         if batch.kind is BatchKind.RESULT and self.attention is not None:
             return self.attention.on_result(batch, now)
         if batch.kind is BatchKind.DISPATCH and self.experts is not None:
-            self.experts.on_dispatch(batch, now)
-            return None
+            return self.experts.on_dispatch(batch, now)
         if batch.kind is BatchKind.ANNOUNCE and (self._home_barrier or self._experts_barrier):
             for barrier in (self._home_barrier, self._experts_barrier):
                 if barrier is not None:

@@ -26,6 +26,16 @@ def to_device(array: IntArray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(array.astype(np.int64, copy=False)).to(device)
 
 
+def _store(table: torch.Tensor, rows: Int32Array, batch: Batch, kept: BoolArray) -> None:
+    """table[rows] = the batch's payload, where `kept`."""
+    payload = batch.payload
+    assert payload is not None
+    if not kept.all():
+        chosen = np.flatnonzero(kept)
+        payload, rows = payload[torch.from_numpy(chosen)], rows[chosen]
+    table.index_copy_(0, to_device(rows, table.device), payload.to(table.device))
+
+
 class AttentionExecutor:
     """Attention blocks and head of one home.
 
@@ -79,16 +89,9 @@ class AttentionExecutor:
         slots = to_device(step.slots, self._model.device)
         return self._model.head(self._combine(len(self._sparse) - 1, step.slots, slots))
 
-    def keep(self, batch: Batch, owner: int, accepted: BoolArray) -> None:
-        """Keep the rows of a RESULT that are awaited until the token's join is complete."""
-        if batch.payload is None:
-            return
-        payload, slots = batch.payload, batch.slots
-        if not accepted.all():
-            chosen = np.flatnonzero(accepted)
-            payload, slots = payload[torch.from_numpy(chosen)], slots[chosen]
-        device = self._model.device
-        self._partials[owner].index_copy_(0, to_device(slots, device), payload.to(device))
+    def keep(self, batch: Batch, owner: int, kept: BoolArray) -> None:
+        """Keep rows `kept` [n] of a RESULT until the token's join is complete."""
+        _store(self._partials[owner], batch.slots, batch, kept)
 
     def _embed(self, step: AttentionStep) -> torch.Tensor:
         token_ids = self._batcher.table.tokens[step.rows, step.positions]
@@ -148,11 +151,9 @@ class ExpertsExecutor:
             (num_homes * slots_per_home, model.config.hidden_size), dtype=model.dtype, device=model.device
         )
 
-    def keep(self, batch: Batch, slab_rows: Int32Array) -> None:
-        """Keep the payload of a DISPATCH; a local one has none, its home has written it already."""
-        if batch.payload is not None:
-            device = self._model.device
-            self.slab.index_copy_(0, to_device(slab_rows, device), batch.payload.to(device))
+    def keep(self, batch: Batch, slab_rows: Int32Array, kept: BoolArray) -> None:
+        """Keep rows `kept` [n] of a DISPATCH. A local one has no payload: its home has written it already."""
+        _store(self.slab, slab_rows, batch, kept)
 
     def experts(self, step: ExpertsStep) -> torch.Tensor:
         """[n, H] weighted sum over the experts that live here."""

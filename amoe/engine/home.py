@@ -68,9 +68,9 @@ class Home:
 
     # ---- tokens
 
-    def keep(self, batch: Batch, accepted: BoolArray) -> None:
-        """A RESULT has come; rows `accepted` [n] are awaited."""
-        self._executor.keep(batch, self._owner_of_rank[batch.src], accepted)
+    def keep(self, batch: Batch, kept: BoolArray) -> None:
+        """A RESULT has come; rows `kept` [n] are awaited."""
+        self._executor.keep(batch, self._owner_of_rank[batch.src], kept)
 
     def run_attention(self, step: AttentionStep, now: float) -> tuple[list[Outgoing], torch.Tensor | None]:
         """Run attention(layer). Returns what to dispatch, and the tensor [n, H] whose rows it names."""

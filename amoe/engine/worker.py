@@ -89,11 +89,13 @@ class Worker:
         return step is not None or bool(batches)
 
     def _receive(self, batch: Batch, now: float) -> None:
-        accepted = self.core.on_batch(batch, now)
-        if accepted is not None and self._home is not None:
-            self._home.keep(batch, accepted)
-        elif batch.kind is BatchKind.DISPATCH and self._experts is not None and self.core.experts is not None:
-            self._experts.keep(batch, self.core.experts.slab_rows(batch))
+        kept = self.core.on_batch(batch, now)
+        if kept is None or batch.payload is None:
+            return
+        if batch.kind is BatchKind.RESULT and self._home is not None:
+            self._home.keep(batch, kept)
+        elif self._experts is not None and self.core.experts is not None:
+            self._experts.keep(batch, self.core.experts.slab_rows(batch), kept)
 
     def _run(self, step: Step) -> None:
         if isinstance(step, ExpertsStep):

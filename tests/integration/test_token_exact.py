@@ -57,10 +57,11 @@ def test_matrix(case: Case, root: Path) -> None:
     run_case(case, root)
 
 
+@pytest.mark.parametrize("keep_order", [True, False], ids=["ordered", "unordered"])
 @pytest.mark.parametrize("schedule", [("progress", 1), ("defrag", 1), ("lockstep", 2)], ids=str)
-def test_late_and_repeated_batches_change_nothing(schedule: tuple[str, int], root: Path) -> None:
+def test_late_and_repeated_batches_change_nothing(schedule: tuple[str, int], keep_order: bool, root: Path) -> None:
     case = Case(schedule, "qwen2_moe", "2A2E", "plain", 1)
-    plan = FaultPlan(seed=7, delay=0.3, max_delay_polls=6, duplicate=0.3)
+    plan = FaultPlan(seed=7, delay=0.3, max_delay_polls=20, duplicate=0.4, keep_order=keep_order)
 
     def wrap(transport: Transport) -> Transport:
         return FaultyTransport(transport, plan)

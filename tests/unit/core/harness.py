@@ -101,11 +101,13 @@ class VirtualWorker:
         assert self.terminal[request_id] == 1, "neither aborted nor finished before"
 
     def receive(self, batch: Batch, now: float) -> None:
-        if batch.kind is BatchKind.DISPATCH and batch.payload is not None:
-            self.slab[self.core.experts.slab_rows(batch)] = batch.payload
-        accepted = self.core.on_batch(batch, now)
-        if accepted is not None and accepted.any():
-            self.partials[self.owner_of_rank[batch.src], batch.slots[accepted]] = batch.payload[accepted]
+        kept = self.core.on_batch(batch, now)
+        if kept is None or batch.payload is None:
+            return
+        if batch.kind is BatchKind.DISPATCH:
+            self.slab[self.core.experts.slab_rows(batch)[kept]] = batch.payload[kept]
+        else:
+            self.partials[self.owner_of_rank[batch.src], batch.slots[kept]] = batch.payload[kept]
 
     def run(self, step: AttentionStep | HeadStep | ExpertsStep, now: float) -> list[Batch]:
         """Run a step and tell the core. Returns what is to be sent."""

@@ -44,3 +44,11 @@ def test_every_home_gets_one_answer_and_hears_how_far_the_others_are():
 
 def test_count_pairs():
     assert count_pairs(np.array([[0, -1], [2, 0]], np.int16), 4).tolist() == [2, 0, 1, 0]
+
+
+def test_a_late_copy_overwrites_nothing():
+    core, queues = make()
+    assert core.on_dispatch(dispatch(0, [3, 4], iteration=1, layer=1), now=0.0).tolist() == [True, True]
+    assert core.on_dispatch(dispatch(0, [4, 5], iteration=1, layer=0), now=1.0).tolist() == [False, True]
+    step = core.experts_step(queues.index(BlockId(BlockKind.EXPERTS, 0)))
+    assert step.slab_rows.tolist() == [5]
