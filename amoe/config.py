@@ -11,6 +11,8 @@ ScheduleName = Literal["fcfs", "flfs", "mtfs", "defrag", "progress", "lockstep"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 DTYPES: tuple[str, ...] = get_args(DTypeName)
+MAX_NUM_SEQS = 65_536
+MAX_BATCHED_TOKENS = 262_144
 
 
 def _require(holds: bool, message: str) -> None:
@@ -95,8 +97,12 @@ class SchedulerConfig:
             self.micro_batches == 1 or self.schedule == "lockstep",
             "--micro-batches above 1 is for --schedule lockstep: the other schedules have no barrier to overlap",
         )
-        _require(self.max_num_seqs >= 1, "--max-num-seqs must be at least 1")
-        _require(self.max_num_batched_tokens >= 1, "--max-num-batched-tokens must be at least 1")
+        # Every buffer is allocated for the worst case, so an absurd size would fail far from its cause.
+        _require(1 <= self.max_num_seqs <= MAX_NUM_SEQS, f"--max-num-seqs must be between 1 and {MAX_NUM_SEQS}")
+        _require(
+            1 <= self.max_num_batched_tokens <= MAX_BATCHED_TOKENS,
+            f"--max-num-batched-tokens must be between 1 and {MAX_BATCHED_TOKENS}",
+        )
 
     @property
     def num_waves(self) -> int:

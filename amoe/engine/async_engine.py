@@ -151,6 +151,7 @@ class AsyncEngine:
         self._tasks: list[asyncio.Task[None]] = []
         self._death: EngineDeadError | None = None
         self._draining = False
+        self.died = asyncio.Event()  # some worker has, or nothing can go on
         self._all_closed = asyncio.Event()
         self._all_closed.set()
         self._watchdog = Watchdog(range(len(channels)), heartbeat_timeout_s, stall_timeout_s)
@@ -198,6 +199,7 @@ class AsyncEngine:
         if self._death is None:
             logger.error("%s: nothing can be served any more", reason)
             self._end(reason)
+            self.died.set()
 
     def _end(self, reason: str) -> None:
         """Every open request ends with an error."""

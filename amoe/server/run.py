@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WORKER_GRACE_S = 10.0
+DEATH_GRACE_S = 10.0  # a server that can serve nothing any more still says why to whoever asks, then makes room
 FLUSH_GRACE_S = 10.0  # for clients to read their last bytes, before uvicorn cuts them off
 CONNECTION_BACKLOG = 2048
 
@@ -113,14 +114,13 @@ def run_server(config: EngineConfig, options: ServerOptions) -> int:
     """
     setproctitle.setproctitle("amoe: server")
     try:
-        asyncio.run(_serve(config, options))
+        return asyncio.run(_serve(config, options))
     except _Interrupted:
         print("interrupted while loading", file=sys.stderr)
         return 130
-    return 0
 
 
-async def _serve(config: EngineConfig, options: ServerOptions) -> None:
+async def _serve(config: EngineConfig, options: ServerOptions) -> int:
     check_model_directory(config.model)
     tokenizer = Tokenizer(config.model)
     defaults = SamplingDefaults.from_checkpoint(config.model)
@@ -135,6 +135,7 @@ async def _serve(config: EngineConfig, options: ServerOptions) -> None:
             try:
                 context = ServerContext(engine=engine, model_names=options.model_names, defaults=defaults)
                 await _serve_http(context, options, listener, signals)
+                return 1 if engine.died.is_set() else 0
             finally:
                 await engine.close()
         finally:
@@ -147,11 +148,17 @@ async def _serve_http(
     server = WebServer(create_app(context), options)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     requested = asyncio.create_task(signals.requested.wait())
+    died = asyncio.create_task(context.engine.died.wait())
     try:
         await asyncio.wait((asyncio.create_task(server.listening.wait()), serving), return_when=asyncio.FIRST_COMPLETED)
         if server.listening.is_set():
             _announce(context, options, listener.getsockname()[1])
-        await asyncio.wait((requested, serving), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((requested, serving, died), return_when=asyncio.FIRST_COMPLETED)
+        if died.done():
+            print(
+                f"leaving in {DEATH_GRACE_S:g} s, for a supervisor to start a new server", file=sys.stderr, flush=True
+            )
+            await asyncio.wait((requested, serving), timeout=DEATH_GRACE_S, return_when=asyncio.FIRST_COMPLETED)
         if context.engine.num_open:
             print(
                 f"shutting down: {context.engine.num_open} open requests may go on for "
@@ -167,6 +174,7 @@ async def _serve_http(
         await serving
     finally:
         requested.cancel()
+        died.cancel()
 
 
 async def _unless_requested(signals: ShutdownSignals, work: Coroutine[Any, Any, T]) -> T:

@@ -115,8 +115,7 @@ def test_dead_worker_is_told_at_once(serve: Callable[..., Served]):
     assert httpx.get(f"{served.url}/health").status_code == 503
     with pytest.raises(openai.InternalServerError, match="was killed by SIGKILL"):
         served.client.completions.create(model=None, **LONG)
-    served.signal(signal.SIGTERM)
-    assert served.wait() == 0
+    assert served.wait() == 1  # by itself, so that a supervisor starts a new one
     assert not [line for line in served.output if "Traceback" in line]
 
 
