@@ -12,12 +12,14 @@ help:  ## Show the commands
 
 # A stamp, so that a change of the dependencies installs them again.
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV): some minutes the first time"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@echo "installing what development needs"
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 venv: $(VENV)/installed-dev  ## Make .venv with everything that development needs
@@ -40,13 +42,15 @@ format: $(VENV)/installed-dev  ## Format the code and fix what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# On a GPU machine the environment is often a given one (PYTHON=python3): nothing is installed then.
+# On a GPU machine the environment is often a given one: whichever python has a torch that sees the GPU is taken.
 gpu:  ## Run tests/gpu and a short benchmark, where there is a GPU
-	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
-		$(PYTHON) -m pytest tests/gpu -m gpu && $(PYTHON) -m benchmarks.step_time --device cuda; \
-	else \
-		echo "no GPU here: nothing to do"; \
-	fi
+	@for python in $(PYTHON) $(BIN)/python; do \
+		if $$python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
+			$$python -m pytest tests/gpu -m gpu && exec $$python -m benchmarks.step_time --device cuda; \
+			exit; \
+		fi; \
+	done; \
+	echo "no GPU here that $(PYTHON) or $(BIN)/python can use: nothing to do"
 
 clean:  ## Remove the virtual environment and what tools have left
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +38,7 @@ from amoe.server.engine_flags import add_engine_flags, engine_config
 from amoe.types import SamplingParams
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+FILE_WIDTH = 120  # columns where there is no terminal to ask
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -206,7 +208,7 @@ async def _offline(args: argparse.Namespace) -> int:
     alone = offline.Variant(config.scheduler.schedule, config.scheduler.micro_batches)
     variants: list[offline.Variant] = args.schedules or [alone]
     rounds = await offline.run_rounds(config, variants, args.rounds, plan, clock, make_progress)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     if len(rounds) == 1:
         print_figures(console, f"{config.model}, {rounds[0].variant}", rounds[0].figures)
     comparisons = compare(rounds) if rounds else []

@@ -18,6 +18,7 @@ from amoe.engine.control import AsyncControlChannel
 from amoe.engine.messages import Loading, Ready
 from amoe.errors import ConfigError
 from amoe.models.config import ModelConfig, load_model_config
+from amoe.policy.placement import place_experts
 from amoe.transport.shm import ShmFabric
 from amoe.transport.wire import max_record_bytes
 
@@ -140,10 +141,12 @@ class LocalCluster:
             worker.kill()
 
     async def _spawn(self) -> None:
-        ring_bytes = self._ring_bytes
-        if ring_bytes is None:
-            ring_bytes = ring_bytes_for(self.config, load_model_config(self.config.model))
-        num_workers = self.config.placement.num_workers
+        placement = self.config.placement
+        if self._ring_bytes is None:
+            model = load_model_config(self.config.model)
+            place_experts(model.num_layers, model.num_experts, len(placement.expert_ranks))  # refused before it costs
+            self._ring_bytes = ring_bytes_for(self.config, model)
+        ring_bytes, num_workers = self._ring_bytes, placement.num_workers
         self._fabric = ShmFabric.create(num_workers, ring_bytes)
         for rank in range(num_workers):
             worker = await WorkerProcess.spawn(self.config, rank, self._fabric, self._entry, self._report_death)

@@ -46,12 +46,16 @@ COMPLETIONS: Neutral = {
     **COMMON,
     "prompt_embeds": (),
     "suffix": ("",),
+    "max_completion_tokens": (),
 }
 
 CHAT: Neutral = {
     **COMMON,
     "audio": (),
     "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "reasoning_effort": ("none",),
     "continue_final_message": (False,),
     "echo": (False,),
     "function_call": ("none", "auto"),

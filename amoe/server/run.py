@@ -22,6 +22,7 @@ from amoe.cluster.shutdown import ShutdownSignals
 from amoe.config import EngineConfig
 from amoe.engine.tokenizer import Tokenizer
 from amoe.errors import ConfigError
+from amoe.models.config import load_model_config
 from amoe.server.app import create_app
 from amoe.server.context import ServerContext
 from amoe.server.progress import LoadingProgress
@@ -122,6 +123,7 @@ def run_server(config: EngineConfig, options: ServerOptions) -> int:
 
 async def _serve(config: EngineConfig, options: ServerOptions) -> int:
     check_model_directory(config.model)
+    model = load_model_config(config.model)  # first: what is wrong with the checkpoint is said before all else
     tokenizer = Tokenizer(config.model)
     defaults = SamplingDefaults.from_checkpoint(config.model)
     with contextlib.closing(bind(options.host, options.port)) as listener:
@@ -132,6 +134,12 @@ async def _serve(config: EngineConfig, options: ServerOptions) -> int:
             with LoadingProgress(f"loading {config.model}") as progress:
                 ready = await _unless_requested(signals, cluster.start(progress))
             engine = connect_engine(cluster, ready, name=options.model_names[0], tokenizer=tokenizer)
+            if engine.model.max_model_len < (config.max_model_len or model.max_position_embeddings):
+                print(
+                    f"the KV cache holds {engine.model.max_model_len} of the {model.max_position_embeddings} tokens "
+                    "that the model could take: raise --kv-cache-memory-bytes for longer sequences",
+                    file=sys.stderr,
+                )
             try:
                 context = ServerContext(engine=engine, model_names=options.model_names, defaults=defaults)
                 await _serve_http(context, options, listener, signals)
@@ -161,7 +169,7 @@ async def _serve_http(
             await asyncio.wait((requested, serving), timeout=DEATH_GRACE_S, return_when=asyncio.FIRST_COMPLETED)
         if context.engine.num_open:
             print(
-                f"shutting down: {context.engine.num_open} open requests may go on for "
+                f"shutting down: {context.engine.num_open} open request(s) may go on for "
                 f"{options.shutdown_timeout_s:g} s (interrupt again to kill)",
                 file=sys.stderr,
                 flush=True,
