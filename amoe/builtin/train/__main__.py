@@ -42,8 +42,9 @@ def main() -> None:
     corpus = load_corpus()
     tokenizer = _tokenizer(args.run_dir / "tokenizer.json", corpus, model.vocab_size)
     tokens_path = args.run_dir / "tokens.npz"
-    epoch = write_tokens(tokens_path, tokenizer, corpus, config.library_repeats, config.doc_repeats)
-    print(f"{len(corpus.train)} training documents, {epoch} tokens an epoch with repeats", flush=True)
+    if not tokens_path.is_file():
+        epoch = write_tokens(tokens_path, tokenizer, corpus, config.library_repeats, config.doc_repeats)
+        print(f"{len(corpus.train)} training documents, {epoch} tokens an epoch with repeats", flush=True)
 
     shared = Shared.create(model, config.num_workers)
     if not _restore(shared, args.run_dir / "state.pt"):

@@ -13,7 +13,7 @@ PROMPTS: tuple[str, ...] = (
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
     "import os\nimport sys\n\ndef main():\n    parser = argparse.ArgumentParser(",
     "    try:\n        with open(filename, 'rb') as f:\n",
-    "The :keyword:`for` statement is used to",
+    'def count_words(text):\n    """Return the number of',
     "class TestQueue(unittest.TestCase):\n\n    def test_empty(self):\n",
 )
 

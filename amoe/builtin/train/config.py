@@ -63,7 +63,7 @@ class TrainConfig:
     micro_batches_per_step: int = 4
     seq_len: int = 512
     long_seq_len: int = 2048  # the last part of the run, so that every position of the rotary embedding has been seen
-    long_from: float = 0.88  # share of the budget after which sequences are long
+    long_from: float = 0.9  # share of the budget after which sequences are long
     warmup: float = 0.02  # share of the budget
     decay_from: float = 0.35  # share of the budget after which the rate falls linearly to 0
     muon_lr: float = 0.015
@@ -76,13 +76,13 @@ class TrainConfig:
     momentum: float = 0.95
     # Load balance is over the running load of whole batches, so that no expert dies and yet domains may differ.
     aux_start: float = 0.01
-    aux_end: float = 0.002
+    aux_end: float = 0.006
     aux_until: float = 0.25  # share of the budget
     z_coef: float = 1e-4
     seed: int = 20261122
     library_repeats: int = 2  # library sources come twice an epoch, tests once, documentation three times
     doc_repeats: int = 3
     eval_tokens: int = 32_768
-    eval_every_s: float = 300.0
+    eval_every_s: float = 600.0
     first_export_s: float = 120.0
     export_every_s: float = 600.0

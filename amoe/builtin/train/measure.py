@@ -57,23 +57,29 @@ class Scores:
 
 
 @torch.no_grad()
-def score(checkpoint: Checkpoint, tokens: TokenArray, length: int, reroute: Reroute | None = None) -> Scores:
-    """Score `tokens [N + 1]` in windows of `length` positions: every token once, in fp32."""
+def score(
+    checkpoint: Checkpoint, tokens: TokenArray, length: int, reroute: Reroute | None = None, every: int = 1
+) -> Scores:
+    """Score `tokens [N + 1]` in windows of `length` positions without overlap, every `every`-th of them, in fp32."""
     network = Network(checkpoint.config, reroute)
     losses, ids = [], []
-    whole = (len(tokens) - 1) // length * length
     stream = torch.from_numpy(tokens.astype(np.int64))
-    inputs, targets = stream[:-1], stream[1:]
-    rows = max(1, BATCH_TOKENS // length)
-    chunks = [(s, min(s + rows * length, whole)) for s in range(0, whole, rows * length)]
-    if whole < len(inputs):
-        chunks.append((whole, len(inputs)))
-    for start, stop in chunks:
-        width = min(length, stop - start)
-        states, routings = network.hidden(checkpoint.params, inputs[start:stop].view(-1, width))
-        losses.append(_cross_entropy(states, checkpoint.params["head"], targets[start:stop]))
+    for span in _spans(len(tokens) - 1, length, every):
+        inputs = torch.stack([stream[start:stop] for start, stop in span])
+        targets = torch.cat([stream[start + 1 : stop + 1] for start, stop in span])
+        states, routings = network.hidden(checkpoint.params, inputs)
+        losses.append(_cross_entropy(states, checkpoint.params["head"], targets))
         ids.append(torch.stack([routing.topk_ids for routing in routings]).to(torch.int16))
     return Scores(torch.cat(losses).numpy(), torch.cat(ids, dim=1).numpy())
+
+
+def _spans(num_tokens: int, length: int, every: int) -> list[list[tuple[int, int]]]:
+    """Batches of windows (start, stop) of equal width; a shorter last window is a batch of its own."""
+    windows = [(start, min(start + length, num_tokens)) for start in range(0, num_tokens, length * every)]
+    short = windows.pop() if windows[-1][1] - windows[-1][0] < length else None
+    rows = max(1, BATCH_TOKENS // length)
+    batches = [windows[at : at + rows] for at in range(0, len(windows), rows)]
+    return [*batches, [short]] if short else batches
 
 
 def _cross_entropy(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:

@@ -13,8 +13,6 @@ from amoe.builtin.train.heatmap import Panel, render
 Floats = NDArray[np.float64]
 HEAT_PEAK = 4.0  # times the mean load
 
-COMMAND = "python -m amoe.builtin.train.evaluate --report benchmarks/results/2026-11-22-builtin-model.md"
-
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table: first column left, the others right."""
@@ -22,13 +20,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows)) + "\n"
 
 
-def header(python: str, notes: str) -> str:
+def header(date: str, python: str, notes: str) -> str:
     """Title, how to repeat it, and what the author adds."""
     return (
         "# The built-in model: quality and routing\n\n"
-        f"2026-11-22. `{COMMAND}`\n"
-        f"on a machine with 2 cores (Zen 5), {python}: the held-out text is that of the running interpreter's\n"
-        "standard library, so another version shifts the figures a little. Everything is deterministic.\n\n"
+        f"{date}, `python -m amoe.builtin.train.evaluate`, {python}. The held-out text is that of the running\n"
+        "interpreter's standard library, so another version shifts the figures a little. Nothing below depends on the\n"
+        "speed of the machine.\n\n"
         f"{notes.strip()}\n"
     )
 
@@ -84,7 +82,8 @@ def ablations(trained: float, rows: dict[str, float], single: Sequence[float]) -
     layers = ", ".join(f"{layer}: +{x - trained:.2f}" for layer, x in enumerate(single))
     return (
         "## Have the routers specialised?\n\n"
-        "Held-out loss when something else than the trained router chooses the experts (gate weights as they were):\n\n"
+        "Held-out loss, on every fourth window, when something else than the trained router chooses the experts (gate\n"
+        "weights as they were):\n\n"
         + table(("experts chosen by", "nats/token", "perplexity", "loss added"), body)
         + f"\nTwo experts at random in one layer only, loss added by layer: {layers}.\n"
     )

@@ -156,7 +156,9 @@ class Worker:
         else:
             control[0] = Mode.TRAIN
             control[2] += 1
-            if control[4] == 0 and elapsed > config.long_from * config.budget_s:
+            if elapsed <= config.long_from * config.budget_s:
+                control[4] = 0  # also where a finished run is resumed with a larger budget
+            elif control[4] == 0:
                 control[4] = control[3] + 1
 
     def _take(self, num: int) -> Iterator[int]:
