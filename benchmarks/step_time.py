@@ -5,8 +5,8 @@
 A step is one turn of the worker's loop: poll, schedule, gather, run a block, dispatch, bookkeeping. *Kernels* is the
 time inside the model's blocks (embedding, attention, experts, logits); *host* is all the rest of the turn, the gathers
 and the sampler included. All sequences decode; the workers of a placement share this process and are stepped in turn,
-but exchange tokens through the shared-memory transport. Medians over turns that ran a block on exactly n tokens; the 10th
-percentile says what the host costs when nobody disturbs it.
+but exchange tokens through the shared-memory transport. Medians over turns that ran a block on exactly n tokens; the
+10th percentile says what the host costs when nobody disturbs it.
 """
 
 from __future__ import annotations
@@ -136,9 +136,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
-    print(
-        "| placement | tokens | block | kernels µs | host µs | host µs, 10th percentile | steps |\n|---|---|---|---|---|---|---|"
-    )
+    print("| placement | tokens | block | kernels µs | host µs | host p10 µs | steps |\n|---|---|---|---|---|---|---|")
     for name, placement in PLACEMENTS.items():
         for num_tokens in map(int, args.tokens.split(",")):
             config = EngineConfig(
