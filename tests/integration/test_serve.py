@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -79,6 +80,15 @@ def text_of(stream: openai.Stream) -> tuple[str, str | None]:
 LONG = {"prompt": [5, 6, 7], "max_tokens": 40, "temperature": 0, "extra_body": {"ignore_eos": True}}
 
 
+def wait_for_metric(url: str, name: str) -> None:
+    """Workers tell of themselves with their next heartbeat, not at once."""
+    for _ in range(200):
+        if name in httpx.get(f"{url}/metrics").text:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {name} in /metrics")
+
+
 def test_serves_and_drains(serve: Callable[..., Served]):
     served = serve("--colocated", "2", "--served-model-name", "tiny", "other")
     assert [model.id for model in served.client.models.list()] == ["tiny", "other"]
@@ -86,7 +96,7 @@ def test_serves_and_drains(serve: Callable[..., Served]):
     whole = served.client.completions.create(model="tiny", **LONG)
     assert whole.usage.completion_tokens == 40
     assert httpx.get(f"{served.url}/health").status_code == 200
-    assert "amoe:block_batch_size_bucket" in httpx.get(f"{served.url}/metrics").text
+    wait_for_metric(served.url, "amoe:block_batch_size_bucket")
 
     stream = served.client.completions.create(model="other", stream=True, **LONG)
     first = next(iter(stream))
