@@ -16,7 +16,7 @@ LAYERS = (
     ("config", "types", "errors", "clock", "stats"),
     ("policy",),
     ("core",),
-    ("models", "kernels", "transport", "metrics"),
+    ("models", "kernels", "transport", "metrics", "profiles"),
     ("engine", "sim"),
     ("cluster",),
     ("server",),
