@@ -7,10 +7,11 @@ from typing import Literal, get_args
 
 from amoe.errors import ConfigError
 
-ScheduleName = Literal["fcfs", "flfs", "mtfs", "defrag", "progress", "lockstep"]
+ScheduleName = Literal["fcfs", "flfs", "mtfs", "defrag", "progress", "waves", "lockstep"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 DTYPES: tuple[str, ...] = get_args(DTypeName)
+MAX_WAVES = 16
 MAX_NUM_SEQS = 65_536
 MAX_BATCHED_TOKENS = 262_144
 
@@ -74,6 +75,10 @@ class SchedulerConfig:
         schedule: see `amoe.policy.scheduler`.
         defrag_decay, defrag_lookahead: δ and K of AMoE's Algorithm 1.
         max_wait_s: a block whose oldest token has waited longer runs next, whatever the policy says.
+        max_hold_s: in `waves`, tokens that have waited longer for others go on without them. It is for workers that
+            have stopped or died: far above the time of a step, or large batches are torn apart.
+        num_waves: fixed number of `waves`; None: chosen by load and skew, up to `max_waves`.
+        max_waves: of an automatic choice.
         micro_batches: 1 to 3, ping-pong micro-batches of `lockstep`.
         max_num_seqs: running sequences.
         max_num_batched_tokens: prompt tokens in flight, and so the largest prefill chunk.
@@ -83,6 +88,9 @@ class SchedulerConfig:
     defrag_decay: float = 0.8
     defrag_lookahead: int = 4
     max_wait_s: float = 0.5
+    max_hold_s: float = 1.0
+    num_waves: int | None = None
+    max_waves: int = 4
     micro_batches: int = 1
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
@@ -92,6 +100,12 @@ class SchedulerConfig:
         _require(0.0 <= self.defrag_decay <= 1.0, "--defrag-decay must be in [0, 1]")
         _require(self.defrag_lookahead >= 0, "--defrag-lookahead must be at least 0")
         _require(self.max_wait_s > 0, "--max-wait must be greater than 0 seconds")
+        _require(self.max_hold_s > 0, "--max-hold must be greater than 0 seconds")
+        _require(
+            self.num_waves is None or 1 <= self.num_waves <= MAX_WAVES,
+            f"--waves must be auto or a number from 1 to {MAX_WAVES}",
+        )
+        _require(1 <= self.max_waves <= MAX_WAVES, f"max_waves must be from 1 to {MAX_WAVES}")
         _require(1 <= self.micro_batches <= 3, "--micro-batches must be 1, 2 or 3")
         _require(
             self.micro_batches == 1 or self.schedule == "lockstep",
@@ -105,7 +119,10 @@ class SchedulerConfig:
         )
 
     @property
-    def num_waves(self) -> int:
+    def num_lanes(self) -> int:
+        """Sets of μ-queues of a worker: one per wave, and in `waves` a last one for tokens that march alone."""
+        if self.schedule == "waves":
+            return (self.num_waves or self.max_waves) + 1
         return self.micro_batches if self.schedule == "lockstep" else 1
 
     @property
@@ -145,6 +162,7 @@ class EngineConfig:
         model: directory of a checkpoint in Hugging Face format.
         dtype: `auto` is the checkpoint's.
         device: a torch device, `cpu`, `cuda` or `cuda:1`; plain `cuda` spreads workers over the GPUs there are.
+            `emulated:...` has no kernels, see `amoe.engine.emulated_device`.
         max_model_len: prompt + generated tokens of a sequence; None: what the model was trained for.
         threads_per_worker: intra-op threads; None: the cores divided by the workers, at least one.
         max_waiting: requests that may wait beside the running ones before the engine refuses.

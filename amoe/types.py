@@ -36,7 +36,7 @@ class BlockKind(IntEnum):
 
 
 class BlockId(NamedTuple):
-    """One block, and the wave (ping-pong micro-batch) whose tokens wait for it; wave 0 unless lockstep."""
+    """One block, and the wave (in lockstep: ping-pong micro-batch) whose tokens wait for it; 0 in other schedules."""
 
     kind: BlockKind
     layer: int
@@ -48,7 +48,13 @@ class BatchKind(IntEnum):
 
     DISPATCH = 1  # tokens on their way to experts
     RESULT = 2  # one pre-summed row per token on its way home
-    ANNOUNCE = 3  # lockstep only: "this home starts epoch e of wave w with n tokens"
+    ANNOUNCE = 3  # waves and lockstep: "this home starts epoch e of wave w with n tokens"
+
+
+# Shared by all batches that have no such column: markers are many, and nothing can be written into an empty array.
+_NO_INT32: Int32Array = np.empty(0, np.int32)
+_NO_IDS: Int16Array = np.empty((0, 0), np.int16)
+_NO_WEIGHTS: Float32Array = np.empty((0, 0), np.float32)
 
 
 @dataclass(slots=True)
@@ -56,9 +62,9 @@ class Batch:
     """Tokens that travel together between two workers: a struct of arrays.
 
     Attributes:
-        kind: what it is; ANNOUNCE has no columns, and DISPATCH may have n = 0 (a lockstep marker).
+        kind: what it is; ANNOUNCE has no columns, and DISPATCH may have n = 0 (a marker: "no token of mine for you").
         src, dst: ranks of workers.
-        layer, wave, epoch: where the tokens stand; `epoch` counts lockstep iterations of a wave.
+        layer, wave, epoch: where the tokens stand; `epoch` counts the iterations of a wave.
         count: n, except for ANNOUNCE, where it is the number of tokens that the home brings.
         slots: [n] token slots at the home worker.
         generations: [n] of those slots: a late answer to a freed slot is recognised by them.
@@ -66,7 +72,9 @@ class Batch:
         expert_ids: [n, K] (DISPATCH) global expert ids at this destination, -1 where there is none.
         expert_weights: [n, K] (DISPATCH) weights of those pairs.
         payload: [n, H] hidden states in the model's dtype; None if n = 0.
-        latest_iteration: (RESULT) the greatest that the expert worker has seen, whichever home it came from.
+        latest_iteration: (RESULT) the greatest that the expert worker has seen, whichever home it came from;
+            (ANNOUNCE) the iteration, or pass number, of the tokens of this epoch.
+        num_waves: (ANNOUNCE of `waves`) the number of waves by the leader's decision.
     """
 
     kind: BatchKind
@@ -76,13 +84,14 @@ class Batch:
     wave: int = 0
     epoch: int = 0
     count: int = 0
-    slots: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))
-    generations: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))
-    iterations: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))
-    expert_ids: Int16Array = field(default_factory=lambda: np.empty((0, 0), np.int16))
-    expert_weights: Float32Array = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    slots: Int32Array = field(default_factory=lambda: _NO_INT32)
+    generations: Int32Array = field(default_factory=lambda: _NO_INT32)
+    iterations: Int32Array = field(default_factory=lambda: _NO_INT32)
+    expert_ids: Int16Array = field(default_factory=lambda: _NO_IDS)
+    expert_weights: Float32Array = field(default_factory=lambda: _NO_WEIGHTS)
     payload: torch.Tensor | None = None
     latest_iteration: int = 0
+    num_waves: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amoe.core.batcher import Batcher, Entry
+from amoe.core.home_waves import HomeWaves
 from amoe.core.lockstep import HomeBarrier
 from amoe.core.micro_queue import MicroQueues
 from amoe.core.steps import NO_SLOTS, AttentionStep, ChunkSpan, HeadStep, Outgoing
@@ -24,6 +25,10 @@ class AttentionCore:
         owners: [num_layers, num_experts] owner of each expert.
         sparse_layers: [L] the layer has experts; a dense layer's MLP runs in its attention block.
         barrier: lockstep only.
+        waves: schedule `waves` only.
+
+    Attributes:
+        stepping: lane of the step that runs now; -1: none.
     """
 
     def __init__(
@@ -35,7 +40,8 @@ class AttentionCore:
         sparse_layers: Sequence[bool],
         batcher: Batcher,
         queues: MicroQueues,
-        barrier: HomeBarrier | None,
+        barrier: HomeBarrier | None = None,
+        waves: HomeWaves | None = None,
     ) -> None:
         self.rank = rank
         self.batcher = batcher
@@ -47,20 +53,27 @@ class AttentionCore:
         self._num_layers = len(sparse_layers)
         self._queues = queues
         self._barrier = barrier
+        self._waves = waves
+        self.stepping = -1
 
     # ---- tokens enter
 
     def start(self, now: float) -> list[Outgoing]:
-        """Start the iterations that can start now. Returns what there is to announce (lockstep only)."""
+        """Start the iterations that can start now. Returns what there is to announce (waves and lockstep only)."""
+        if self._waves is not None:
+            return self._waves.start(self, now)
         if self._barrier is not None:
             return self._barrier.start(self, now)
         if self.batcher.num_ready:
             self.enter(self.batcher.start(), 0, now)
         return []
 
-    def enter(self, entry: Entry, wave: int, now: float) -> None:
-        """Tokens join the μ-queue of attention(0)."""
+    def enter(self, entry: Entry, wave: int, now: float, iteration: int | None = None) -> None:
+        """Tokens join the μ-queue of attention(0); `iteration`: as which they count, if not as their own."""
         for slots in (entry.decodes, *entry.chunks):
+            self.batcher.join.lane[slots] = wave
+            if iteration is not None:
+                self.batcher.tokens.iteration[slots] = iteration
             self._push(BlockId(BlockKind.ATTENTION, 0, wave), slots, now)
 
     def _push(self, block: BlockId, slots: Int32Array, now: float) -> None:
@@ -81,6 +94,7 @@ class AttentionCore:
     def attention_step(self, index: int) -> AttentionStep:
         """Take all tokens that wait for an attention block: decode tokens first, then chunk by chunk."""
         tokens = self.batcher.tokens
+        block = self._begin(index)
         slots = self._drain(index)
         in_chunk = tokens.in_chunk[slots]
         num_decodes = len(slots) - int(in_chunk.sum())
@@ -93,13 +107,20 @@ class AttentionCore:
             for start, end in zip(starts, [*starts[1:], len(chunked)], strict=True):
                 row = int(tokens.row[chunked[start]])
                 chunks.append(ChunkSpan(num_decodes + start, num_decodes + end, row))
-        block = self._queues.block(index)
         return AttentionStep(block, slots, tokens.row[slots], tokens.position[slots], num_decodes, chunks)
 
     def head_step(self, index: int) -> HeadStep:
         """Take all tokens that wait for the head."""
+        block = self._begin(index)
         slots = self._drain(index)
-        return HeadStep(self._queues.block(index), slots, self.batcher.tokens.row[slots])
+        return HeadStep(block, slots, self.batcher.tokens.row[slots])
+
+    def _begin(self, index: int) -> BlockId:
+        block = self._queues.block(index)
+        self.stepping = block.wave
+        if self._waves is not None:
+            self._waves.on_run(block.wave, self)
+        return block
 
     def on_attention(
         self,
@@ -115,6 +136,7 @@ class AttentionCore:
         """
         layer, wave = step.block.layer, step.block.wave
         slots = step.slots
+        self.stepping = -1
         rows = np.arange(len(slots))
         if layer == self._num_layers - 1 and step.chunks:
             # Only tokens that will be sampled after need the experts of the last layer.
@@ -142,13 +164,16 @@ class AttentionCore:
         dispatched = np.empty((len(slots), len(self._owner_ranks)), np.bool_)
         for owner in range(len(self._owner_ranks)):
             dispatched[:, owner] = (owner_of_pair == owner).any(axis=1)
-        self.batcher.join.open(slots, tokens.leader[slots], block.layer, dispatched, now)
+        leaders = tokens.leader[slots]
+        if self._waves is not None:
+            self._waves.leaving(slots, leaders, dispatched)
+        self.batcher.join.open(slots, leaders, block.layer, dispatched, now)
         generations, iterations = self.batcher.slots.generation[slots], tokens.iteration[slots]
-        epoch = self._barrier.dispatched(block.wave) if self._barrier is not None else 0
+        epoch = self._epoch_of_dispatch(block, now)
         outgoing = []
         for owner, destination in enumerate(self._owner_ranks):
             chosen = np.flatnonzero(dispatched[:, owner])
-            if len(chosen) == 0 and self._barrier is None:
+            if len(chosen) == 0 and epoch is None:
                 continue
             here = owner_of_pair[chosen] == owner
             batch = Batch(
@@ -157,7 +182,7 @@ class AttentionCore:
                 dst=destination,
                 layer=block.layer,
                 wave=block.wave,
-                epoch=epoch,
+                epoch=epoch or 0,
                 count=len(chosen),
                 slots=slots[chosen],
                 generations=generations[chosen],
@@ -167,6 +192,12 @@ class AttentionCore:
             )
             outgoing.append(Outgoing(batch, rows[chosen].astype(np.int32)))
         return outgoing
+
+    def _epoch_of_dispatch(self, block: BlockId, now: float) -> int | None:
+        """For the headers; None: nobody waits for these tokens, so nobody needs to hear that there are none for him."""
+        if self._waves is not None:
+            return self._waves.dispatched(block, now)
+        return self._barrier.dispatched(block.wave) if self._barrier is not None else None
 
     def on_result(self, batch: Batch, now: float) -> BoolArray:
         """Answers have come from an expert worker.
@@ -182,11 +213,22 @@ class AttentionCore:
         leaders = join.settle(slots, self.batcher.tokens.leader[slots], owner)
         if self._barrier is not None:
             self._barrier.on_result(batch)
+        if self._waves is not None:
+            self._waves.on_result(owner)
         self.batcher.see_iteration(batch.latest_iteration)
         if len(leaders):
             self.join_waits.observe_many(batch.layer, join.waits(leaders, now))
-            self._advance(batch.layer, batch.wave, leaders, now)
+            self._come_home(batch.layer, leaders, now)
         return accepted
+
+    def _come_home(self, layer: int, leaders: Int32Array, now: float) -> None:
+        """Complete groups [n] go on, each through its own lane: it may have become loose while it was away."""
+        lanes = self.batcher.join.lane[leaders]
+        if (lanes == lanes[0]).all():
+            self._advance(layer, int(lanes[0]), leaders, now)
+            return
+        for lane in np.unique(lanes).tolist():
+            self._advance(layer, lane, leaders[lanes == lane], now)
 
     def _advance(self, layer: int, wave: int, slots: Int32Array, now: float, *, dense: bool = False) -> None:
         """Tokens go on to the block behind `layer`: leaders of complete groups, or (`dense`) all tokens of a step."""
@@ -206,6 +248,7 @@ class AttentionCore:
 
     def on_head(self, step: HeadStep, token_ids: npt.NDArray[np.int64], finished: BoolArray) -> None:
         """The head has sampled `token_ids` [n]; the sequences `finished` [n] end."""
+        self.stepping = -1
         if self._barrier is not None:
             self._barrier.finish(step.block.wave)
         self.batcher.extend(step.slots, token_ids, finished)

@@ -65,7 +65,7 @@ class Batcher:
         self.blocks = BlockManager(num_blocks, cache.block_size, cache.enable_prefix_caching)
         self.slots = TokenSlots(scheduler.num_token_slots)
         self.tokens = TokenTable(scheduler.num_token_slots)
-        self.join = Join(scheduler.num_token_slots, num_owners)
+        self.join = Join(scheduler.num_token_slots, num_owners, scheduler.num_lanes)
         self.table = SequenceTable(scheduler.max_num_seqs, max_model_len, cache.block_size)
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}

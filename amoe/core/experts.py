@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from amoe.core.expert_waves import ExpertWaves
 from amoe.core.lockstep import ExpertsBarrier
 from amoe.core.micro_queue import MicroQueues
 from amoe.core.steps import ExpertsStep, Outgoing
 from amoe.types import Batch, BatchKind, BlockId, BlockKind, BoolArray, Int16Array, Int32Array, Int64Array
 
 _LAYERS_PER_GENERATION = 2**16  # layers travel in 16 bits
+_NOTHING: BoolArray = np.empty(0, np.bool_)
 
 
 class ExpertsCore:
@@ -23,6 +25,7 @@ class ExpertsCore:
         slots_per_home: token slots of each: (home, slot) names the place of a token's MoE input. A token is in one
             place at a time, so no two live tokens share it.
         barrier: lockstep only.
+        waves: schedule `waves` only.
     """
 
     def __init__(
@@ -32,7 +35,8 @@ class ExpertsCore:
         home_ranks: Sequence[int],
         slots_per_home: int,
         queues: MicroQueues,
-        barrier: ExpertsBarrier | None,
+        barrier: ExpertsBarrier | None = None,
+        waves: ExpertWaves | None = None,
     ) -> None:
         self.rank = rank
         self._home_ranks = tuple(home_ranks)
@@ -40,6 +44,7 @@ class ExpertsCore:
         self._slots_per_home = slots_per_home
         self._queues = queues
         self._barrier = barrier
+        self._waves = waves
         self._latest_iteration = 0
         # Where the token in each place of the slab stands: its slot's generation, then the layer.
         self._stamps: Int64Array = np.full(len(home_ranks) * slots_per_home, -1, np.int64)
@@ -55,6 +60,11 @@ class ExpertsCore:
             [n]: the row's payload has to be kept. A late copy of what the token has left behind must not overwrite
             its place in the slab; it is False, and not queued.
         """
+        lane = self._waves.on_dispatch(batch) if self._waves is not None else batch.wave
+        if self._barrier is not None:
+            self._barrier.on_dispatch(batch)
+        if batch.count == 0:  # a marker: there are many
+            return _NOTHING
         rows = self.slab_rows(batch)
         stamps = batch.generations.astype(np.int64) * _LAYERS_PER_GENERATION + batch.layer
         fresh = stamps >= self._stamps[rows]
@@ -67,17 +77,17 @@ class ExpertsCore:
             batch.expert_ids[fresh],
             batch.expert_weights[fresh],
         )
-        self._queues.push(BlockId(BlockKind.EXPERTS, batch.layer, batch.wave), columns, iterations, now)
+        self._queues.push(BlockId(BlockKind.EXPERTS, batch.layer, lane), columns, iterations, now)
         if len(iterations):
             self._latest_iteration = max(self._latest_iteration, int(iterations.max()))
-        if self._barrier is not None:
-            self._barrier.on_dispatch(batch)
         return fresh
 
     def experts_step(self, index: int) -> ExpertsStep:
         """Take all tokens that wait for the experts of a layer, sorted by home, so that every home gets one answer."""
         block = self._queues.block(index)
         columns = self._queues.drain(index)
+        if self._waves is not None:
+            self._waves.on_run(block)
         if columns is None:
             empty = np.empty(0, np.int32)
             columns = (empty, empty, empty, np.empty((0, 1), np.int16), np.empty((0, 1), np.float32))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from amoe.types import BoolArray, Int32Array
+from amoe.types import BoolArray, Int16Array, Int32Array, Int64Array
 
 
 class Join:
@@ -19,9 +19,13 @@ class Join:
     Attributes:
         dispatched: [S, D] owners that hold a part of the token's sum at the layer where it stands. The combine reads
             it, in the order of owners, so that the result does not depend on the order of arrival.
+        lane: [S] the set of μ-queues through which the token goes: its wave, or the loose lane.
+        outstanding: [num_lanes] answers that tokens of the lane wait for: a lane is at home when it is 0.
     """
 
-    def __init__(self, num_slots: int, num_owners: int) -> None:
+    def __init__(self, num_slots: int, num_owners: int, num_lanes: int = 1) -> None:
+        self.lane: Int16Array = np.zeros(num_slots, np.int16)
+        self.outstanding: Int64Array = np.zeros(num_lanes, np.int64)
         self.dispatched: BoolArray = np.zeros((num_slots, num_owners), np.bool_)
         self._awaiting: BoolArray = np.zeros((num_slots, num_owners), np.bool_)
         self._pending: Int32Array = np.zeros(num_slots, np.int32)  # by leader
@@ -35,7 +39,9 @@ class Join:
         self._awaiting[slots] = dispatched
         self._layer[slots] = layer
         self._opened_at[leaders] = now
-        np.add.at(self._pending, leaders, dispatched.sum(axis=1, dtype=np.int32))
+        num_answers = dispatched.sum(axis=1, dtype=np.int32)
+        np.add.at(self._pending, leaders, num_answers)
+        self._count(self.lane[slots], num_answers)
 
     def accept(self, slots: Int32Array, current: BoolArray, layer: int, owner: int) -> BoolArray:
         """Answers for `slots` [n] have come from `owner`; `current` [n] tells which slots still mean what they meant.
@@ -58,6 +64,7 @@ class Join:
         """
         self._awaiting[slots, owner] = False
         np.subtract.at(self._pending, leaders, 1)
+        self.outstanding -= np.bincount(self.lane[slots], minlength=len(self.outstanding))
         return np.unique(leaders[self._pending[leaders] == 0])
 
     def waits(self, leaders: Int32Array, now: float) -> npt.NDArray[np.float64]:
@@ -66,6 +73,23 @@ class Join:
 
     def cancel(self, slots: Int32Array) -> None:
         """Slots [n] are given back: whatever they waited for is forgotten."""
+        self._count(self.lane[slots], -self._awaiting[slots].sum(axis=1, dtype=np.int32))
         self._awaiting[slots] = False
         self._pending[slots] = 0
         self._layer[slots] = -1
+
+    def loosen(self, lane: int, loose: int, leaders: Int32Array) -> BoolArray:
+        """Tokens of a lane that are still away belong to the lane `loose` from now on; `leaders` [S] of all slots.
+
+        Returns:
+            [D] owners that owe them an answer.
+        """
+        away = np.flatnonzero((self.lane == lane) & (self._pending[leaders] > 0))
+        self.lane[away] = loose
+        self.outstanding[loose] += self.outstanding[lane]
+        self.outstanding[lane] = 0
+        return np.asarray(self._awaiting[away].any(axis=0))
+
+    def _count(self, lanes: Int16Array, num_answers: Int32Array) -> None:
+        counts = np.bincount(lanes, num_answers, len(self.outstanding))
+        self.outstanding += counts.astype(np.int64)

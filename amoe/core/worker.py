@@ -5,6 +5,7 @@ A shell (the engine's process, or the simulator) drives it:
     on_batch(batch, now)        a batch has arrived
     start(now)                  let sequences start their next iteration
     next_step(now)              which block to run, on which tokens
+    next_deadline(now)          when to try again, though nothing arrives
     attention.on_attention(...) / attention.on_head(...)   what the step has brought; `ExpertsStep.replies` go home
 """
 
@@ -18,10 +19,13 @@ import numpy as np
 from amoe.config import EngineConfig
 from amoe.core.attention import AttentionCore
 from amoe.core.batcher import Batcher
+from amoe.core.expert_waves import ExpertWaves
 from amoe.core.experts import ExpertsCore
+from amoe.core.home_waves import HomeWaves
 from amoe.core.lockstep import ExpertsBarrier, HomeBarrier
 from amoe.core.micro_queue import MicroQueues
 from amoe.core.steps import Outgoing, Step
+from amoe.core.waves import WaveController, WaveGates, make_controller
 from amoe.errors import TransportError
 from amoe.policy.placement import place_experts
 from amoe.policy.scheduler import NEVER, QueueView, choose_block, make_policy, num_stages
@@ -39,51 +43,95 @@ class ModelShape:
     def num_layers(self) -> int:
         return len(self.sparse_layers)
 
+    @property
+    def last_sparse_layer(self) -> int:
+        return max(layer for layer, is_sparse in enumerate(self.sparse_layers) if is_sparse)
+
 
 class WorkerCore:
     """All decisions of the worker `rank`.
 
     Args:
         num_kv_blocks, max_model_len: of its KV cache, if it is an attention worker.
+        wave_controller: chooses the number of waves; None: as the configuration says.
     """
 
     def __init__(
-        self, config: EngineConfig, shape: ModelShape, rank: int, *, num_kv_blocks: int, max_model_len: int
+        self,
+        config: EngineConfig,
+        shape: ModelShape,
+        rank: int,
+        *,
+        num_kv_blocks: int,
+        max_model_len: int,
+        wave_controller: WaveController | None = None,
     ) -> None:
         scheduler, placement = config.scheduler, config.placement
         homes, owners = placement.attention_ranks, placement.expert_ranks
         self.rank = rank
         self.max_wait_s = scheduler.max_wait_s
-        self.queues = MicroQueues(shape.num_layers, scheduler.num_waves)
+        self.queues = MicroQueues(shape.num_layers, scheduler.num_lanes)
         self._num_stages = num_stages(shape.num_layers)
         self._policy = make_policy(scheduler, shape.num_layers)
-        lockstep = scheduler.schedule == "lockstep"
         self._home_barrier: HomeBarrier | None = None
         self._experts_barrier: ExpertsBarrier | None = None
+        self._gates: WaveGates | None = None
+        self._home_waves: HomeWaves | None = None
+        self._expert_waves: ExpertWaves | None = None
         self.attention: AttentionCore | None = None
         self.experts: ExpertsCore | None = None
+        if scheduler.schedule == "waves":
+            wave_controller = wave_controller or make_controller(scheduler)
+            initial = wave_controller.num_waves
+            self._gates = WaveGates(shape.num_layers, scheduler.num_lanes, homes[0], initial, scheduler.max_hold_s)
         if rank in homes:
-            if lockstep:
-                self._home_barrier = HomeBarrier(rank, homes, owners, shape.num_layers, scheduler.num_waves)
+            batcher = Batcher(scheduler, config.cache, num_kv_blocks, max_model_len, len(owners))
+            if scheduler.schedule == "lockstep":
+                self._home_barrier = HomeBarrier(rank, homes, owners, shape.num_layers, scheduler.num_lanes)
+            if self._gates is not None and wave_controller is not None:
+                self._home_waves = HomeWaves(
+                    rank,
+                    homes,
+                    owners,
+                    shape.last_sparse_layer,
+                    join=batcher.join,
+                    queues=self.queues,
+                    gates=self._gates,
+                    controller=wave_controller,
+                )
             self.attention = AttentionCore(
                 rank=rank,
                 owner_ranks=owners,
                 owners=place_experts(shape.num_layers, shape.num_experts, len(owners)),
                 sparse_layers=shape.sparse_layers,
-                batcher=Batcher(scheduler, config.cache, num_kv_blocks, max_model_len, len(owners)),
+                batcher=batcher,
                 queues=self.queues,
                 barrier=self._home_barrier,
+                waves=self._home_waves,
             )
         if rank in owners:
-            if lockstep:
+            if scheduler.schedule == "lockstep":
                 self._experts_barrier = ExpertsBarrier(homes)
+            if self._gates is not None:
+                self._expert_waves = ExpertWaves(homes, shape.num_layers, self._gates)
             self.experts = ExpertsCore(
                 rank=rank,
                 home_ranks=homes,
                 slots_per_home=scheduler.num_token_slots,
                 queues=self.queues,
                 barrier=self._experts_barrier,
+                waves=self._expert_waves,
             )
+
+    @property
+    def num_waves(self) -> int:
+        """W as it is now; 0 in schedules without waves."""
+        return 0 if self._gates is None else self._gates.num_waves
+
+    @property
+    def num_slips(self) -> int:
+        """Times that a wave has gone on without somebody who kept it waiting for too long."""
+        return sum(waves.num_slips for waves in (self._home_waves, self._expert_waves) if waves is not None)
 
     def on_batch(self, batch: Batch, now: float) -> BoolArray | None:
         """A batch has arrived.
@@ -98,20 +146,22 @@ class WorkerCore:
             return self.attention.on_result(batch, now)
         if batch.kind is BatchKind.DISPATCH and self.experts is not None:
             return self.experts.on_dispatch(batch, now)
-        if batch.kind is BatchKind.ANNOUNCE and (self._home_barrier or self._experts_barrier):
-            for barrier in (self._home_barrier, self._experts_barrier):
-                if barrier is not None:
-                    barrier.on_announce(batch)
+        if batch.kind is BatchKind.ANNOUNCE and (self._gates or self._home_barrier or self._experts_barrier):
+            if self._gates is not None:
+                self._gates.hear(batch)
+            for side in (self._home_barrier, self._experts_barrier, self._home_waves, self._expert_waves):
+                if side is not None:
+                    side.on_announce(batch)
             return None
         raise TransportError(f"worker {self.rank} has no use for a {batch.kind.name} from worker {batch.src}")
 
     def start(self, now: float) -> list[Outgoing]:
-        """Let sequences start their next iteration. Returns announcements to send (lockstep only)."""
+        """Let sequences start their next iteration. Returns announcements to send (waves and lockstep only)."""
         return [] if self.attention is None else self.attention.start(now)
 
     def next_step(self, now: float) -> Step | None:
         """The block to run now, with its tokens; None if none is ready. It may have no tokens left (after an abort)."""
-        view = self._view()
+        view = self._view(now)
         index = choose_block(self._policy, view, now, self.max_wait_s)
         if index is None:
             return None
@@ -124,7 +174,23 @@ class WorkerCore:
             return self.attention.head_step(index)
         return self.attention.attention_step(index)
 
-    def _view(self) -> QueueView:
+    def next_deadline(self, now: float) -> float | None:
+        """When to call `start` and `next_step` again though no batch has come: the time at which somebody who waits for
+        others goes on without them. None: nobody waits so. It may have passed."""
+        if self._gates is None:
+            return None
+        deadlines = []
+        if self._home_waves is not None and self.attention is not None:
+            self._home_waves.refresh()
+            deadlines.append(self._home_waves.deadline(self.attention))
+        deadlines.append(self._gates.deadline(self.queues))
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    def _view(self, now: float) -> QueueView:
+        if self._gates is not None:
+            if self._home_waves is not None:
+                self._home_waves.refresh()
+            return self._gates.view(self.queues, now)
         if self._home_barrier is None and self._experts_barrier is None:
             return self.queues.view()
         depth = self.queues.depth

@@ -1,7 +1,8 @@
 """Which block a worker runs next: pure functions of queue statistics and `now`.
 
-Blocks are numbered `wave·S + stage`, S = 2L + 1 stages of a model of L layers: attention(l) is stage 2l, experts(l)
-is 2l + 1, head is 2L. A token's progress key is κ = S·iteration + stage: it grows with every block the token passes.
+Blocks are numbered `lane·S + stage`, S = 2L + 1 stages of a model of L layers: attention(l) is stage 2l, experts(l) is
+2l + 1, head is 2L. Lanes are waves; most schedules have one. A token's progress key is κ = S·iteration + stage: it
+grows with every block that the token passes.
 
 The async schedules differ in the order in which they serve the ready blocks:
 
@@ -11,12 +12,15 @@ The async schedules differ in the order in which they serve the ready blocks:
     defrag    most tokens, own and soon to come: Algorithm 1 of AMoE (arXiv 2505.08944)
     progress  the block that holds the token with the least progress
 
-`lockstep` is the barrier baseline: what is ready is decided by `amoe.core.lockstep`, and of the micro-batches that are
-ready the one that has come least far runs. A block is always drained whole.
+`waves` lets whole waves of tokens march through the model. What is ready is decided by `amoe.core.waves`; the order is
+that of `progress`, with the waves kept apart: see `stagger`. `lockstep` is the barrier baseline: what is ready is
+decided by `amoe.core.lockstep`, and of the micro-batches that are ready the one that has come least far runs. A block
+is always drained whole.
 
-Bound on waiting: greedy orders (flfs, mtfs, defrag) can starve a block for ever, so `choose_block` overrides any
-policy for a block whose oldest token has waited `max_wait_s`. Under that override blocks are served oldest first, so
-with B blocks and steps of at most t seconds no token waits longer than max_wait_s + B·t.
+Bounds on waiting: a block of `waves` that waits for tokens elsewhere is ready all the same once its own have waited
+`max_hold_s` (`expired`). Greedy orders (flfs, mtfs, defrag) can starve a block for ever, so `choose_block` overrides
+any policy for a block whose oldest token has waited `max_wait_s`. Under that override blocks are served oldest first,
+so with B blocks and steps of at most t seconds no token waits longer than max_wait_s + B·t, in `waves` max_hold_s more.
 """
 
 from __future__ import annotations
@@ -79,6 +83,30 @@ def progress(view: QueueView) -> int:
     return int(np.where(view.ready, view.min_kappa, NEVER).argmin())
 
 
+def stagger(num_waves: int, num_lanes: int, num_layers: int) -> Int64Array:
+    """Handicaps [B] of `waves`: of the ready blocks the one with the least κ + ⌊j·S/W⌋ runs, j being its wave.
+
+    κ = S·pass + stage is how far a wave has come. Without a handicap the wave that is behind always goes first, so all
+    waves meet at one layer, and the worker with that layer's hottest expert is everybody's bottleneck while the others
+    idle: W smaller batches, and nothing gained. With it two waves are in balance when wave j is j·S/W stages behind
+    wave 0: they spread evenly over the ring of the layers, and what is computed at any moment is a mixture of the loads
+    of W layers, whose sum over the devices is more even than each of them.
+
+    κ grows with every step of a wave, so a wave is overtaken finitely often by each other one: nobody starves. The
+    integer part keeps keys integers; equal keys go to the lower wave. Waves beyond W, which only finish what they have
+    begun, share the handicaps of the first; the last lane, of tokens that march alone, has none.
+    """
+    stages = num_stages(num_layers)
+    waves = np.arange(num_lanes) % num_waves
+    waves[-1] = 0
+    return np.repeat(waves * stages // num_waves, stages)
+
+
+def expired(oldest: Float64Array, now: float, max_hold_s: float) -> BoolArray:
+    """[B] the block's oldest token has waited long enough for others."""
+    return oldest + max_hold_s <= now
+
+
 def lookahead_matrix(num_layers: int, num_waves: int, decay: float, lookahead: int) -> Float64Array:
     """Weights [B, B] of Algorithm 1's look-ahead: entry (b, b') is Σ δ^k over the k in 1..K that lead from b to b'.
 
@@ -108,13 +136,14 @@ def defrag(view: QueueView, lookahead: Float64Array) -> int:
 def make_policy(config: SchedulerConfig, num_layers: int) -> Policy:
     """The policy that `config.schedule` names."""
     if config.schedule == "defrag":
-        matrix = lookahead_matrix(num_layers, config.num_waves, config.defrag_decay, config.defrag_lookahead)
+        matrix = lookahead_matrix(num_layers, config.num_lanes, config.defrag_decay, config.defrag_lookahead)
         return lambda view: defrag(view, matrix)
     simple: dict[str, Policy] = {
         "fcfs": fcfs,
         "flfs": flfs,
         "mtfs": mtfs,
         "progress": progress,
+        "waves": progress,  # of the keys that `stagger` has shifted
         "lockstep": progress,
     }
     return simple[config.schedule]

@@ -11,7 +11,7 @@
     36      count                 4
     40      epoch                 8
     48      latest_iteration      8
-    56      padding               8
+    56      num_waves             2       and six bytes of padding
     64      slots, generations    4n each
     ...     iterations            4n      DISPATCH only, as are the next two
     ...     expert_weights        4nK
@@ -40,9 +40,9 @@ from amoe.types import Batch, BatchKind, Float32Array, Int16Array, Int32Array
 ALIGNMENT = 64
 HEADER_BYTES = 64
 MAGIC = int.from_bytes(b"AMOE", "little")
-VERSION = 1
+VERSION = 2
 
-_HEADER = struct.Struct("<QIBBBxHHiHHIIiqq8x")
+_HEADER = struct.Struct("<QIBBBxHHiHHIIiqqH6x")
 _NO_PAYLOAD = 0
 _CODE_OF_DTYPE: dict[torch.dtype, int] = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _DTYPE_OF_CODE: dict[int, torch.dtype] = {code: dtype for dtype, code in _CODE_OF_DTYPE.items()}
@@ -219,6 +219,7 @@ def encode_into(batch: Batch, buffer: WireBuffer, offset: int = 0, layout: Layou
         batch.count,
         batch.epoch,
         batch.latest_iteration,
+        batch.num_waves,
     )
     return size
 
@@ -235,8 +236,9 @@ def decode(buffer: WireBuffer, offset: int = 0, limit: int | None = None) -> Bat
     limit = buffer.nbytes - offset if limit is None else limit
     if limit < HEADER_BYTES:
         raise TransportError(f"a record of {limit} bytes is shorter than its header")
-    (size, magic, version, kind_code, code, src, dst, layer, wave, top_k, hidden_size, n, count, epoch, latest) = (
-        _HEADER.unpack_from(buffer.octets, offset)
+    header = _HEADER.unpack_from(buffer.octets, offset)
+    size, magic, version, kind_code, code, src, dst, layer, wave, top_k, hidden_size, n, count, epoch, latest, waves = (
+        header
     )
     kind = _KINDS.get(kind_code)
     if magic != MAGIC or version != VERSION or kind is None or code >= len(_ITEM_BYTES):
@@ -280,4 +282,5 @@ def decode(buffer: WireBuffer, offset: int = 0, limit: int | None = None) -> Bat
         expert_weights,
         payload,
         latest,
+        waves,
     )

@@ -43,6 +43,8 @@ class Scenario:
     Attributes:
         spare_blocks: KV blocks beyond those that the longest request needs.
         duplicates: share of DISPATCH and RESULT batches between workers that are delivered twice.
+        restless: the number of waves changes after every iteration.
+        stopped: (rank, turn) of a worker that stops as a process does, and goes on when nothing else moves any more.
     """
 
     requests: tuple[Request, ...]
@@ -52,6 +54,8 @@ class Scenario:
     cache: CacheConfig = field(default_factory=lambda: CacheConfig(block_size=4))
     spare_blocks: int = 100
     duplicates: float = 0.0
+    restless: bool = False
+    stopped: tuple[int, int] | None = None
     seed: int = 0
 
     @property
@@ -61,6 +65,19 @@ class Scenario:
     @property
     def num_blocks(self) -> int:
         return -(-self.max_model_len // self.cache.block_size) + self.spare_blocks
+
+
+class RestlessWaves:
+    """A `WaveController` without a reason."""
+
+    def __init__(self, max_waves: int, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.max_waves = max_waves
+        self.num_waves = self.random.randint(1, max_waves)
+
+    def observe(self, tokens: int, now: float) -> None:
+        assert tokens > 0
+        self.num_waves = self.random.randint(1, self.max_waves)
 
 
 class VirtualWorker:
@@ -74,7 +91,8 @@ class VirtualWorker:
         )
         shape = ModelShape(spec.sparse_layers, spec.num_experts)
         length = scenario.max_model_len
-        self.core = WorkerCore(config, shape, rank, num_kv_blocks=blocks, max_model_len=length)
+        waves = RestlessWaves(config.scheduler.max_waves, scenario.seed) if scenario.restless else None
+        self.core = WorkerCore(config, shape, rank, num_kv_blocks=blocks, max_model_len=length, wave_controller=waves)
         self.spec, self.rank, self.oracles = spec, rank, oracles
         self.owner_of_rank = {owner: index for index, owner in enumerate(placement.expert_ranks)}
         self.block_size = scenario.cache.block_size
@@ -209,8 +227,11 @@ class Cluster:
         self.bag: dict[tuple[int, int], deque[Batch]] = {(a, b): deque() for a in ranks for b in ranks}
         self.events = [(r.arrive, 0, r) for r in scenario.requests]
         self.events += [(max(r.arrive, r.abort), 1, r) for r in scenario.requests if r.abort is not None]
+        if scenario.stopped is not None:
+            self.events.append((scenario.stopped[1], 2, None))
         self.events.sort(key=lambda event: event[:2], reverse=True)
         self.awake: set[int] = set()  # a worker that finds nothing to do sleeps until something comes
+        self.stopped: int | None = None  # rank of the worker that does not move now
         self.turns = 0
         self.steps = 0
         self._weights: dict[object, float] = {}
@@ -230,11 +251,10 @@ class Cluster:
                 self._weights = {
                     key: self.random.random() ** 3 + 0.01 for key in (*self.bag, *range(len(self.workers)))
                 }
-            choices = [pair for pair, batches in self.bag.items() if batches] + sorted(self.awake)
+            choices = self.choices()
             if not choices:
-                if not self.events:
+                if not self.idle():
                     return
-                self.turns = max(self.turns, self.events[-1][0] - 1)
                 continue
             choice = self.random.choices(choices, [self._weights[key] for key in choices])[0]
             if isinstance(choice, tuple):
@@ -244,8 +264,40 @@ class Cluster:
             if self.turns % 32 == 0:
                 self.check()
 
+    def choices(self) -> list[tuple[int, int] | int]:
+        """What can happen: a pair of workers between which a batch is on its way, or a worker that is awake."""
+        for worker in self.workers:
+            deadline = worker.core.next_deadline(self.clock.now())
+            if deadline is not None and deadline <= self.clock.now():
+                self.awake.add(worker.rank)
+        pairs = [pair for pair, batches in self.bag.items() if batches and pair[1] != self.stopped]
+        return pairs + sorted(self.awake - {self.stopped})
+
+    def idle(self) -> bool:
+        """Nothing can happen now: time passes until the next timer, the next event, or the end of a standstill."""
+        deadlines = [w.core.next_deadline(self.clock.now()) for w in self.workers if w.rank != self.stopped]
+        deadline = min((d for d in deadlines if d is not None), default=None)
+        if deadline is not None:
+            self.clock.advance(max(0.0, deadline - self.clock.now()))
+            assert self.choices(), "a timer that wakes nobody"
+        elif self.events:
+            self.turns = max(self.turns, self.events[-1][0] - 1)
+        elif self.stopped is not None:
+            self.at_standstill()
+            self.awake.add(self.stopped)
+            self.stopped = None
+        else:
+            return False
+        return True
+
+    def at_standstill(self) -> None:
+        """Nothing moves any more while a worker has stopped."""
+
     def _happen(self) -> None:
         _, is_abort, request = self.events.pop()
+        if request is None:
+            self.stopped = self.scenario.stopped[0]
+            return
         self.awake.add(self.home_of(request).rank)
         if is_abort:
             self.home_of(request).abort(request.request_id)

@@ -21,9 +21,11 @@ PLACEMENTS = (
     PlacementConfig(attention_workers=2, expert_workers=2),
     PlacementConfig(attention_workers=3, expert_workers=2),
 )
+WAVES = (("waves", 2), ("waves", 1), ("waves", 3), ("waves", None))  # None: another number after every iteration
 SCHEDULES = (
     *(("fcfs", 1), ("flfs", 1), ("mtfs", 1), ("defrag", 1), ("progress", 1)),
     *(("lockstep", 1), ("lockstep", 2), ("lockstep", 3)),
+    *WAVES,
 )
 LAYERS = tuple(
     tuple(letter == "s" for letter in word) for word in ("sds", "s", "ss", "ds", "sd", "sss", "dssd", "ssss")
@@ -72,10 +74,12 @@ def scenarios(
     roomy=False,
 ):
     """Any cluster under any load. `roomy`: so much of everything that nobody is preempted."""
-    schedule, micro_batches = draw(st.sampled_from(schedules))
+    schedule, count = draw(st.sampled_from(schedules))
     scheduler = SchedulerConfig(
         schedule=schedule,
-        micro_batches=micro_batches,
+        micro_batches=count if schedule == "lockstep" else 1,
+        num_waves=count if schedule == "waves" else None,
+        max_hold_s=draw(st.sampled_from([0.003, 10.0, 0.03])) if schedule == "waves" else 1.0,
         max_num_seqs=8 if roomy else draw(st.sampled_from([3, 8, 8, 2, 1])),
         max_num_batched_tokens=256 if roomy else draw(st.sampled_from([8, 3, 32, 256, 1])),
         max_wait_s=draw(st.sampled_from([1e-4, 10.0])),
@@ -93,5 +97,6 @@ def scenarios(
         cache=cache,
         spare_blocks=1000 if roomy else draw(st.sampled_from([0, 1, 3, 6])),
         duplicates=duplicates,
+        restless=schedule == "waves" and count is None,
         seed=draw(st.integers(0, 2**32)),
     )

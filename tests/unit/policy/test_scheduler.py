@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 
 from amoe.config import SCHEDULES, SchedulerConfig
 from amoe.policy import scheduler
-from amoe.policy.scheduler import NEVER, QueueView, choose_block, lookahead_matrix, make_policy, num_stages
+from amoe.policy.scheduler import (
+    NEVER,
+    QueueView,
+    choose_block,
+    expired,
+    lookahead_matrix,
+    make_policy,
+    num_stages,
+    progress,
+    stagger,
+)
 
 
 @dataclass
@@ -58,6 +68,7 @@ def oracle(name, blocks, delta=0.8, lookahead=4):
         "flfs": lambda block: -block.number,
         "mtfs": lambda block: block.depth,
         "progress": lambda block: -block.kappa,
+        "waves": lambda block: -block.kappa,
         "lockstep": lambda block: -block.kappa,
         "defrag": lambda block: algorithm_1(blocks, delta, lookahead)[block.number],
     }[name]
@@ -167,6 +178,35 @@ def test_a_full_queue_downstream_draws_the_tokens_that_can_still_join_it():
     assert policy(view_of(blocks)) == 4
     blocks[2].depth, blocks[2].ready = 10, False
     assert policy(view_of(blocks)) == 0
+
+
+@given(num_waves=st.integers(1, 16), surplus=st.integers(0, 3), num_layers=st.integers(1, 60))
+def test_waves_are_spread_evenly_over_the_stages(num_waves, surplus, num_layers):
+    stages = num_stages(num_layers)
+    handicaps = stagger(num_waves, num_waves + surplus + 1, num_layers).reshape(-1, stages)
+    assert (handicaps == handicaps[:, :1]).all(), "a wave has one, whatever its stage"
+    of_wave = handicaps[:, 0].tolist()
+    assert of_wave[:num_waves] == [wave * stages // num_waves for wave in range(num_waves)]
+    assert all(0 <= handicap < stages for handicap in of_wave)
+    assert of_wave[-1] == 0, "tokens that march alone go first"
+
+
+@pytest.mark.parametrize(("num_waves", "num_layers"), [(1, 3), (2, 3), (3, 4), (4, 10)])
+def test_waves_that_start_together_draw_apart(num_waves, num_layers):
+    """One worker, every wave always ready: in the long run wave j is j·S/W stages behind wave 0."""
+    stages = num_stages(num_layers)
+    handicap = stagger(num_waves, num_waves + 1, num_layers).reshape(-1, stages)[:num_waves, 0]
+    kappa = np.zeros(num_waves, np.int64)
+    for _ in range(num_waves * stages * 5):
+        ready = np.ones(num_waves, np.bool_)
+        view = QueueView(ready, np.ones(num_waves, np.int64), np.zeros(num_waves), kappa + handicap)
+        kappa[choose_block(progress, view, now=0.0, max_wait_s=math.inf)] += 1
+    assert (abs(kappa[0] - kappa - handicap) <= 1).all()
+
+
+def test_a_hold_ends_when_the_oldest_token_has_waited_long_enough():
+    oldest = np.array([0.0, 0.5, 1.0, math.inf])
+    assert expired(oldest, now=1.5, max_hold_s=1.0).tolist() == [True, True, False, False]
 
 
 def test_nothing_ready_is_nothing_to_run():
