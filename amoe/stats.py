@@ -77,6 +77,7 @@ class WorkerStats:
         rank, role: `role` is "attention", "experts" or "colocated" (both).
         loops: turns of the worker's loop: they prove that it makes progress.
         busy_s: seconds in which a block ran, cumulative.
+        modelled_s: seconds that an emulated device's kernels were to take, cumulative; 0 at a real one.
         steps: blocks run, cumulative.
         num_running, num_waiting: sequences (attention workers).
         kv_blocks_used, kv_blocks_total: blocks of the KV cache; cached but unreferenced blocks are not used.
@@ -106,3 +107,4 @@ class WorkerStats:
     batch_sizes: list[HistogramSnapshot] = field(default_factory=list)
     join_waits: list[HistogramSnapshot] = field(default_factory=list)
     expert_pairs: list[list[int]] = field(default_factory=list)
+    modelled_s: float = 0.0

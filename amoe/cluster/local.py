@@ -15,10 +15,11 @@ from typing import Any
 from amoe.cluster.worker_process import WorkerProcess
 from amoe.config import EngineConfig
 from amoe.engine.control import AsyncControlChannel
+from amoe.engine.emulated_device import Shape, emulated_device, served_shape
 from amoe.engine.messages import Loading, Ready
 from amoe.errors import ConfigError
-from amoe.models.config import ModelConfig, load_model_config
 from amoe.policy.placement import place_experts
+from amoe.profiles.models import ModelSizes
 from amoe.transport.shm import ShmFabric
 from amoe.transport.wire import max_record_bytes
 
@@ -26,15 +27,17 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_ENTRY = "amoe.engine.build:build_worker"
 _LARGEST_ITEM_BYTES = 4
+_EMULATED_ITEM_BYTES = 2  # they send bfloat16, and there may be hundreds of rings
 
 
-def ring_bytes_for(config: EngineConfig, model: ModelConfig) -> int:
+def ring_bytes_for(config: EngineConfig, model: Shape) -> int:
     """Bytes of the ring between two workers: all tokens that a home may have in flight, in one batch, in float32.
 
     A batch therefore never is too large, and in 16 bits two of the largest fit. Only pages that are used are allocated.
     """
     num_tokens = config.scheduler.num_token_slots
-    return max_record_bytes(num_tokens, model.hidden_size, model.top_k, _LARGEST_ITEM_BYTES)
+    item_bytes = _LARGEST_ITEM_BYTES if emulated_device(config) is None else _EMULATED_ITEM_BYTES
+    return max_record_bytes(num_tokens, model.hidden_size, model.top_k, item_bytes)
 
 
 class LocalCluster:
@@ -143,7 +146,9 @@ class LocalCluster:
     async def _spawn(self) -> None:
         placement = self.config.placement
         if self._ring_bytes is None:
-            model = load_model_config(self.config.model)
+            model = served_shape(self.config)
+            if (device := emulated_device(self.config)) is not None and isinstance(model, ModelSizes):
+                logger.info("%s", device.describe(model))
             place_experts(model.num_layers, model.num_experts, len(placement.expert_ranks))  # refused before it costs
             self._ring_bytes = ring_bytes_for(self.config, model)
         ring_bytes, num_workers = self._ring_bytes, placement.num_workers

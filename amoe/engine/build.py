@@ -9,26 +9,20 @@ import torch
 from amoe.clock import Clock, MonotonicClock
 from amoe.config import EngineConfig
 from amoe.core.worker import ModelShape, WorkerCore
+from amoe.engine.assembly import Ports, assemble, role_of
+from amoe.engine.build_emulated import build_emulated_worker
 from amoe.engine.devices import resolve_device, threads_per_worker
+from amoe.engine.emulated_device import emulated_device
 from amoe.engine.executor import AttentionExecutor, ExpertsExecutor
-from amoe.engine.home import Home
 from amoe.engine.memory import KVPlan, free_bytes, longest_sequence, plan_kv_cache
 from amoe.engine.messages import ControlPort, Loading, Ready
-from amoe.engine.sampler import SamplingTable
 from amoe.engine.worker import Worker
-from amoe.engine.worker_stats import StatsKeeper
 from amoe.kernels.attention import KVCache
 from amoe.models.config import ModelConfig, load_model_config
 from amoe.models.loader import load_model, resolve_dtype
 from amoe.models.model import Blocks, Model
 from amoe.policy.placement import experts_of, place_experts
 from amoe.transport.base import Transport
-
-
-def role_of(config: EngineConfig, rank: int) -> str:
-    """ "attention", "experts", or "colocated" for both."""
-    is_home, is_owner = rank in config.placement.attention_ranks, rank in config.placement.expert_ranks
-    return "colocated" if is_home and is_owner else "attention" if is_home else "experts"
 
 
 def build_worker(
@@ -39,14 +33,17 @@ def build_worker(
     Raises:
         ConfigError, CheckpointError: it cannot be made; the message is for the user.
     """
-    torch.set_num_threads(threads_per_worker(config))
+    ports = Ports(transport=transport, control=control, clock=clock or MonotonicClock())
     model_config = load_model_config(config.model)
+    emulated = emulated_device(config)
+    if emulated is not None:
+        return build_emulated_worker(config, emulated, model_config, rank, ports)
+    torch.set_num_threads(threads_per_worker(config))
     longest_sequence(config, model_config)  # refuses in a second what would be refused once the weights are loaded
     device = resolve_device(config.device, rank)
-    role = role_of(config, rank)
     model = _load(config, model_config, rank, device, lambda done, total: control.send(Loading(done, total)))
     plan, kv = KVPlan(0, 0), None
-    if role != "experts":
+    if role_of(config, rank) != "experts":
         num_sharing = _num_homes_on(config, device)
         plan = plan_kv_cache(config, model_config, model.dtype, free_bytes(device), num_sharing)
         kv = KVCache(
@@ -58,7 +55,7 @@ def build_worker(
             model.dtype,
             device,
         )
-    worker = _wire(config, model_config, rank, role, model, kv, plan, transport, control, clock or MonotonicClock())
+    worker = _wire(config, model_config, rank, model, kv, plan, ports)
     control.send(Ready(plan.max_model_len, plan.num_blocks, config.cache.block_size, model.parameter_bytes))
     return worker
 
@@ -89,40 +86,24 @@ def _wire(
     config: EngineConfig,
     model_config: ModelConfig,
     rank: int,
-    role: str,
     model: Model,
     kv: KVCache | None,
     plan: KVPlan,
-    transport: Transport,
-    control: ControlPort,
-    clock: Clock,
+    ports: Ports,
 ) -> Worker:
     shape = ModelShape(model_config.sparse_layers, model_config.num_experts)
     core = WorkerCore(config, shape, rank, num_kv_blocks=plan.num_blocks, max_model_len=plan.max_model_len)
     placement, slots = config.placement, config.scheduler.num_token_slots
     experts = ExpertsExecutor(model, len(placement.attention_ranks), slots) if core.experts is not None else None
-    home = None
+    attention = None
     if core.attention is not None and kv is not None:
         local_slab = None
         if experts is not None:
             index = placement.attention_ranks.index(rank)
             local_slab = experts.slab[index * slots : (index + 1) * slots]
         num_owners = len(placement.expert_ranks)
-        home = Home(
-            core.attention,
-            AttentionExecutor(model, kv, core.attention.batcher, num_owners, model_config.sparse_layers, local_slab),
-            SamplingTable(config.scheduler.max_num_seqs, model_config.vocab_size),
-            control,
-            owner_of_rank={owner_rank: owner for owner, owner_rank in enumerate(placement.expert_ranks)},
-            eos_token_ids=model_config.eos_token_ids,
-            seed=config.seed,
+        attention = AttentionExecutor(
+            model, kv, core.attention.batcher, num_owners, model_config.sparse_layers, local_slab
         )
-    return Worker(
-        core,
-        home,
-        experts,
-        transport=transport,
-        control=control,
-        clock=clock,
-        stats=StatsKeeper(rank, role, model_config.num_layers, model_config.num_experts),
-    )
+    sizes = (model_config.num_layers, model_config.num_experts)
+    return assemble(config, model_config, core, attention, experts, sizes, ports)

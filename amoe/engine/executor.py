@@ -6,6 +6,7 @@ Everything is addressed by token slot: S slots at each home, H hidden size, D ex
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +14,51 @@ import torch
 
 from amoe.core.batcher import Batcher
 from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
+from amoe.engine.sampler import SampledTokens, SamplingTable, sample
 from amoe.kernels.attention import AttentionBatch, ChunkSpan, KVCache
 from amoe.kernels.permute import plan_pairs
 from amoe.models.model import Model
-from amoe.types import Batch, BoolArray, Float32Array, Int32Array
+from amoe.types import Batch, BoolArray, Float32Array, Int32Array, Int64Array
 
 IntArray = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
+
+class AttentionBlocks(Protocol):
+    """Attention blocks and head of one home."""
+
+    def attention(
+        self, step: AttentionStep
+    ) -> tuple[npt.NDArray[np.int64] | None, Float32Array | None, torch.Tensor | None]:
+        """Run attention(layer).
+
+        Returns:
+            topk_ids [n, K], topk_weights [n, K] on the host, and the MoE inputs [n, H]; None at a dense layer.
+        """
+        ...
+
+    def sample(self, step: HeadStep, sampling: SamplingTable, num_generated: Int64Array) -> SampledTokens:
+        """The next tokens [n] of tokens that have passed the last layer.
+
+        Args:
+            num_generated: [n] tokens that their sequences have generated so far.
+        """
+        ...
+
+    def keep(self, batch: Batch, owner: int, kept: BoolArray) -> None:
+        """Keep rows `kept` [n] of a RESULT until the token's join is complete."""
+        ...
+
+
+class ExpertBlocks(Protocol):
+    """Expert blocks of one worker."""
+
+    def experts(self, step: ExpertsStep) -> torch.Tensor:
+        """[n, H] weighted sum over the experts that live here."""
+        ...
+
+    def keep(self, batch: Batch, slab_rows: Int32Array, kept: BoolArray) -> None:
+        """Keep rows `kept` [n] of a DISPATCH. A local one has no payload: its home has written it already."""
+        ...
 
 
 def to_device(array: IntArray, device: torch.device) -> torch.Tensor:
@@ -37,7 +77,7 @@ def _store(table: torch.Tensor, rows: Int32Array, batch: Batch, kept: BoolArray)
 
 
 class AttentionExecutor:
-    """Attention blocks and head of one home.
+    """`AttentionBlocks` on tensors.
 
     Args:
         kv: its KV cache.
@@ -67,11 +107,7 @@ class AttentionExecutor:
     def attention(
         self, step: AttentionStep
     ) -> tuple[npt.NDArray[np.int64] | None, Float32Array | None, torch.Tensor | None]:
-        """Run attention(layer).
-
-        Returns:
-            topk_ids [n, K], topk_weights [n, K] on the host, and the MoE inputs [n, H]; None at a dense layer.
-        """
+        """See `AttentionBlocks`."""
         layer, device = step.block.layer, self._model.device
         slots = to_device(step.slots, device)
         residual = self._embed(step) if layer == 0 else self._combine(layer - 1, step.slots, slots)
@@ -89,8 +125,14 @@ class AttentionExecutor:
         slots = to_device(step.slots, self._model.device)
         return self._model.head(self._combine(len(self._sparse) - 1, step.slots, slots))
 
+    def sample(self, step: HeadStep, sampling: SamplingTable, num_generated: Int64Array) -> SampledTokens:
+        """See `AttentionBlocks`."""
+        table, rows = self._batcher.table, step.rows.astype(np.int64)
+        logits = self.head(step)
+        return sample(logits, sampling, rows, num_generated, table.tokens, table.prompt_len, table.num_tokens)
+
     def keep(self, batch: Batch, owner: int, kept: BoolArray) -> None:
-        """Keep rows `kept` [n] of a RESULT until the token's join is complete."""
+        """See `AttentionBlocks`."""
         _store(self._partials[owner], batch.slots, batch, kept)
 
     def _embed(self, step: AttentionStep) -> torch.Tensor:
@@ -142,7 +184,7 @@ class AttentionExecutor:
 
 
 class ExpertsExecutor:
-    """Expert blocks of one worker, over the slab [num_homes * S, H] of MoE inputs that have been dispatched to it."""
+    """`ExpertBlocks` on tensors, over the slab [num_homes * S, H] of MoE inputs that have been dispatched to it."""
 
     def __init__(self, model: Model, num_homes: int, slots_per_home: int) -> None:
         self._model = model
@@ -152,11 +194,11 @@ class ExpertsExecutor:
         )
 
     def keep(self, batch: Batch, slab_rows: Int32Array, kept: BoolArray) -> None:
-        """Keep rows `kept` [n] of a DISPATCH. A local one has no payload: its home has written it already."""
+        """See `ExpertBlocks`."""
         _store(self.slab, slab_rows, batch, kept)
 
     def experts(self, step: ExpertsStep) -> torch.Tensor:
-        """[n, H] weighted sum over the experts that live here."""
+        """See `ExpertBlocks`."""
         layer = step.block.layer
         hidden = self.slab.index_select(0, to_device(step.slab_rows, self._model.device))
         plan = plan_pairs(step.expert_ids, step.expert_weights, self._local_index[layer])

@@ -10,9 +10,9 @@ import torch
 
 from amoe.core.attention import AttentionCore
 from amoe.core.steps import AttentionStep, HeadStep, Outgoing
-from amoe.engine.executor import AttentionExecutor
+from amoe.engine.executor import AttentionBlocks
 from amoe.engine.messages import AddRequest, ControlPort, Outputs
-from amoe.engine.sampler import FINISH_LENGTH, FINISH_STOP, GO_ON, SampledTokens, SamplingTable, finish_reasons, sample
+from amoe.engine.sampler import FINISH_LENGTH, FINISH_STOP, GO_ON, SampledTokens, SamplingTable, finish_reasons
 from amoe.types import Batch, BoolArray, FinishReason, Int64Array, SequenceOutput, TokenLogprobs
 
 _FINISH: dict[int, FinishReason | None] = {GO_ON: None, FINISH_STOP: "stop", FINISH_LENGTH: "length"}
@@ -30,7 +30,7 @@ class Home:
     def __init__(
         self,
         core: AttentionCore,
-        executor: AttentionExecutor,
+        executor: AttentionBlocks,
         sampling: SamplingTable,
         control: ControlPort,
         *,
@@ -88,8 +88,7 @@ class Home:
         self._set_sampling_rows()
         table, rows = self.core.batcher.table, step.rows.astype(np.int64)
         num_generated = table.num_tokens[rows] - table.prompt_len[rows]
-        logits = self._executor.head(step)
-        sampled = sample(logits, self._sampling, rows, num_generated, table.tokens, table.prompt_len, table.num_tokens)
+        sampled = self._executor.sample(step, self._sampling, num_generated)
         codes = finish_reasons(self._sampling, rows, sampled.token_ids, num_generated + 1)
         outputs = self._outputs(rows, sampled, codes)
         self.core.on_head(step, sampled.token_ids, codes != GO_ON)

@@ -10,7 +10,7 @@ import torch
 from amoe.clock import Clock
 from amoe.core.steps import AttentionStep, ExpertsStep, Outgoing, Step
 from amoe.core.worker import WorkerCore
-from amoe.engine.executor import ExpertsExecutor
+from amoe.engine.executor import ExpertBlocks
 from amoe.engine.home import Home
 from amoe.engine.messages import AbortRequests, AddRequest, ControlPort, Heartbeat, Stop
 from amoe.engine.worker_stats import StatsKeeper
@@ -33,7 +33,7 @@ class Worker:
         self,
         core: WorkerCore,
         home: Home | None,
-        experts: ExpertsExecutor | None,
+        experts: ExpertBlocks | None,
         *,
         transport: Transport,
         control: ControlPort,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from amoe.core.batcher import Batcher
@@ -16,15 +18,22 @@ _NAMES = {BlockKind.ATTENTION: "attention", BlockKind.EXPERTS: "experts", BlockK
 
 
 class StatsKeeper:
-    """Cumulative counters of one worker."""
+    """Cumulative counters of one worker.
 
-    def __init__(self, rank: int, role: str, num_layers: int, num_experts: int) -> None:
+    Args:
+        modelled_s: seconds that the kernels of an emulated device were to take so far.
+    """
+
+    def __init__(
+        self, rank: int, role: str, num_layers: int, num_experts: int, modelled_s: Callable[[], float] = lambda: 0.0
+    ) -> None:
         self.rank = rank
         self.role = role
         self.loops = 0
         self.steps = 0
         self.busy_s = 0.0
         self._batch_sizes = {kind: LayerHistograms(num_layers + 1, BATCH_SIZE_EDGES) for kind in BlockKind}
+        self._modelled_s = modelled_s
         self._expert_pairs = np.zeros((num_layers, num_experts), np.int64)
 
     def observe(self, step: Step, seconds: float) -> None:
@@ -37,7 +46,7 @@ class StatsKeeper:
 
     def snapshot(self, core: WorkerCore, home: Home | None, now: float) -> WorkerStats:
         """Everything, as it is now."""
-        stats = WorkerStats(self.rank, self.role, self.loops, self.busy_s, self.steps)
+        stats = WorkerStats(self.rank, self.role, self.loops, self.busy_s, self.steps, modelled_s=self._modelled_s())
         stats.queues = self._queues(core, now)
         stats.batch_sizes = [item for kind in BlockKind for item in self._batch_sizes[kind].snapshot(_NAMES[kind])]
         if core.experts is not None:

@@ -44,7 +44,12 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", nargs="?", help="directory of a checkpoint in Hugging Face format; default: built-in"
     )
     group.add_argument("--dtype", choices=DTYPES, default=engine.dtype, help="auto is the checkpoint's")
-    group.add_argument("--device", default=engine.device, help="cpu, cuda, cuda:1; plain cuda spreads the workers")
+    group.add_argument(
+        "--device",
+        default=engine.device,
+        help="cpu, cuda, cuda:1; plain cuda spreads the workers; emulated:h100,slow=20: workers that wait instead of "
+        "computing (docs/emulation.md)",
+    )
     group.add_argument(
         "--max-model-len",
         type=human_int,

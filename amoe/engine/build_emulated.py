@@ -1,0 +1,78 @@
+"""Builds a worker of an emulated device. Reads no weights, and of the checkpoint nothing but its configuration."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from amoe.config import EngineConfig
+from amoe.core.worker import ModelShape, WorkerCore
+from amoe.engine.assembly import Ports, assemble
+from amoe.engine.emulated import (
+    EmulatedAttention,
+    EmulatedExperts,
+    RouterPool,
+    Waiter,
+    sleep_precisely,
+    valid_vocabulary,
+)
+from amoe.engine.emulated_device import EmulatedDevice, emulated_length, plan_emulated_kv
+from amoe.engine.memory import KVPlan
+from amoe.engine.messages import Ready
+from amoe.engine.worker import Worker
+from amoe.models.config import ModelConfig
+from amoe.policy.placement import experts_of, place_experts
+from amoe.profiles.models import ModelSizes
+
+
+def build_emulated_worker(
+    config: EngineConfig, device: EmulatedDevice, checkpoint: ModelConfig, rank: int, ports: Ports
+) -> Worker:
+    """Make the worker `rank`, and tell the server that it is ready.
+
+    Raises:
+        ConfigError: the model does not fit the device.
+    """
+    torch.set_num_threads(1)  # there is nothing to compute
+    sleep_precisely()
+    sizes, placement = device.sizes(checkpoint), config.placement
+    weight_bytes = _weight_bytes(config, sizes, rank)
+    plan = KVPlan(0, 0)
+    if rank in placement.attention_ranks:
+        plan = plan_emulated_kv(config, device, sizes, emulated_length(config, checkpoint), weight_bytes)
+    shape = ModelShape(sizes.sparse_layers, sizes.num_experts)
+    core = WorkerCore(config, shape, rank, num_kv_blocks=plan.num_blocks, max_model_len=plan.max_model_len)
+    costs, waiter = device.costs(sizes, rank), Waiter()
+    attention = experts = None
+    if core.attention is not None:
+        rng = np.random.default_rng((device.seed, rank))
+        vocabulary = valid_vocabulary(checkpoint.vocab_size, checkpoint.eos_token_ids)
+        router = RouterPool(device.routing(sizes), rng)
+        attention = EmulatedAttention(sizes, costs, router, core.attention.batcher, vocabulary, rng, waiter)
+    if core.experts is not None:
+        num_slots = len(placement.attention_ranks) * config.scheduler.num_token_slots
+        experts = EmulatedExperts(sizes, costs, num_slots, waiter)
+    worker = assemble(
+        config,
+        checkpoint,
+        core,
+        attention,
+        experts,
+        (sizes.num_layers, sizes.num_experts),
+        ports,
+        lambda: waiter.modelled_s,
+    )
+    ports.control.send(Ready(plan.max_model_len, plan.num_blocks, config.cache.block_size, int(weight_bytes)))
+    return worker
+
+
+def _weight_bytes(config: EngineConfig, sizes: ModelSizes, rank: int) -> float:
+    """Of the blocks that the worker holds."""
+    placement, total = config.placement, 0.0
+    if rank in placement.attention_ranks:
+        total += sizes.attention_bytes
+    if rank in placement.expert_ranks:
+        owners = place_experts(sizes.num_layers, sizes.num_experts, len(placement.expert_ranks))
+        held = experts_of(owners, placement.expert_ranks.index(rank), sizes.sparse_layers)
+        total += sum(len(experts) for experts in held.values()) * sizes.expert_bytes
+    return total

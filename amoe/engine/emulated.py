@@ -1,0 +1,174 @@
+"""Executors of an emulated device: they wait for the modelled time, and make up what kernels would have computed.
+
+Everything around them is the real engine: queues, schedules, transport, sampling's bookkeeping. Rows of the model's
+hidden size travel between workers as they do between real ones, but they all are the same zeros, which nobody reads:
+no residual, partial sum, KV cache or slab is kept, so that sixteen workers fit into a laptop.
+
+What a step costs is waited for from the step's start, not on top of what the host does meanwhile: a real device
+computes while the host prepares.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from amoe.core.batcher import Batcher
+from amoe.core.experts import count_pairs
+from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
+from amoe.engine.sampler import SampledTokens, SamplingTable
+from amoe.profiles.costs import BlockCosts
+from amoe.profiles.models import ModelSizes
+from amoe.profiles.routing import RoutingModel
+from amoe.types import Batch, BoolArray, Float32Array, Int16Array, Int32Array, Int64Array
+
+_PR_SET_TIMERSLACK = 29
+_POOL_TOKENS = 4096
+
+
+class Waiter:
+    """Waits until a step has taken its modelled time.
+
+    Attributes:
+        modelled_s: seconds that steps were to take, cumulative.
+        late_s: seconds by which the host alone took longer, cumulative.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._clock = clock
+        self._sleep = sleep
+        self._started = 0.0
+        self.modelled_s = 0.0
+        self.late_s = 0.0
+
+    def start(self) -> None:
+        """The device begins."""
+        self._started = self._clock()
+
+    def finish(self, seconds: float) -> None:
+        """Return no earlier than `seconds` after `start`. Sleeps: cores are for the other workers."""
+        self.modelled_s += seconds
+        deadline = self._started + seconds
+        remaining = deadline - self._clock()
+        self.late_s += max(0.0, -remaining)
+        while remaining > 0:
+            self._sleep(remaining)
+            remaining = deadline - self._clock()
+
+
+def sleep_precisely() -> None:
+    """Let this thread's sleeps end within microseconds of their time: the kernel's default slack is 50 µs."""
+    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
+class RouterPool:
+    """Experts of tokens, drawn from a pool of each layer that is filled once: drawing anew costs more than a step."""
+
+    def __init__(self, routing: RoutingModel, rng: np.random.Generator, pool_tokens: int = _POOL_TOKENS) -> None:
+        self._routing = routing
+        self._rng = rng
+        self._pool_tokens = pool_tokens
+        self._pools: dict[int, Int16Array] = {}
+
+    def draw(self, layer: int, num_tokens: int) -> npt.NDArray[np.int64]:
+        """[n, K] experts of `num_tokens` tokens."""
+        pool = self._pools.get(layer)
+        if pool is None:
+            pool = self._routing.draw(self._rng, layer, self._pool_tokens).astype(np.int16)
+            self._pools[layer] = pool
+        return pool[self._rng.integers(len(pool), size=num_tokens)].astype(np.int64)
+
+
+class EmulatedAttention:
+    """`AttentionBlocks` of one home.
+
+    Args:
+        vocabulary: [V'] token ids that may come out.
+        rng: this worker's own.
+    """
+
+    def __init__(
+        self,
+        sizes: ModelSizes,
+        costs: BlockCosts,
+        router: RouterPool,
+        batcher: Batcher,
+        vocabulary: Int64Array,
+        rng: np.random.Generator,
+        waiter: Waiter,
+    ) -> None:
+        self._sparse = sizes.sparse_layers
+        self._costs = costs
+        self._router = router
+        self._batcher = batcher
+        self._vocabulary = vocabulary
+        self._rng = rng
+        self.waiter = waiter
+        self._rows = _empty_rows(batcher.slots.num_slots, sizes.hidden_size)
+        self._weights = np.full((batcher.slots.num_slots, sizes.top_k), 1.0 / sizes.top_k, np.float32)
+
+    def attention(
+        self, step: AttentionStep
+    ) -> tuple[npt.NDArray[np.int64] | None, Float32Array | None, torch.Tensor | None]:
+        """See `AttentionBlocks`."""
+        self.waiter.start()
+        layer, count = step.block.layer, step.num_tokens
+        topk_ids = self._router.draw(layer, count) if self._sparse[layer] else None
+        num_context = int(step.positions.sum()) + count  # a token sees itself, too
+        self.waiter.finish(self._costs.attention(layer, count, num_context))
+        return (None, None, None) if topk_ids is None else (topk_ids, self._weights[:count], self._rows[:count])
+
+    def sample(self, step: HeadStep, sampling: SamplingTable, num_generated: Int64Array) -> SampledTokens:
+        """See `AttentionBlocks`. Any ids will do, but none that ends a sequence; log-probabilities are zeros."""
+        self.waiter.start()
+        token_ids = self._vocabulary[self._rng.integers(len(self._vocabulary), size=step.num_tokens)]
+        sampled = SampledTokens(token_ids)
+        num_logprobs = int(sampling.num_logprobs[step.rows].max(initial=-1))
+        if num_logprobs >= 0:
+            shape = (step.num_tokens, num_logprobs)
+            sampled.logprobs = np.zeros(step.num_tokens, np.float32)
+            sampled.top_ids = np.broadcast_to(token_ids[:, None], shape)
+            sampled.top_logprobs = np.zeros(shape, np.float32)
+        self.waiter.finish(self._costs.head(step.num_tokens))
+        return sampled
+
+    def keep(self, batch: Batch, owner: int, kept: BoolArray) -> None:
+        """Nothing: the rows say nothing."""
+
+
+class EmulatedExperts:
+    """`ExpertBlocks` of one worker."""
+
+    def __init__(self, sizes: ModelSizes, costs: BlockCosts, num_slots: int, waiter: Waiter) -> None:
+        self._num_experts = sizes.num_experts
+        self._costs = costs
+        self.waiter = waiter
+        self._rows = _empty_rows(num_slots, sizes.hidden_size)
+
+    def experts(self, step: ExpertsStep) -> torch.Tensor:
+        """See `ExpertBlocks`."""
+        self.waiter.start()
+        counts = count_pairs(step.expert_ids, self._num_experts)
+        self.waiter.finish(float(self._costs.experts(step.block.layer, counts)))
+        return self._rows[: step.num_tokens]
+
+    def keep(self, batch: Batch, slab_rows: Int32Array, kept: BoolArray) -> None:
+        """Nothing: the rows say nothing."""
+
+
+def _empty_rows(num_rows: int, hidden_size: int) -> torch.Tensor:
+    """[num_rows, H] zeros. Never written, so that the kernel backs them all with one page of zeros."""
+    return torch.zeros((num_rows, hidden_size), dtype=torch.bfloat16)
+
+
+def valid_vocabulary(vocab_size: int, eos_token_ids: tuple[int, ...]) -> Int64Array:
+    """[V'] ids below `vocab_size` that do not end a sequence."""
+    ids = np.setdiff1d(np.arange(vocab_size), np.asarray(eos_token_ids, np.int64))
+    return ids if len(ids) else np.zeros(1, np.int64)
