@@ -37,27 +37,27 @@ class BlockCosts(Protocol):
 class RooflineCosts:
     """`BlockCosts` from data sheets."""
 
-    def __init__(self, shape: ModelSizes, device: DeviceProfile) -> None:
-        self.shape = shape
+    def __init__(self, sizes: ModelSizes, device: DeviceProfile) -> None:
+        self.sizes = sizes
         self.device = device
 
     def attention(self, layer: int, num_tokens: int, num_context: int) -> float:
         """Projections and router (and shared experts, or the dense MLP), then attention proper."""
         if num_tokens == 0:
             return 0.0
-        shape, device = self.shape, self.device
-        params = shape.block_params(layer)
-        linear = max(2 * params * num_tokens / device.flops, params * shape.weight_bytes / device.bandwidth)
+        sizes, device = self.sizes, self.device
+        params = sizes.block_params(layer)
+        linear = max(2 * params * num_tokens / device.flops, params * sizes.weight_bytes / device.bandwidth)
         mixing = max(
-            shape.attention_flops * num_context / device.flops, shape.kv_bytes * num_context / device.bandwidth
+            sizes.attention_flops * num_context / device.flops, sizes.kv_bytes * num_context / device.bandwidth
         )
         return device.launch_s + linear + mixing
 
     def experts(self, layer: int, counts: Counts) -> FloatArray:
         """One roofline per expert that has tokens."""
-        shape, device = self.shape, self.device
-        reading = shape.expert_bytes / device.bandwidth
-        per_pair = 2 * shape.expert_params / device.flops
+        sizes, device = self.sizes, self.device
+        reading = sizes.expert_bytes / device.bandwidth
+        per_pair = 2 * sizes.expert_params / device.flops
         times = np.where(counts > 0, np.maximum(counts * per_pair, reading), 0.0).sum(axis=-1)
         return np.where(times > 0, times + device.launch_s, 0.0)
 
@@ -65,7 +65,7 @@ class RooflineCosts:
         """Final norm, LM head, sampler."""
         if num_tokens == 0:
             return 0.0
-        params = self.shape.vocab_size * self.shape.hidden_size
+        params = self.sizes.vocab_size * self.sizes.hidden_size
         device = self.device
-        linear = max(2 * params * num_tokens / device.flops, params * self.shape.weight_bytes / device.bandwidth)
+        linear = max(2 * params * num_tokens / device.flops, params * self.sizes.weight_bytes / device.bandwidth)
         return device.launch_s + device.sampling_s + linear

@@ -122,11 +122,17 @@ _MIXTRAL = ModelSizes(
     **grouped_query_attention(4096, 32, 8, 128),
 )
 
+_MQA = grouped_query_attention(4096, 32, 1, 128)
+
 MODELS = {
-    shape.name: shape
-    for shape in (
+    sizes.name: sizes
+    for sizes in (
         _MIXTRAL,
         replace(_MIXTRAL, name="mixtral-8x7b-top1", top_k=1),
+        # With one KV head, as AMoE (arXiv 2505.08944) evaluates it, so that experts rather than KV set the pace.
+        replace(_MIXTRAL, name="mixtral-8x7b-mqa", **_MQA),
+        replace(_MIXTRAL, name="mixtral-8x7b-mqa-top1", top_k=1, **_MQA),
+        replace(_MIXTRAL, name="mixtral-16x7b-mqa-top1", num_experts=16, top_k=1, **_MQA),
         ModelSizes(
             name="qwen3-30b-a3b",
             num_layers=48,

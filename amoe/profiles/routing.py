@@ -83,7 +83,7 @@ class WeightedRouting:
         return self._popularity
 
 
-def log_normal_routing(shape: ModelSizes, sigma: float, seed: int, *, correlated: bool = False) -> WeightedRouting:
+def log_normal_routing(sizes: ModelSizes, sigma: float, seed: int, *, correlated: bool = False) -> WeightedRouting:
     """Log-normal expert weights: σ = 0 uniform, 0.5 moderate, 1.25 as hot as measured in production.
 
     Args:
@@ -95,30 +95,30 @@ def log_normal_routing(shape: ModelSizes, sigma: float, seed: int, *, correlated
     if sigma < 0:
         raise ConfigError(f"sigma must be at least 0, not {sigma}")
     rng = np.random.default_rng(seed)
-    normal = rng.standard_normal((shape.num_layers, shape.num_experts))
+    normal = rng.standard_normal((sizes.num_layers, sizes.num_experts))
     if correlated:
-        normal = np.tile(normal[:1], (shape.num_layers, 1))
-    return WeightedRouting(np.exp(sigma * normal), shape.top_k)
+        normal = np.tile(normal[:1], (sizes.num_layers, 1))
+    return WeightedRouting(np.exp(sigma * normal), sizes.top_k)
 
 
-def published_routing(shape: ModelSizes, name: str, seed: int) -> WeightedRouting:
+def published_routing(sizes: ModelSizes, name: str, seed: int) -> WeightedRouting:
     """Log-normal routing whose busiest expert has, on average over the layers, the published load over the mean.
 
     Raises:
-        ConfigError: there is no such figure, or the shape cannot have it (the most possible is E / K).
+        ConfigError: there is no such figure, or the sizes cannot have it (the most possible is E / K).
     """
     if name not in PUBLISHED_IMBALANCE:
         raise ConfigError(f"no published imbalance {name!r}; known: {', '.join(PUBLISHED_IMBALANCE)}")
     target = PUBLISHED_IMBALANCE[name]
-    if target >= shape.num_experts / shape.top_k:
-        raise ConfigError(f"{shape.name} cannot have a load of {target} times the mean: E / K is the most")
+    if target >= sizes.num_experts / sizes.top_k:
+        raise ConfigError(f"{sizes.name} cannot have a load of {target} times the mean: E / K is the most")
     low, high = 0.0, 8.0
     for _ in range(24):
         middle = (low + high) / 2
-        popularity = log_normal_routing(shape, middle, seed).popularity()
-        imbalance = float((popularity.max(axis=1) * shape.num_experts).mean())
+        popularity = log_normal_routing(sizes, middle, seed).popularity()
+        imbalance = float((popularity.max(axis=1) * sizes.num_experts).mean())
         low, high = (middle, high) if imbalance < target else (low, middle)
-    return log_normal_routing(shape, low, seed)
+    return log_normal_routing(sizes, low, seed)
 
 
 class DriftingRouting:

@@ -1,0 +1,213 @@
+"""Staggered strict waves, by counts: one event per step, one vector operation per dispatch and per combine.
+
+A worker runs, among its steps that are complete, the one with the least `policy.scheduler` key: the same function that
+the engine calls. Homes start a wave's next iteration when they have finished this one, and wait for nobody.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from amoe.profiles.links import LinkProfile
+from amoe.sim.flow.deployment import Deployment, FloatArray
+from amoe.sim.flow.loads import Loads
+from amoe.sim.flow.result import FlowResult, summarise
+
+_READY, _DONE = 0, 1
+_ATTENTION, _EXPERTS, _HEAD = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class HostModel:
+    """What the host costs a worker at each step.
+
+    Attributes:
+        seconds: of host work per step.
+        kind: `serial`: the device waits for it. `ahead`: the next step is prepared while the device computes, so that
+            it shows only where a step becomes ready less than `seconds` before the device is free. `hidden`: never
+            (captured graphs, or a kernel that waits on the device for its data).
+    """
+
+    seconds: float = 0.0
+    kind: Literal["serial", "ahead", "hidden"] = "hidden"
+
+    def start(self, ready: float, free: float, now: float) -> float:
+        """When a step starts on the device that became ready at `ready`; the device is free since `free`."""
+        if self.kind == "serial":
+            return now + self.seconds
+        return max(now, ready + self.seconds) if self.kind == "ahead" else now
+
+
+class Port:
+    """The ports of all devices on one kind of link: what leaves a device leaves in order, and so comes in."""
+
+    def __init__(self, link: LinkProfile, num_devices: int, row_bytes: float) -> None:
+        self._latency = link.latency_s
+        self._seconds_per_row = row_bytes / link.bandwidth
+        self._egress = np.zeros(num_devices)
+        self._ingress = np.zeros(num_devices)
+
+    def send(self, source: int, targets: FloatArray, rows: FloatArray, now: float) -> FloatArray:
+        """[n] arrival of `rows` [n] at the devices `targets` [n], sent in this order."""
+        seconds = rows * self._seconds_per_row
+        start = max(now, float(self._egress[source]))
+        leaving = start + np.cumsum(seconds)
+        self._egress[source] = leaving[-1]
+        # What comes in shares the port from its first byte on: the last of several is there when all their bytes are.
+        taken_in = np.maximum(self._ingress[targets], start + self._latency) + seconds
+        self._ingress[targets] = taken_in
+        return np.maximum(leaving + self._latency, taken_in)
+
+
+class Network:
+    """Arrival times of a step's rows at a fixed set of receivers, in rotated order so that nobody is always last."""
+
+    def __init__(self, deployment: Deployment, intra: Port, inter: Port, receivers: range) -> None:
+        same = deployment.fabric.same_node(deployment.num_devices)
+        self._plans = []
+        for source in range(deployment.num_devices):
+            order = [device for device in receivers if device > source] + [d for d in receivers if d < source]
+            columns = np.array(order, np.int64) - receivers.start
+            devices = np.array(order, np.int64)
+            near = same[source, devices] if len(order) else np.zeros(0, np.bool_)
+            self._plans.append(((intra, columns[near], devices[near]), (inter, columns[~near], devices[~near])))
+
+    def send(self, source: int, rows: FloatArray, now: float) -> FloatArray:
+        """[R] arrival of rows [R] from device `source`; to itself at once."""
+        arrival = np.full(len(rows), now)
+        for port, columns, devices in self._plans[source]:
+            if len(columns):
+                arrival[columns] = port.send(source, devices, rows[columns], now)
+        return arrival
+
+
+class WaveSimulator:
+    """One run.
+
+    Args:
+        stagger: the key's offset per wave in stages; None: S / W. 0 gives plain least-progress-first on waves.
+    """
+
+    def __init__(self, loads: Loads, host: HostModel | None = None, stagger: float | None = None) -> None:
+        self._loads = loads
+        self._host = host or HostModel()
+        deployment = self._deployment = loads.deployment
+        self._num_homes, self._num_owners = len(deployment.homes), len(deployment.owners)
+        self._num_waves = loads.tokens.shape[1]
+        self._num_layers = deployment.sizes.num_layers
+        self._stages = 2 * self._num_layers + 1
+        self._stagger = self._stages / self._num_waves if stagger is None else stagger
+        self._attention, self._head = loads.attention().tolist(), loads.head().tolist()
+        intra = Port(deployment.fabric.intra, deployment.num_devices, deployment.row_bytes)
+        inter = Port(deployment.fabric.inter, deployment.num_devices, deployment.row_bytes)
+        self._dispatch = Network(deployment, intra, inter, deployment.owners)
+        self._combine = Network(deployment, intra, inter, deployment.homes)
+        self._participants = (loads.tokens > 0).sum(axis=0)
+
+    def run(self, *, num_iterations: int = 10, num_warmup: int = 3) -> FlowResult:
+        """Until every wave of every home has finished `num_iterations` iterations; figures of those after warm-up."""
+        self._reset(num_iterations)
+        for home, wave in np.argwhere(self._loads.tokens > 0).tolist():
+            self._ready(0.0, home, _ATTENTION, wave, 0, 0)
+        while self._events:
+            now, _, kind, device, step = heapq.heappop(self._events)
+            if kind == _READY:
+                heapq.heappush(self._waiting[device], (step[0], now, step))
+            else:
+                self._idle[device] = True
+                self._free[device] = now
+                self._finish(device, step, now)
+            if self._idle[device] and self._waiting[device]:
+                self._start(device, now)
+        return summarise(self._loads.tokens, self._finished, self._busy, self._deployment.num_devices, num_warmup)
+
+    def _reset(self, num_iterations: int) -> None:
+        num_devices = self._deployment.num_devices
+        self._num_iterations = num_iterations
+        self._events: list = []
+        self._sequence = 0
+        self._waiting: list[list] = [[] for _ in range(num_devices)]
+        self._idle = [True] * num_devices
+        self._free = [0.0] * num_devices
+        self._busy = np.zeros(num_devices)
+        self._finished = np.zeros((num_iterations, self._num_homes, self._num_waves))
+        self._dispatched: dict[tuple[int, int, int], list] = {}  # (wave, iteration, layer): homes missing, arrivals [D]
+        self._missing = np.zeros((self._num_waves, self._num_homes), np.int64)  # owners that have not answered
+        self._answered = np.zeros((self._num_waves, self._num_homes))
+
+    def _push(self, time: float, kind: int, device: int, step: tuple) -> None:
+        self._sequence += 1
+        heapq.heappush(self._events, (time, self._sequence, kind, device, step))
+
+    def _ready(self, time: float, device: int, kind: int, wave: int, iteration: int, layer: int) -> None:
+        stage = 2 * layer + (1 if kind == _EXPERTS else 0)
+        key = iteration * self._stages + stage + wave * self._stagger
+        self._push(time, _READY, device, (key, kind, wave, iteration, layer))
+
+    def _start(self, device: int, now: float) -> None:
+        _, ready, step = heapq.heappop(self._waiting[device])
+        _, kind, wave, iteration, layer = step
+        if kind == _EXPERTS:
+            seconds = float(self._loads.layer(iteration, layer).seconds[wave, device - self._deployment.owners.start])
+        elif kind == _ATTENTION:
+            seconds = self._attention[layer][device][wave]
+        else:
+            seconds = self._head[device][wave]
+        start = self._host.start(ready, self._free[device], now)
+        self._idle[device] = False
+        self._busy[device] += seconds
+        self._push(start + seconds, _DONE, device, step)
+
+    def _finish(self, device: int, step: tuple, now: float) -> None:
+        _, kind, wave, iteration, layer = step
+        if kind == _EXPERTS:
+            self._after_experts(device, wave, iteration, layer, now)
+        elif kind == _HEAD:
+            self._finished[iteration, device, wave] = now
+            if iteration + 1 < self._num_iterations:
+                self._ready(now, device, _ATTENTION, wave, iteration + 1, 0)
+        elif layer < self._deployment.sizes.num_dense_layers:
+            self._ready(now, device, _ATTENTION, wave, iteration, layer + 1)
+        else:
+            self._after_attention(device, wave, iteration, layer, now)
+
+    def _after_attention(self, home: int, wave: int, iteration: int, layer: int, now: float) -> None:
+        load = self._loads.layer(iteration, layer)
+        rows = load.rows[home, wave]
+        arrival = self._dispatch.send(home, rows, now)
+        self._missing[wave, home] = np.count_nonzero(rows)
+        self._answered[wave, home] = now
+        if self._missing[wave, home] == 0:
+            self._advance(home, wave, iteration, layer, now)
+        key = (wave, iteration, layer)
+        entry = self._dispatched.get(key)
+        if entry is None:
+            entry = self._dispatched[key] = [int(self._participants[wave]), arrival]
+        else:
+            np.maximum(entry[1], arrival, out=entry[1])
+        entry[0] -= 1
+        if entry[0] == 0:  # the last home has spoken: who has anything to do learns when it will be there
+            del self._dispatched[key]
+            first = self._deployment.owners.start
+            for owner in np.flatnonzero(load.active[wave]).tolist():
+                self._ready(float(entry[1][owner]), first + owner, _EXPERTS, wave, iteration, layer)
+
+    def _after_experts(self, device: int, wave: int, iteration: int, layer: int, now: float) -> None:
+        rows = self._loads.layer(iteration, layer).rows[:, wave, device - self._deployment.owners.start]
+        waiting = rows > 0
+        arrival = self._combine.send(device, rows, now)
+        answered, missing = self._answered[wave], self._missing[wave]
+        np.maximum(answered, np.where(waiting, arrival, 0.0), out=answered)
+        missing -= waiting
+        for home in np.flatnonzero(waiting & (missing == 0)).tolist():
+            self._advance(home, wave, iteration, layer, float(answered[home]))
+
+    def _advance(self, home: int, wave: int, iteration: int, layer: int, time: float) -> None:
+        if layer + 1 == self._num_layers:
+            self._ready(time, home, _HEAD, wave, iteration, self._num_layers)
+        else:
+            self._ready(time, home, _ATTENTION, wave, iteration, layer + 1)
