@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from amoe.core.micro_queue import MicroQueues
 from amoe.core.waves import WaveGates
-from amoe.types import Batch, BlockId
+from amoe.types import Batch, BlockId, BlockKind
 
 _NONE = -1  # an epoch before all epochs
 
@@ -20,9 +21,10 @@ class ExpertWaves:
         num_slips: steps that ran without a home that was still expected.
     """
 
-    def __init__(self, home_ranks: Sequence[int], num_layers: int, gates: WaveGates) -> None:
+    def __init__(self, home_ranks: Sequence[int], num_layers: int, queues: MicroQueues, gates: WaveGates) -> None:
         num_waves = gates.loose
         self.num_slips = 0
+        self._queues = queues
         self._gates = gates
         self._home_of_rank = {rank: home for home, rank in enumerate(home_ranks)}
         self._everybody = (1 << len(home_ranks)) - 1
@@ -65,6 +67,7 @@ class ExpertWaves:
         bit = 1 << self._home_of_rank[batch.src]
         self._heard(wave, epoch, bit)
         if epoch > gathering:
+            self._set_free(wave, layer)
             self._epoch[wave][layer] = epoch
             self._arrived[wave][layer] = bit
         else:
@@ -84,6 +87,14 @@ class ExpertWaves:
         self._absent[wave] |= self._everybody & ~(self._arrived[wave][layer] | self._through_of(wave, epoch))
         for gathering in tuple(self._gathering[wave]):
             self._judge(wave, gathering)
+
+    def _set_free(self, wave: int, layer: int) -> None:
+        """Another epoch gathers at a block: what is left there of the one before it waits for nobody any more. A home is
+        ahead of the others where its tokens needed fewer experts: those of a prompt do without the last layer's."""
+        block = BlockId(BlockKind.EXPERTS, layer, wave)
+        index = self._queues.index(block)
+        if self._queues.depth[index]:
+            self._queues.move(index, self._queues.index(block._replace(wave=self._gates.loose)))
 
     def _heard(self, wave: int, epoch: int, bit: int) -> None:
         """A home speaks of an epoch. It has caught up if nobody has spoken of a later one."""

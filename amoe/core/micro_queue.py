@@ -67,13 +67,24 @@ class MicroQueues:
         pushes = self._pushes[index]
         if not pushes:
             return None
+        self._forget(index)
+        if len(pushes) == 1:
+            return pushes[0]
+        return tuple(np.concatenate(column) for column in zip(*pushes, strict=True))
+
+    def move(self, source: int, target: int) -> None:
+        """All tokens of a block go to the same block of another lane."""
+        self._pushes[target] += self._pushes[source]
+        self.depth[target] += self.depth[source]
+        self.oldest[target] = min(self.oldest[target], self.oldest[source])
+        self.min_kappa[target] = min(self.min_kappa[target], self.min_kappa[source])
+        self._forget(source)
+
+    def _forget(self, index: int) -> None:
         self._pushes[index] = []
         self.depth[index] = 0
         self.oldest[index] = np.inf
         self.min_kappa[index] = NEVER
-        if len(pushes) == 1:
-            return pushes[0]
-        return tuple(np.concatenate(column) for column in zip(*pushes, strict=True))
 
     def view(self) -> QueueView:
         """Statistics for a policy of an async schedule: a block is ready when a token waits for it."""

@@ -113,7 +113,7 @@ class WorkerCore:
             if scheduler.schedule == "lockstep":
                 self._experts_barrier = ExpertsBarrier(homes)
             if self._gates is not None:
-                self._expert_waves = ExpertWaves(homes, shape.num_layers, self._gates)
+                self._expert_waves = ExpertWaves(homes, shape.num_layers, self.queues, self._gates)
             self.experts = ExpertsCore(
                 rank=rank,
                 home_ranks=homes,

@@ -21,6 +21,7 @@ from amoe.types import Batch, BatchKind, SamplingParams
 from tests.unit.core import fake_model
 from tests.unit.core.fake_model import ModelSpec, Oracle
 
+PATIENT = 1e9  # seconds that no run lasts: whoever waits so long waits for ever
 COLUMNS = ("slots", "generations", "iterations", "expert_ids", "expert_weights")
 
 
@@ -352,6 +353,21 @@ class Cluster:
             if arrivals and batcher.running:
                 assert max(s.arrival for s in batcher.running.values()) < arrivals[0], "somebody was overtaken"
 
+            if self.scenario.scheduler.schedule == "waves":
+                self.check_waves(worker)
+
+    def check_waves(self, worker: VirtualWorker) -> None:
+        """What is in flight of a wave at a home stands at one place; counters equal contents."""
+        core, batcher = worker.core, worker.batcher
+        join, lanes = batcher.join, self.scenario.scheduler.num_lanes
+        depth = core.queues.depth.reshape(lanes, -1)[:-1, ::2]
+        live = np.zeros(batcher.slots.num_slots, np.bool_)
+        for sequence in batcher.running.values():
+            live[sequence.slots] = True
+        assert not join._awaiting[~live].any()
+        assert join.outstanding.tolist() == [int(join._awaiting[join.lane == lane].sum()) for lane in range(lanes)]
+        assert ((depth > 0).sum(axis=1) <= 1).all(), "a wave is at two places"
+
     def check_end(self) -> None:
         """After `run`: every request has one end, the oracle's tokens, and has left nothing behind."""
         aborted = {request.request_id for request in self.scenario.requests if request.abort is not None}
@@ -372,6 +388,8 @@ class Cluster:
             assert not batcher.join._awaiting.any()
             assert not batcher.join._pending.any()
             assert batcher._prefill_in_flight == 0
+        if self.scenario.scheduler.max_hold_s == PATIENT and self.scenario.stopped is None:
+            assert [worker.core.num_slips for worker in self.workers] == [0] * len(self.workers)
         for worker in self.workers:
             # In lockstep the copy of a dispatch waits, harmless, for the next epoch.
             if self.scenario.duplicates == 0 or self.scenario.scheduler.schedule != "lockstep":

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from amoe.config import CacheConfig, PlacementConfig, SchedulerConfig
 from tests.unit.core.fake_model import ModelSpec
-from tests.unit.core.harness import Request, Scenario
+from tests.unit.core.harness import PATIENT, Request, Scenario
 
 PLACEMENTS = (
     PlacementConfig(),
@@ -79,7 +79,7 @@ def scenarios(
         schedule=schedule,
         micro_batches=count if schedule == "lockstep" else 1,
         num_waves=count if schedule == "waves" else None,
-        max_hold_s=draw(st.sampled_from([0.003, 10.0, 0.03])) if schedule == "waves" else 1.0,
+        max_hold_s=draw(st.sampled_from([0.003, PATIENT, 0.03])) if schedule == "waves" else 1.0,
         max_num_seqs=8 if roomy else draw(st.sampled_from([3, 8, 8, 2, 1])),
         max_num_batched_tokens=256 if roomy else draw(st.sampled_from([8, 3, 32, 256, 1])),
         max_wait_s=draw(st.sampled_from([1e-4, 10.0])),
