@@ -1,0 +1,1 @@
+"""The virtual shell: the workers' real cores on modelled devices and links, in modelled time."""

@@ -1,0 +1,97 @@
+"""The virtual shell of a worker: what `amoe.engine.worker` does around a core, without tensors and without time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, Outgoing, Step
+from amoe.core.worker import WorkerCore
+from amoe.types import Batch, BoolArray, Float32Array, Int32Array, Int64Array, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """A request for the attention side; `prompt_token_ids` [n]."""
+
+    request_id: int
+    prompt_token_ids: Int32Array
+    params: SamplingParams
+
+
+class Answers(Protocol):
+    """What the kernels of attention workers would say: drawn from a model, or read from a record."""
+
+    def route(self, step: AttentionStep, now: float) -> tuple[Int64Array | None, Float32Array | None]:
+        """topk_ids, topk_weights [n, K]; None, None at a dense layer."""
+        ...
+
+    def sample(self, step: HeadStep, now: float) -> tuple[Int64Array, BoolArray]:
+        """token_ids [n], and which sequences [n] end with them."""
+        ...
+
+
+class VirtualWorker:
+    """Drives one `WorkerCore`: `turn` begins a step, `finish` ends it. Whoever calls them decides when that is.
+
+    Args:
+        answers: of its kernels; an expert worker needs none.
+        send: takes what leaves, batches to this very worker included.
+    """
+
+    def __init__(self, core: WorkerCore, answers: Answers | None, send: Callable[[Batch], None]) -> None:
+        self.core = core
+        self.answers = answers
+        self._send_batch = send
+        self._messages: list[NewRequest | int] = []  # a number is an abort
+        self._mailbox: list[Batch] = []
+
+    def submit(self, request: NewRequest) -> None:
+        """A request waits for the next turn."""
+        self._messages.append(request)
+
+    def abort(self, request_id: int) -> None:
+        """The next turn aborts a request."""
+        self._messages.append(request_id)
+
+    def deliver(self, batch: Batch) -> None:
+        """A batch waits for the next turn."""
+        self._mailbox.append(batch)
+
+    def turn(self, now: float) -> Step | None:
+        """Take what has come, start iterations, choose a block. Returns what is to be run, if anything is."""
+        if self._messages:
+            self._handle_messages()
+        batches, self._mailbox = self._mailbox, []
+        for batch in batches:
+            self.core.on_batch(batch, now)
+        self._send(self.core.start(now))
+        return self.core.next_step(now)
+
+    def finish(self, step: Step, now: float) -> None:
+        """`step` has run: tell the core, and send what it has brought."""
+        if isinstance(step, ExpertsStep):
+            self._send(step.replies)
+            return
+        attention, answers = self.core.attention, self.answers
+        assert attention is not None and answers is not None, "only attention workers run attention and head"
+        if isinstance(step, AttentionStep):
+            topk_ids, topk_weights = answers.route(step, now)
+            self._send(attention.on_attention(step, topk_ids, topk_weights, now))
+        else:
+            attention.on_head(step, *answers.sample(step, now))
+
+    def _send(self, outgoing: Sequence[Outgoing]) -> None:
+        for item in outgoing:
+            self._send_batch(item.batch)
+
+    def _handle_messages(self) -> None:
+        assert self.core.attention is not None, "only attention workers take requests"
+        batcher = self.core.attention.batcher
+        messages, self._messages = self._messages, []
+        for message in messages:
+            if isinstance(message, NewRequest):
+                batcher.add(message.request_id, message.prompt_token_ids, message.params)
+            else:
+                batcher.abort(message)
