@@ -164,8 +164,9 @@ class EmulatedExperts:
 
 
 def _empty_rows(num_rows: int, hidden_size: int) -> torch.Tensor:
-    """[num_rows, H] zeros. Never written, so that the kernel backs them all with one page of zeros."""
-    return torch.zeros((num_rows, hidden_size), dtype=torch.bfloat16)
+    """[num_rows, H] bfloat16 zeros. Never written, so that the kernel backs them all with one page of zeros: numpy asks
+    it for zeroed memory, where torch would write them."""
+    return torch.from_numpy(np.zeros((num_rows, hidden_size), np.int16)).view(torch.bfloat16)
 
 
 def valid_vocabulary(vocab_size: int, eos_token_ids: tuple[int, ...]) -> Int64Array:
