@@ -105,6 +105,7 @@ class SchedulerConfig:
             self.num_waves is None or 1 <= self.num_waves <= MAX_WAVES,
             f"--waves must be auto or a number from 1 to {MAX_WAVES}",
         )
+        _require(self.num_waves is None or self.schedule == "waves", "--waves N is for --schedule waves")
         _require(1 <= self.max_waves <= MAX_WAVES, f"max_waves must be from 1 to {MAX_WAVES}")
         _require(1 <= self.micro_batches <= 3, "--micro-batches must be 1, 2 or 3")
         _require(

@@ -231,8 +231,17 @@ class _WorkerCollector(Collector):
         pairs = CounterMetricFamily(
             "amoe:expert_pairs", "(token, expert) pairs computed.", labels=("layer", "expert", "worker")
         )
+        waves = GaugeMetricFamily("amoe:waves", "Waves into which sequences are split.", labels=("worker",))
+        slips = CounterMetricFamily(
+            "amoe:wave_slips",
+            "Waves that went on without somebody for whom they had waited too long.",
+            labels=("worker",),
+        )
         for worker in stats:
             rank = str(worker.rank)
+            if worker.num_waves:
+                waves.add_metric((rank,), worker.num_waves)
+                slips.add_metric((rank,), worker.num_slips)
             busy.add_metric((rank,), worker.busy_s)
             steps.add_metric((rank,), worker.steps)
             for layer, row in enumerate(worker.expert_pairs):
@@ -242,3 +251,5 @@ class _WorkerCollector(Collector):
         yield busy
         yield steps
         yield pairs
+        yield waves
+        yield slips

@@ -83,6 +83,8 @@ class WorkerStats:
         kv_blocks_used, kv_blocks_total: blocks of the KV cache; cached but unreferenced blocks are not used.
         token_slots_used: tokens in flight (attention workers).
         num_preemptions: cumulative.
+        num_waves: into which sequences are split now; 0 in schedules without waves.
+        num_slips: times that a wave went on without somebody who kept it waiting for too long, cumulative.
         prefix_queries, prefix_hits: prompt tokens looked up in and found in the prefix cache, cumulative.
         queues: the μ-queues of the worker.
         batch_sizes: tokens per step, by kind and layer.
@@ -108,3 +110,5 @@ class WorkerStats:
     join_waits: list[HistogramSnapshot] = field(default_factory=list)
     expert_pairs: list[list[int]] = field(default_factory=list)
     modelled_s: float = 0.0
+    num_waves: int = 0
+    num_slips: int = 0

@@ -105,7 +105,7 @@ def _add_offline(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--schedules",
         type=_variants,
         metavar="A,B,...",
-        help="compare these, each in every round; lockstep:2 is lockstep with 2 micro-batches (default: --schedule)",
+        help="compare these, each in every round; waves:3 is 3 waves, lockstep:2 2 micro-batches (default: --schedule)",
     )
     parser.add_argument("--rounds", type=_positive, default=1, help="interleaved rounds (default 1)")
     add_engine_flags(parser)
@@ -205,7 +205,7 @@ async def _offline(args: argparse.Namespace) -> int:
     def make_progress(title: str) -> contextlib.AbstractContextManager[Progress]:
         return ProgressDisplay(Console(stderr=True), title, len(specs))
 
-    alone = offline.Variant(config.scheduler.schedule, config.scheduler.micro_batches)
+    alone = offline.Variant.of(config.scheduler)
     variants: list[offline.Variant] = args.schedules or [alone]
     rounds = await offline.run_rounds(config, variants, args.rounds, plan, clock, make_progress)
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)

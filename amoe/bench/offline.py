@@ -89,27 +89,39 @@ def expert_imbalance(pairs: npt.NDArray[np.float64]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A schedule to measure; `micro_batches` is for lockstep."""
+    """A schedule to measure; `count`: how many waves (None: automatic), or micro-batches of lockstep (None: 1)."""
 
     schedule: ScheduleName
-    micro_batches: int = 1
+    count: int | None = None
 
     def __str__(self) -> str:
-        return self.schedule if self.micro_batches == 1 else f"{self.schedule}:{self.micro_batches}"
+        return self.schedule if self.count is None else f"{self.schedule}:{self.count}"
+
+    def apply(self, config: SchedulerConfig) -> SchedulerConfig:
+        """The same configuration, with this schedule."""
+        if self.schedule == "waves":
+            return replace(config, schedule="waves", num_waves=self.count, micro_batches=1)
+        return replace(config, schedule=self.schedule, num_waves=None, micro_batches=self.count or 1)
+
+    @classmethod
+    def of(cls, config: SchedulerConfig) -> Variant:
+        """The schedule of a configuration."""
+        if config.schedule == "waves":
+            return cls("waves", config.num_waves)
+        return cls(config.schedule, config.micro_batches if config.micro_batches > 1 else None)
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """`progress`, or `lockstep:2` for two micro-batches.
+        """`progress`, `waves:3` for three waves, or `lockstep:2` for two micro-batches.
 
         Raises:
-            ConfigError: there is no such schedule, or it takes no micro-batches.
+            ConfigError: there is no such schedule, or it takes no such number.
         """
         name, _, count = text.partition(":")
         if name not in SCHEDULES or not (count or "1").isdigit():
-            raise ConfigError(f"{text!r} is none of {', '.join(SCHEDULES)}, nor lockstep:2 or lockstep:3")
-        variant = cls(name, int(count or "1"))  # type: ignore[arg-type]
-        SchedulerConfig(schedule=variant.schedule, micro_batches=variant.micro_batches)
-        return variant
+            raise ConfigError(f"{text!r} is none of {', '.join(SCHEDULES)}, nor one like waves:3 or lockstep:2")
+        variant = cls(name, int(count) if count else None)  # type: ignore[arg-type]
+        return cls.of(variant.apply(SchedulerConfig()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +167,7 @@ async def run_rounds(
     for number in range(num_rounds):
         # Every other round runs backwards, so that a drift of the machine favours nobody.
         for variant in variants if number % 2 == 0 else tuple(reversed(variants)):
-            run_config = replace(config, scheduler=_scheduler(config, variant))
+            run_config = replace(config, scheduler=variant.apply(config.scheduler))
             title = f"{variant}, round {number + 1}/{num_rounds}"
             bandwidth = memory_bandwidth(clock, PROBE_THREADS)
             try:
@@ -179,7 +191,3 @@ async def run_rounds(
             if result.interrupted:
                 return rounds
     return rounds
-
-
-def _scheduler(config: EngineConfig, variant: Variant) -> SchedulerConfig:
-    return replace(config.scheduler, schedule=variant.schedule, micro_batches=variant.micro_batches)

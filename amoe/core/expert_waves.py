@@ -89,8 +89,8 @@ class ExpertWaves:
             self._judge(wave, gathering)
 
     def _set_free(self, wave: int, layer: int) -> None:
-        """Another epoch gathers at a block: what is left there of the one before it waits for nobody any more. A home is
-        ahead of the others where its tokens needed fewer experts: those of a prompt do without the last layer's."""
+        """Another epoch gathers at a block: what is left of the one before it waits for nobody any more. A home is
+        ahead where its tokens needed fewer experts: those of a prompt do without the last layer's."""
         block = BlockId(BlockKind.EXPERTS, layer, wave)
         index = self._queues.index(block)
         if self._queues.depth[index]:

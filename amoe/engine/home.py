@@ -74,7 +74,7 @@ class Home:
 
     def run_attention(self, step: AttentionStep, now: float) -> tuple[list[Outgoing], torch.Tensor | None]:
         """Run attention(layer). Returns what to dispatch, and the tensor [n, H] whose rows it names."""
-        if step.num_tokens == 0:  # lockstep marches on although its tokens are gone
+        if step.num_tokens == 0:  # a wave marches on although its tokens are gone
             nothing = np.empty((0, 1))
             return self.core.on_attention(step, nothing.astype(np.int64), nothing.astype(np.float32), now), None
         topk_ids, topk_weights, moe_input = self._executor.attention(step)

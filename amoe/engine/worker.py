@@ -62,9 +62,15 @@ class Worker:
         poller.register(self._control.fileno(), select.POLLIN)
         while not self._stopped:
             if not self.turn():
-                timeout = max(0.0, self._next_heartbeat - self._clock.now())
-                poller.poll(timeout * 1000)
+                poller.poll(self._seconds_to_sleep() * 1000)
                 self._next_control = 0.0
+
+    def _seconds_to_sleep(self) -> float:
+        """Until the next heartbeat, or until somebody has waited long enough for another worker."""
+        now = self._clock.now()
+        deadline = self.core.next_deadline(now)
+        until = self._next_heartbeat if deadline is None else min(self._next_heartbeat, deadline)
+        return max(0.0, until - now)
 
     @torch.inference_mode()
     def turn(self) -> bool:

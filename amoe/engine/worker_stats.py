@@ -47,6 +47,7 @@ class StatsKeeper:
     def snapshot(self, core: WorkerCore, home: Home | None, now: float) -> WorkerStats:
         """Everything, as it is now."""
         stats = WorkerStats(self.rank, self.role, self.loops, self.busy_s, self.steps, modelled_s=self._modelled_s())
+        stats.num_waves, stats.num_slips = core.num_waves, core.num_slips
         stats.queues = self._queues(core, now)
         stats.batch_sizes = [item for kind in BlockKind for item in self._batch_sizes[kind].snapshot(_NAMES[kind])]
         if core.experts is not None:
@@ -69,7 +70,7 @@ class StatsKeeper:
             age = max(0.0, now - float(queues.oldest[index])) if depth else 0.0
             name = (_NAMES[block.kind], block.layer)
             before = depths.get(name, (0, 0.0))
-            depths[name] = (before[0] + depth, max(before[1], age))  # waves of lockstep share a series
+            depths[name] = (before[0] + depth, max(before[1], age))  # waves share a series
         return [QueueSnapshot(kind, layer, depth, age) for (kind, layer), (depth, age) in depths.items()]
 
 

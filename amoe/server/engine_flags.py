@@ -81,6 +81,10 @@ def _add_placement_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads-per-worker", type=int, metavar="N", help="default: the cores divided by the workers")
 
 
+def _num_waves(text: str) -> int | None:
+    return None if text == "auto" else int(text)
+
+
 def _add_scheduler_flags(parser: argparse.ArgumentParser) -> None:
     scheduler = SchedulerConfig()
     group = parser.add_argument_group("scheduler")
@@ -90,6 +94,20 @@ def _add_scheduler_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--defrag-lookahead", type=int, default=scheduler.defrag_lookahead, metavar="N", help="blocks looked ahead"
+    )
+    group.add_argument(
+        "--waves",
+        type=_num_waves,
+        default=scheduler.num_waves,
+        metavar="N",
+        help="of waves: a fixed number, or auto: chosen by load and skew (default: auto)",
+    )
+    group.add_argument(
+        "--max-hold",
+        type=float,
+        default=scheduler.max_hold_s,
+        metavar="SECONDS",
+        help="of waves: tokens that have waited longer for others go on without them (default: %(default)s)",
     )
     group.add_argument(
         "--micro-batches", type=int, default=scheduler.micro_batches, metavar="N", help="of lockstep: 1, 2 or 3"
@@ -156,6 +174,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
             defrag_decay=args.defrag_decay,
             defrag_lookahead=args.defrag_lookahead,
             max_wait_s=args.max_wait,
+            max_hold_s=args.max_hold,
+            num_waves=args.waves,
             micro_batches=args.micro_batches,
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,

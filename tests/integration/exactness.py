@@ -20,8 +20,8 @@ PLACEMENTS = {
     "1A1E": PlacementConfig(expert_workers=1),
     "2A2E": PlacementConfig(attention_workers=2, expert_workers=2),
 }
-# Micro-batches of lockstep, 1 for the schedules without a barrier.
-SCHEDULE_CASES = [(name, 1) for name in SCHEDULES] + [("lockstep", 2), ("lockstep", 3)]
+# Micro-batches of lockstep, or waves (0: automatic); other schedules have one case only.
+COUNTS = (0, 2, 3, 1)
 # `cached` runs every prompt twice, `preempted` leaves too few KV blocks for all of them.
 FEATURES = ("plain", "cached", "preempted", "cached+preempted")
 # Odd sizes; every variant has its own seed. Dense layers where the architecture knows them.
@@ -37,7 +37,8 @@ NUM_NEW = 12
 BLOCK_SIZE = 4
 
 FACTORS: dict[str, Any] = {
-    "schedule": SCHEDULE_CASES,
+    "schedule": SCHEDULES,
+    "count": COUNTS,
     "arch": [*ARCHES, BUILTIN],
     "placement": list(PLACEMENTS),
     "feature": FEATURES,
@@ -49,19 +50,18 @@ FACTORS: dict[str, Any] = {
 class Case:
     """One cell of the matrix."""
 
-    schedule: tuple[str, int]
+    schedule: str
+    count: int
     arch: str
     placement: str
     feature: str
     variant: int
 
     def __str__(self) -> str:
-        name, micro_batches = self.schedule
-        return f"{self.arch}{self.variant}-{name}{micro_batches}-{self.placement}-{self.feature}"
+        return f"{self.arch}{self.variant}-{self.schedule}{self.count}-{self.placement}-{self.feature}"
 
     def config(self, path: Path) -> EngineConfig:
         """Small budgets, so that prompts are chunked and sequences wait for each other."""
-        name, micro_batches = self.schedule
         longest = max(len(prompt) for prompt in self.prompts) + NUM_NEW
         homes = len(PLACEMENTS[self.placement].attention_ranks)
         num_blocks = 400
@@ -75,7 +75,11 @@ class Case:
             max_model_len=longest,
             placement=PLACEMENTS[self.placement],
             scheduler=SchedulerConfig(
-                schedule=name, micro_batches=micro_batches, max_num_seqs=6, max_num_batched_tokens=24
+                schedule=self.schedule,
+                micro_batches=self.count if self.schedule == "lockstep" else 1,
+                num_waves=(self.count or None) if self.schedule == "waves" else None,
+                max_num_seqs=6,
+                max_num_batched_tokens=24,
             ),
             cache=CacheConfig(
                 block_size=BLOCK_SIZE, num_blocks=num_blocks, enable_prefix_caching="cached" in self.feature
@@ -90,6 +94,13 @@ class Case:
     @property
     def params(self) -> SamplingParams:
         return SamplingParams(max_tokens=NUM_NEW, temperature=0.0, ignore_eos=True, logprobs=1)
+
+
+def make_cases(rows: list[dict[str, Any]]) -> list[Case]:
+    """The cases of rows of the matrix, each once."""
+    least = {"waves": 0, "lockstep": 1}
+    counts = [max(row["count"], least[row["schedule"]]) if row["schedule"] in least else 1 for row in rows]
+    return list(dict.fromkeys(Case(**{**row, "count": count}) for row, count in zip(rows, counts, strict=True)))
 
 
 @functools.cache

@@ -13,25 +13,23 @@ from amoe.config import EngineConfig, PlacementConfig
 from amoe.engine.async_engine import AsyncEngine
 from amoe.errors import EngineDeadError
 from amoe.types import SamplingParams
-from tests.integration.exactness import FACTORS, Case, assert_exact, checkpoint
+from tests.integration.exactness import FACTORS, Case, assert_exact, checkpoint, make_cases
 from tests.pairwise import all_combinations, pairwise
 from tests.processes import generate
 
-_PROCESS_FACTORS = {"schedule": FACTORS["schedule"], "placement": FACTORS["placement"]}
+_PROCESS_FACTORS = {name: FACTORS[name] for name in ("schedule", "count", "placement")}
 # One architecture and feature per cell, in turn; the in-process tests have covered their combinations.
 _REST = [("olmoe", "cached"), ("builtin", "preempted"), ("qwen2_moe", "plain"), ("qwen3_moe", "cached+preempted")]
 
 
 def _cases(rows: list[dict]) -> list[Case]:
-    return [
-        Case(arch=_REST[index % 4][0], feature=_REST[index % 4][1], variant=index % 3, **row)
-        for index, row in enumerate(rows)
-    ]
+    rest = [{"arch": _REST[i % 4][0], "feature": _REST[i % 4][1], "variant": i % 3} for i in range(len(rows))]
+    return make_cases([{**row, **more} for row, more in zip(rows, rest, strict=True)])
 
 
 CELLS = all_combinations(_PROCESS_FACTORS)
-SELECTION = _cases([row for index, row in enumerate(CELLS) if index % 5 == 0])
-MATRIX = [Case(**row) for row in pairwise(FACTORS)]
+SELECTION = _cases([row for index, row in enumerate(CELLS) if index % 17 == 0])
+MATRIX = make_cases(pairwise(FACTORS))
 
 
 @pytest.fixture(scope="session")

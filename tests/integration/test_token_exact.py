@@ -13,11 +13,11 @@ import pytest
 from amoe.transport.base import Transport
 from amoe.transport.faulty import FaultPlan, FaultyTransport
 from tests.cluster import Finished, InprocCluster
-from tests.integration.exactness import FACTORS, Case, assert_exact, checkpoint
+from tests.integration.exactness import FACTORS, Case, assert_exact, checkpoint, make_cases
 from tests.pairwise import all_combinations, pairwise
 
-SELECTION = [Case(**row) for row in pairwise(FACTORS)]
-MATRIX = [Case(**row) for row in all_combinations(FACTORS)]
+SELECTION = make_cases(pairwise(FACTORS))
+MATRIX = make_cases(all_combinations(FACTORS))
 
 
 @pytest.fixture(scope="session")
@@ -58,9 +58,9 @@ def test_matrix(case: Case, root: Path) -> None:
 
 
 @pytest.mark.parametrize("keep_order", [True, False], ids=["ordered", "unordered"])
-@pytest.mark.parametrize("schedule", [("progress", 1), ("defrag", 1), ("lockstep", 2)], ids=str)
+@pytest.mark.parametrize("schedule", [("progress", 1), ("defrag", 1), ("waves", 2), ("lockstep", 2)], ids=str)
 def test_late_and_repeated_batches_change_nothing(schedule: tuple[str, int], keep_order: bool, root: Path) -> None:
-    case = Case(schedule, "qwen2_moe", "2A2E", "plain", 1)
+    case = Case(*schedule, "qwen2_moe", "2A2E", "plain", 1)
     plan = FaultPlan(seed=7, delay=0.3, max_delay_polls=20, duplicate=0.4, keep_order=keep_order)
 
     def wrap(transport: Transport) -> Transport:

@@ -55,12 +55,21 @@ def test_every_flag():
     assert config.scheduler == SchedulerConfig(schedule="lockstep", micro_batches=2)
 
 
+@pytest.mark.parametrize(("flag", "num_waves"), [((), None), (("--waves", "auto"), None), (("--waves", "3"), 3)])
+def test_the_number_of_waves_is_fixed_or_automatic(flag, num_waves):
+    config = engine_flags.engine_config(parse("m", "--schedule", "waves", "--max-hold", "0.2", *flag))
+    assert config.scheduler == SchedulerConfig(schedule="waves", num_waves=num_waves, max_hold_s=0.2)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--colocated", "2", "--expert-workers", "1"], "--colocated excludes"),
         (["--attention-workers", "2"], "--expert-workers"),
         (["--micro-batches", "2"], "--micro-batches"),
+        (["--schedule", "lockstep", "--waves", "2"], "--waves"),
+        (["--schedule", "waves", "--waves", "17"], "--waves"),
+        (["--max-hold", "0"], "--max-hold"),
         (["--max-num-seqs", "0"], "--max-num-seqs"),
         (["/does/not/exist"], "is not a directory"),
     ],

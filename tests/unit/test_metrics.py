@@ -43,6 +43,8 @@ GOLDEN = {
     "amoe:request_time_per_output_token_seconds": ("histogram", REQUEST_LABELS),
     "amoe:time_to_first_token_seconds": ("histogram", REQUEST_LABELS),
     "amoe:token_slots_used": ("gauge", REQUEST_LABELS),
+    "amoe:wave_slips": ("counter", {"worker"}),
+    "amoe:waves": ("gauge", {"worker"}),
     "amoe:worker_busy_seconds": ("counter", {"worker"}),
     "amoe:worker_steps": ("counter", {"worker"}),
 }
@@ -76,6 +78,8 @@ def metrics() -> EngineMetrics:
             prefix_queries=70,
             prefix_hits=40,
             steps=12,
+            num_waves=2,
+            num_slips=5,
             busy_s=1.5,
             queues=[QueueSnapshot("attention", 1, 4, 0.25)],
             batch_sizes=batch_sizes.snapshot("attention"),
@@ -134,6 +138,8 @@ def test_worker_values(metrics: EngineMetrics):
     assert found["amoe:micro_queue_depth{block=attention,layer=1,worker=0}"] == 4
     assert found["amoe:micro_queue_age_seconds{block=attention,layer=1,worker=0}"] == 0.25
     assert found["amoe:worker_steps_total{worker=1}"] == 3
+    assert (found["amoe:waves{worker=0}"], found["amoe:wave_slips_total{worker=0}"]) == (2, 5)
+    assert "amoe:waves{worker=1}" not in found, "a schedule without waves"
     assert found["amoe:worker_busy_seconds_total{worker=0}"] == 1.5
     assert found["amoe:expert_pairs_total{expert=1,layer=0,worker=1}"] == 8
     assert "amoe:num_requests_running{engine=1}" not in found  # an expert worker has no requests

@@ -58,12 +58,15 @@ def parse(*flags):
 
 
 def test_flags_become_a_configuration():
-    args = parse("/somewhere", "--colocated", "2", "--schedules", "progress,lockstep:2")
+    args = parse("/somewhere", "--colocated", "2", "--schedules", "progress,lockstep:2,waves,waves:1,lockstep:1")
     config = engine_config(args)
     assert config.placement.num_workers == 2
-    progress, lockstep = (offline._scheduler(config, variant) for variant in args.schedules)
+    assert [str(variant) for variant in args.schedules] == ["progress", "lockstep:2", "waves", "waves:1", "lockstep"]
+    progress, lockstep, waves, one_wave, _ = (variant.apply(config.scheduler) for variant in args.schedules)
     assert (progress.schedule, progress.micro_batches) == ("progress", 1)
     assert (lockstep.schedule, lockstep.micro_batches) == ("lockstep", 2)
+    assert (waves.schedule, waves.num_waves) == ("waves", None)
+    assert (one_wave.schedule, one_wave.num_waves) == ("waves", 1)
     assert not config.cache.enable_prefix_caching
 
 
@@ -73,6 +76,9 @@ def test_flags_become_a_configuration():
         ("m", "--schedules", "progress,nonsense"),
         ("m", "--schedules", "progress,progress"),
         ("m", "--schedules", "progress:2"),
+        ("m", "--schedules", "waves:0"),
+        ("m", "--schedules", "waves:17"),
+        ("m", "--schedules", "lockstep:1,lockstep"),
         ("m", "--schedules", "lockstep:x"),
         ("m", "--num-prompts", "0"),
     ],

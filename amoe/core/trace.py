@@ -1,0 +1,225 @@
+"""A record of all that a core was told and of all that it said: so that another shell can repeat it.
+
+Entries are plain lists, numbers and dictionaries, the same before and after a trip through JSON:
+
+    add, abort           a request came, or was aborted
+    on_batch             a batch came; said: the rows that are kept
+    start                said: announcements, and how much of slots and KV blocks is in use
+    next_step            said: the step, with the batches that an experts step answers
+    on_attention         what the router said; said: dispatches
+    on_head              what the sampler said
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.core.steps import AttentionStep, ExpertsStep, Outgoing, Step
+from amoe.core.worker import ModelShape, WorkerCore
+from amoe.types import Batch, BatchKind, Int32Array, SamplingParams
+
+FORMAT = 1
+_COLUMNS: dict[str, Any] = {
+    "slots": np.int32,
+    "generations": np.int32,
+    "iterations": np.int32,
+    "expert_ids": np.int16,
+    "expert_weights": np.float32,
+}
+_HEADERS = tuple(item.name for item in fields(Batch) if item.name not in {*_COLUMNS, "payload"})
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One call: what was `given`, and what the core `said`. `now` is None of calls that are not told the time."""
+
+    call: str
+    now: float | None
+    given: Any
+    said: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What core it was: enough to make another one like it."""
+
+    config: EngineConfig
+    shape: ModelShape
+    rank: int
+    num_kv_blocks: int
+    max_model_len: int
+
+    def make_core(self) -> WorkerCore:
+        """A core in its first state."""
+        return WorkerCore(
+            self.config, self.shape, self.rank, num_kv_blocks=self.num_kv_blocks, max_model_len=self.max_model_len
+        )
+
+
+@dataclass(slots=True)
+class Trace:
+    """The life of one core."""
+
+    origin: Origin
+    entries: list[Entry] = field(default_factory=list)
+
+    def to_lines(self) -> Iterator[str]:
+        """One JSON object per line: the origin, then the entries."""
+        origin = self.origin
+        yield json.dumps(
+            {
+                "format": FORMAT,
+                "config": asdict(origin.config),
+                "sparse_layers": list(origin.shape.sparse_layers),
+                "num_experts": origin.shape.num_experts,
+                "rank": origin.rank,
+                "num_kv_blocks": origin.num_kv_blocks,
+                "max_model_len": origin.max_model_len,
+            }
+        )
+        for entry in self.entries:
+            yield json.dumps([entry.call, entry.now, entry.given, entry.said])
+
+    @classmethod
+    def from_lines(cls, lines: Iterable[str]) -> Trace:
+        """What `to_lines` has written.
+
+        Raises:
+            ValueError: the lines are something else, or of another version.
+        """
+        rest = iter(lines)
+        try:
+            head = json.loads(next(rest, ""))
+            if head["format"] != FORMAT:
+                raise ValueError(f"the trace has format {head['format']}, and this version reads {FORMAT}")
+            config = head["config"]
+            config["placement"] = PlacementConfig(**config["placement"])
+            config["scheduler"] = SchedulerConfig(**config["scheduler"])
+            config["cache"] = CacheConfig(**config["cache"])
+            shape = ModelShape(tuple(head["sparse_layers"]), head["num_experts"])
+            origin = Origin(EngineConfig(**config), shape, head["rank"], head["num_kv_blocks"], head["max_model_len"])
+            return cls(origin, [Entry(*json.loads(line)) for line in rest if line.strip()])
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"this is not a trace of a core: {error!r}") from error
+
+
+def record(core: WorkerCore, config: EngineConfig, shape: ModelShape) -> Trace:
+    """Record `core` from now on; it must be in its first state for the trace to be repeatable.
+
+    The calls that a shell makes are intercepted on these very objects, so neither core nor shell know of it, and cores
+    that are not recorded pay nothing.
+
+    Returns:
+        The trace, which grows as the core is used.
+    """
+    attention = core.attention
+    num_blocks = attention.batcher.blocks.num_blocks if attention is not None else 0
+    length = attention.batcher.max_model_len if attention is not None else 0
+    trace = Trace(Origin(config, shape, core.rank, num_blocks, length))
+    calls: list[tuple[object, str, Callable[..., tuple[float | None, Any]], Callable[[Any], Any]]] = [
+        (core, "on_batch", lambda batch, now: (now, encode_batch(batch)), _as_list),
+        (core, "start", lambda now: (now, None), lambda outgoing: [_encode_outgoing(outgoing), _usage(core)]),
+        (core, "next_step", lambda now: (now, None), _encode_step),
+    ]
+    if attention is not None:
+        calls += [
+            (attention.batcher, "add", _encode_request, lambda sequence: sequence.arrival),
+            (attention.batcher, "abort", lambda request_id: (None, request_id), lambda sequence: sequence is not None),
+            (attention, "on_attention", _encode_routing, _encode_outgoing),
+            (attention, "on_head", lambda step, *sampled: (None, [_as_list(item) for item in sampled]), lambda _: None),
+        ]
+    for owner, name, given, said in calls:
+        _intercept(owner, name, given, said, trace.entries)
+    return trace
+
+
+def _intercept(
+    owner: object,
+    name: str,
+    given: Callable[..., tuple[float | None, Any]],
+    said: Callable[[Any], Any],
+    entries: list[Entry],
+) -> None:
+    method = getattr(owner, name)
+
+    def recorded(*args: Any) -> Any:
+        now, encoded = given(*args)  # before the call: nobody promises that arguments stay what they are
+        answer = method(*args)
+        entries.append(Entry(name, now, encoded, said(answer)))
+        return answer
+
+    setattr(owner, name, recorded)
+
+
+# ---- encoding
+
+
+def encode_batch(batch: Batch) -> dict[str, Any]:
+    """Header and columns; no payload."""
+    headers = {name: int(getattr(batch, name)) for name in _HEADERS}
+    return headers | {name: getattr(batch, name).tolist() for name in _COLUMNS}
+
+
+def decode_batch(encoded: dict[str, Any]) -> Batch:
+    """The batch that `encode_batch` has encoded."""
+    columns = {name: np.array(encoded[name], dtype) for name, dtype in _COLUMNS.items()}
+    for name in ("expert_ids", "expert_weights"):
+        if columns[name].ndim == 1:
+            columns[name] = columns[name].reshape(0, 0)
+    return Batch(**(encoded | columns | {"kind": BatchKind(encoded["kind"])}))
+
+
+def _as_list(array: Any) -> Any:
+    return None if array is None else array.tolist()
+
+
+def _encode_request(request_id: int, token_ids: Int32Array, params: SamplingParams) -> tuple[None, Any]:
+    return None, {"request_id": request_id, "token_ids": token_ids.tolist(), "max_tokens": params.max_tokens}
+
+
+def _encode_routing(step: AttentionStep, topk_ids: Any, topk_weights: Any, now: float) -> tuple[float, Any]:
+    return now, {"topk_ids": _as_list(topk_ids), "topk_weights": _as_list(topk_weights)}
+
+
+def _encode_outgoing(outgoing: Sequence[Outgoing]) -> list[Any]:
+    return [{"batch": encode_batch(item.batch), "rows": _encode_rows(item.rows)} for item in outgoing]
+
+
+def _encode_rows(rows: Int32Array | slice | None) -> Any:
+    return [rows.start, rows.stop] if isinstance(rows, slice) else _as_list(rows)
+
+
+def _encode_step(step: Step | None) -> Any:
+    if step is None:
+        return None
+    block = [step.block.kind.name, step.block.layer, step.block.wave]
+    if isinstance(step, ExpertsStep):
+        return {
+            "block": block,
+            "slab_rows": step.slab_rows.tolist(),
+            "expert_ids": step.expert_ids.tolist(),
+            "replies": _encode_outgoing(step.replies),
+        }
+    encoded = {"block": block, "slots": step.slots.tolist(), "rows": step.rows.tolist()}
+    if isinstance(step, AttentionStep):
+        encoded["positions"] = step.positions.tolist()
+        encoded["num_decodes"] = step.num_decodes
+        encoded["chunks"] = [[span.start, span.end, span.row] for span in step.chunks]
+    return encoded
+
+
+def _usage(core: WorkerCore) -> dict[str, int] | None:
+    if core.attention is None:
+        return None
+    batcher = core.attention.batcher
+    return {
+        "kv_blocks": batcher.blocks.num_used,
+        "free_slots": batcher.slots.num_free,
+        "preemptions": batcher.num_preemptions,
+    }
