@@ -8,13 +8,14 @@ A file is one JSON object:
     dtype       of the model as measured
     threads     of a worker
     model       the fields of `ModelSizes`
-    attention   [{"tokens", "context", "seconds", "host"}, ...] on a full grid: `context` is tokens of context per token
+    attention   {"points": [{"tokens", "context", "seconds"}, ...], "host": [{"tokens", "seconds"}, ...]}
     experts     {"fixed": seconds, "per_expert": [{"tokens", "seconds"}, ...], "host": [{"tokens", "seconds"}, ...]}
-    head        [{"tokens", "seconds", "host"}, ...]
+    head        {"points": [{"tokens", "seconds"}, ...], "host": [{"tokens", "seconds"}, ...]}
 
-`seconds` is kernel time, `host` the host's share of the step around it. Between points both are linear, beyond the last
-point they go on with the slope of the last two. The grouped GEMM is a sum over its experts: one call of `fixed` seconds
-plus each expert's own time, which skewed counts do not change.
+Points are kernel time, `host` is the host's share of the step around it; of experts, its tokens are pairs. Attention's
+points form a full grid, whose `context` is tokens of context per token. Between points all is linear, beyond the last
+it goes on with the slope of the last two. The grouped GEMM is a sum over its experts: one call of `fixed` seconds plus
+each expert's own time by its number of pairs, so that skewed counts cost what they cost.
 """
 
 from __future__ import annotations
@@ -128,13 +129,13 @@ class MeasuredCosts:
             sizes=self.sizes,
         )
         attention, experts, head = document["attention"], document["experts"], document["head"]
-        self._attention = Surface([(p["tokens"], p["context"], p["seconds"]) for p in attention])
-        self._attention_host = Surface([(p["tokens"], p["context"], p["host"]) for p in attention])
+        self._attention = Surface([(p["tokens"], p["context"], p["seconds"]) for p in attention["points"]])
+        self._attention_host = _curve(attention["host"])
         self._experts_fixed = float(experts["fixed"])
         self._per_expert = _curve(experts["per_expert"])
         self._experts_host = _curve(experts["host"])
-        self._head = _curve(head)
-        self._head_host = _curve(head, "host")
+        self._head = _curve(head["points"])
+        self._head_host = _curve(head["host"])
         self._include_host = include_host
 
     def with_host(self) -> MeasuredCosts:
@@ -145,11 +146,11 @@ class MeasuredCosts:
         """See `BlockCosts`."""
         if num_tokens == 0:
             return 0.0
-        at = (num_tokens, num_context / num_tokens)
-        return self._attention(*at) + (self._attention_host(*at) if self._include_host else 0.0)
+        host = float(self._attention_host(num_tokens)) if self._include_host else 0.0
+        return self._attention(num_tokens, num_context / num_tokens) + host
 
     def experts(self, layer: int, counts: Counts) -> FloatArray:
-        """See `BlockCosts`. A token's pairs at one worker are not told apart: the host's time is that of its pairs."""
+        """See `BlockCosts`."""
         has_pairs = counts > 0
         times = np.where(has_pairs, self._per_expert(counts), 0.0).sum(axis=-1)
         fixed = self._experts_fixed + (self._experts_host(counts.sum(axis=-1)) if self._include_host else 0.0)
@@ -184,9 +185,9 @@ class ScaledCosts:
         return self.factor * self._costs.head(num_tokens)
 
 
-def _curve(points: Sequence[Mapping[str, float]], value: str = "seconds") -> Curve:
+def _curve(points: Sequence[Mapping[str, float]]) -> Curve:
     ordered = sorted(points, key=lambda point: point["tokens"])
-    return Curve([point["tokens"] for point in ordered], [point[value] for point in ordered])
+    return Curve([point["tokens"] for point in ordered], [point["seconds"] for point in ordered])
 
 
 def is_measured(name: str) -> bool:

@@ -24,15 +24,19 @@ def document() -> dict[str, Any]:
         "dtype": "float32",
         "threads": 1,
         "model": asdict(MODELS["olmoe-1b-7b"]),
-        "attention": [
-            {"tokens": n, "context": c, "seconds": 1.0 + n + n * c, "host": 100.0} for n in (1, 16) for c in (4, 64)
-        ],
+        "attention": {
+            "points": [{"tokens": n, "context": c, "seconds": 1.0 + n + n * c} for n in (1, 16) for c in (4, 64)],
+            "host": [{"tokens": 1, "seconds": 100.0}],
+        },
         "experts": {
             "fixed": 5.0,
             "per_expert": [{"tokens": 8, "seconds": 10.0}, {"tokens": 1, "seconds": 3.0}],
             "host": [{"tokens": 1, "seconds": 200.0}],
         },
-        "head": [{"tokens": 1, "seconds": 10.0, "host": 300.0}, {"tokens": 2, "seconds": 20.0, "host": 300.0}],
+        "head": {
+            "points": [{"tokens": 1, "seconds": 10.0}, {"tokens": 2, "seconds": 20.0}],
+            "host": [{"tokens": 1, "seconds": 300.0}],
+        },
     }
 
 
@@ -98,9 +102,9 @@ def test_file(tmp_path: Path) -> None:
     [
         ({"format": "other"}, "format"),
         ({"model": {}}, "fields"),
-        ({"head": []}, "at least one point"),
-        ({"head": [{"tokens": 1, "seconds": -1.0, "host": 0.0}]}, "not negative"),
-        ({"attention": [{"tokens": 1}]}, "KeyError"),
+        ({"head": {"points": [], "host": []}}, "at least one point"),
+        ({"head": {"points": [{"tokens": 1, "seconds": -1.0}], "host": []}}, "not negative"),
+        ({"attention": {"points": [{"tokens": 1}], "host": []}}, "KeyError"),
         ({"experts": 3}, "TypeError"),
     ],
 )
