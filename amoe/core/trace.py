@@ -148,9 +148,9 @@ def _intercept(
 ) -> None:
     method = getattr(owner, name)
 
-    def recorded(*args: Any) -> Any:
-        now, encoded = given(*args)  # before the call: nobody promises that arguments stay what they are
-        answer = method(*args)
+    def recorded(*args: Any, **named: Any) -> Any:
+        now, encoded = given(*args, **named)  # before the call: nobody promises that arguments stay what they are
+        answer = method(*args, **named)
         entries.append(Entry(name, now, encoded, said(answer)))
         return answer
 

@@ -1,0 +1,226 @@
+"""Repeats in the virtual shell what a core has been through in another one, and tells where it decides differently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, Step
+from amoe.core.trace import Entry, Trace, decode_batch, record
+from amoe.core.worker import WorkerCore
+from amoe.errors import ConfigError
+from amoe.sim.worker import NewRequest, VirtualWorker
+from amoe.types import Batch, BoolArray, Float32Array, Int64Array, SamplingParams
+
+SHOWN = 160  # characters of a value in a report
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first entry of a trace that came out otherwise.
+
+    Attributes:
+        index: of the entry.
+        call: what was called.
+        where: path to the value inside the entry.
+        recorded, replayed: the two values, as text, perhaps cut off.
+    """
+
+    index: int
+    call: str
+    where: str
+    recorded: str
+    replayed: str
+
+    def __str__(self) -> str:
+        return f"entry {self.index}, {self.call}, {self.where}: recorded {self.recorded}, replayed {self.replayed}"
+
+
+@dataclass(slots=True)
+class Turn:
+    """What one round of a shell's loop meets.
+
+    Attributes:
+        messages: entries of requests that come, and of those that are aborted.
+        batches: that have arrived.
+        answer: entry of what the router or the sampler says, if the turn runs a block that asks them.
+    """
+
+    now: float = 0.0
+    messages: list[Entry] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
+    answer: Entry | None = None
+
+
+class Shell(Protocol):
+    """Whatever drives a core."""
+
+    def run(self, turn: Turn) -> None:
+        """One round of the loop."""
+        ...
+
+
+def load_trace(path: Path) -> Trace:
+    """Read a trace.
+
+    Raises:
+        ConfigError: the file holds none.
+        OSError: it cannot be read.
+    """
+    try:
+        return Trace.from_lines(path.read_text(encoding="utf-8").splitlines())
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def save_trace(trace: Trace, path: Path) -> None:
+    """Write a trace, a line per entry."""
+    path.write_text("".join(f"{line}\n" for line in trace.to_lines()), encoding="utf-8")
+
+
+def replay(trace: Trace, make_shell: Callable[[WorkerCore], Shell] | None = None) -> Difference | None:
+    """Run the same kind of core through the same events.
+
+    Args:
+        make_shell: puts a shell around the core; None: the simulator's `VirtualWorker`.
+
+    Returns:
+        The first difference between what was recorded and what comes now; None if there is none.
+    """
+    origin = trace.origin
+    core = origin.make_core()
+    repeated = record(core, origin.config, origin.shape)
+    shell = (make_shell or VirtualShell)(core)
+    compared = 0
+    for turn in _turns(trace.entries):
+        shell.run(turn)
+        end = len(repeated.entries)
+        difference = _compare(trace.entries[compared:end], repeated.entries[compared:], compared)
+        if difference is not None:
+            return difference
+        compared = end
+    return _compare(trace.entries[compared:], repeated.entries[compared:], compared)
+
+
+class RecordedAnswers:
+    """What a router or a sampler said in the turn that is repeated."""
+
+    def __init__(self) -> None:
+        self.entry: Entry | None = None
+
+    def is_for(self, step: Step) -> bool:
+        """There is an answer, and the step asks for one of that kind and size. If not, the comparison will tell."""
+        if self.entry is None or isinstance(step, ExpertsStep):
+            return False
+        given = self.entry.given
+        if isinstance(step, AttentionStep):
+            first = given["topk_ids"] if self.entry.call == "on_attention" else []
+        else:
+            first = given[0] if self.entry.call == "on_head" else []
+        return first is None or len(first) == step.num_tokens
+
+    def route(self, step: AttentionStep, now: float) -> tuple[Int64Array | None, Float32Array | None]:
+        """As recorded."""
+        assert self.entry is not None
+        given, num_tokens = self.entry.given, step.num_tokens
+        if given["topk_ids"] is None:
+            return None, None
+        topk_ids = np.array(given["topk_ids"], np.int64).reshape(num_tokens, -1 if num_tokens else 1)
+        return topk_ids, np.array(given["topk_weights"], np.float32).reshape(topk_ids.shape)
+
+    def sample(self, step: HeadStep, now: float) -> tuple[Int64Array, BoolArray]:
+        """As recorded."""
+        assert self.entry is not None
+        token_ids, finished = self.entry.given
+        return np.array(token_ids, np.int64), np.array(finished, np.bool_)
+
+
+class VirtualShell:
+    """Drives a `VirtualWorker` by recorded turns."""
+
+    def __init__(self, core: WorkerCore) -> None:
+        self._answers = RecordedAnswers()
+        self._worker = VirtualWorker(core, self._answers, send=lambda batch: None)
+
+    def run(self, turn: Turn) -> None:
+        """See `Shell`."""
+        worker, self._answers.entry = self._worker, turn.answer
+        for message in turn.messages:
+            if message.call == "abort":
+                worker.abort(message.given)
+            else:
+                worker.submit(new_request(message))
+        for batch in turn.batches:
+            worker.deliver(batch)
+        step = worker.turn(turn.now)
+        if step is None:
+            return
+        if isinstance(step, ExpertsStep) or self._answers.is_for(step):
+            answered_at = None if turn.answer is None else turn.answer.now
+            worker.finish(step, turn.now if answered_at is None else answered_at)
+
+
+def new_request(entry: Entry) -> NewRequest:
+    """The request of an `add`."""
+    given = entry.given
+    params = SamplingParams(max_tokens=given["max_tokens"])
+    return NewRequest(given["request_id"], np.array(given["token_ids"], np.int32), params)
+
+
+def _turns(entries: Sequence[Entry]) -> Iterator[Turn]:
+    """Messages, batches, start, next_step, and what came of the step."""
+    turn, is_begun = Turn(), False
+    for entry in entries:
+        if is_begun and entry.call in {"add", "abort", "on_batch", "start"}:
+            yield turn
+            turn, is_begun = Turn(), False
+        if entry.call in {"add", "abort"}:
+            turn.messages.append(entry)
+        elif entry.call == "on_batch":
+            turn.batches.append(decode_batch(entry.given))
+        elif entry.call == "start":
+            turn.now = entry.now or 0.0
+            is_begun = True
+        elif entry.call != "next_step":
+            turn.answer = entry
+    if is_begun:
+        yield turn
+
+
+# ---- comparison
+
+
+def _compare(recorded: Sequence[Entry], replayed: Sequence[Entry], offset: int) -> Difference | None:
+    for index, (before, after) in enumerate(zip_longest(recorded, replayed), offset):
+        if before is None or after is None:
+            present = before or after
+            where = "not recorded" if before is None else "not replayed"
+            return Difference(index, present.call, where, _text(before), _text(after))
+        for name in ("call", "now", "given", "said"):
+            found = _first_difference(getattr(before, name), getattr(after, name), name)
+            if found is not None:
+                return Difference(index, before.call, *found)
+    return None
+
+
+def _first_difference(before: Any, after: Any, where: str) -> tuple[str, str, str] | None:
+    """Path and values of the first difference between two values, None if they are equal."""
+    if before == after:
+        return None
+    if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys():
+        pairs = [(f"{where}.{key}", before[key], after[key]) for key in before]
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        pairs = [(f"{where}[{index}]", *pair) for index, pair in enumerate(zip(before, after, strict=True))]
+    else:
+        return where, _text(before), _text(after)
+    return next(found for path, a, b in pairs if (found := _first_difference(a, b, path)) is not None)
+
+
+def _text(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -1,0 +1,211 @@
+"""Two shells, one core: the simulator repeats what the engine's workers did, and the other way round."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.core.trace import Trace, record
+from amoe.core.worker import ModelShape, WorkerCore
+from amoe.engine.messages import AbortRequests, AddRequest
+from amoe.engine.worker import Worker
+from amoe.engine.worker_stats import StatsKeeper
+from amoe.models.config import load_model_config
+from amoe.profiles.routing import log_normal_routing
+from amoe.sim.replay import RecordedAnswers, Turn, load_trace, new_request, replay, save_trace
+from amoe.sim.simulator import Simulator
+from amoe.sim.workload import Lengths, Workload
+from amoe.types import SamplingParams
+from tests.cluster import InprocCluster
+from tests.unit.sim.cases import SIZES, make_config
+
+PLACEMENTS = {"colocated2": PlacementConfig(colocated=2), "1A1E": PlacementConfig(expert_workers=1)}
+SCHEDULES = [("progress", 1), ("defrag", 1), ("waves", 1), ("lockstep", 2)]
+
+
+@pytest.fixture(scope="module")
+def record_cluster(checkpoint_factory):
+    """Runs prompts of mixed lengths, one of which is aborted, with too few KV blocks; returns a trace per worker."""
+
+    def run(placement: str, schedule: str, micro_batches: int) -> list[Trace]:
+        path = checkpoint_factory("qwen3_moe", 3, num_hidden_layers=3, mlp_only_layers=[1])
+        config = EngineConfig(
+            model=str(path),
+            max_model_len=64,
+            threads_per_worker=1,
+            placement=PLACEMENTS[placement],
+            scheduler=SchedulerConfig(
+                schedule=schedule, micro_batches=micro_batches, max_num_seqs=5, max_num_batched_tokens=24
+            ),
+            cache=CacheConfig(block_size=4, num_blocks=18),
+        )
+        model = load_model_config(path)
+        cluster = InprocCluster(config, seed=1)
+        shape = ModelShape(model.sparse_layers, model.num_experts)
+        traces = [record(worker.core, config, shape) for worker in cluster.workers]
+        rng = np.random.default_rng(0)
+        prompts = [rng.integers(3, 101, size=length).tolist() for length in (1, 30, 7, 19, 40, 3, 12, 25)]
+        ids = [cluster.add(prompt, SamplingParams(max_tokens=9, temperature=0.0)) for prompt in prompts]
+        for _ in range(12):
+            cluster.turn()
+        cluster.abort(ids[1])
+        cluster.run()
+        cluster.settle()
+        cluster.close()
+        return traces
+
+    return run
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(("schedule", "micro_batches"), SCHEDULES)
+def test_the_simulator_decides_as_the_engine_did(record_cluster, tmp_path, placement, schedule, micro_batches):
+    traces = record_cluster(placement, schedule, micro_batches)
+    calls = {entry.call for trace in traces for entry in trace.entries}
+    assert calls == {"add", "abort", "on_batch", "start", "next_step", "on_attention", "on_head"}
+    assert any(entry.said[1]["preemptions"] for entry in traces[0].entries if entry.call == "start")
+    for trace in traces:
+        assert replay(trace) is None
+        save_trace(trace, tmp_path / "trace")
+        loaded = load_trace(tmp_path / "trace")
+        assert loaded == trace
+        assert replay(loaded) is None
+
+
+TAMPERINGS = {
+    "next_step": lambda entry: replace(entry, said=entry.said | {"slots": [*entry.said["slots"], 0]}),
+    "on_attention": lambda entry: replace(entry, said=entry.said[1:]),
+    "on_batch": lambda entry: replace(entry, said=[not kept for kept in entry.said]),
+    "start": lambda entry: replace(entry, said=[entry.said[0], entry.said[1] | {"kv_blocks": 99}]),
+}
+
+
+@pytest.mark.parametrize("call", TAMPERINGS)
+def test_a_trace_that_was_tampered_with_is_found_out(record_cluster, call):
+    trace = record_cluster("1A1E", "progress", 1)[0]
+    index, entry = next(
+        (index, entry) for index, entry in enumerate(trace.entries) if entry.call == call and entry.said and index > 20
+    )
+    tampered = Trace(trace.origin, [*trace.entries[:index], TAMPERINGS[call](entry), *trace.entries[index + 1 :]])
+    difference = replay(tampered)
+    assert difference is not None
+    assert (difference.index, difference.call, difference.where[:4]) == (index, call, "said")
+
+
+def test_another_answer_of_the_router_makes_a_difference(record_cluster):
+    trace = record_cluster("colocated2", "progress", 1)[0]
+    text = [json.loads(line) for line in trace.to_lines()]
+    entry = next(line for line in text[100:] if line[0] == "on_attention" and line[2]["topk_ids"])
+    entry[2]["topk_ids"] = [[(expert + 4) % 7 for expert in pair] for pair in entry[2]["topk_ids"]]
+    difference = replay(Trace.from_lines(json.dumps(line) for line in text))
+    assert difference is not None
+    assert difference.call == "on_attention"
+
+
+class EngineShell:
+    """The engine's own loop around a core, with doubles for all that it touches."""
+
+    def __init__(self, core: WorkerCore) -> None:
+        self.answers = RecordedAnswers()
+        self.now = 0.0
+        self.messages: list = []
+        self.batches: list = []
+        shape = (SIZES.num_layers, SIZES.num_experts)
+        home = FakeHome(core, self.answers) if core.attention is not None else None
+        self.worker = Worker(
+            core,
+            home,
+            FakeExperts(),
+            transport=self,
+            control=self,
+            clock=FakeClock(self),
+            stats=StatsKeeper(0, "x", *shape),
+        )
+        self.worker._next_heartbeat = float("inf")
+
+    def run(self, turn: Turn) -> None:
+        self.answers.entry = turn.answer
+        self.now = turn.now
+        self.messages = [
+            AbortRequests([message.given]) if message.call == "abort" else _to_message(message)
+            for message in turn.messages
+        ]
+        self.batches = turn.batches
+        self.worker._next_control = 0.0
+        self.worker.turn()
+
+    def receive(self):
+        return self.messages
+
+    def poll(self):
+        return self.batches
+
+    def send(self, item) -> None:
+        pass
+
+    def flush(self) -> bool:
+        return True
+
+
+def _to_message(entry) -> AddRequest:
+    request = new_request(entry)
+    return AddRequest(request.request_id, request.prompt_token_ids.tolist(), request.params)
+
+
+class FakeClock:
+    def __init__(self, shell: EngineShell) -> None:
+        self.shell = shell
+
+    def now(self) -> float:
+        return self.shell.now
+
+
+class FakeExperts:
+    def experts(self, step) -> None:
+        return None
+
+
+class FakeHome:
+    """As `amoe.engine.home.Home`, with recorded answers instead of kernels."""
+
+    def __init__(self, core: WorkerCore, answers: RecordedAnswers) -> None:
+        self.core = core.attention
+        self.answers = answers
+
+    def add(self, message: AddRequest) -> None:
+        token_ids = np.array(message.prompt_token_ids, np.int32)
+        self.core.batcher.add(message.request_id, token_ids, message.params)
+
+    def run_attention(self, step, now):
+        assert self.answers.is_for(step)
+        # The simulator tells the core when the step has ended, the engine when it has begun.
+        return self.core.on_attention(step, *self.answers.route(step, now), self.answers.entry.now), None
+
+    def run_head(self, step) -> None:
+        assert self.answers.is_for(step)
+        self.core.on_head(step, *self.answers.sample(step, 0.0))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(("schedule", "micro_batches"), SCHEDULES)
+def test_the_engine_decides_as_the_simulator_did(placement, schedule, micro_batches):
+    config = make_config(
+        routing=log_normal_routing(SIZES, 1.0, seed=1),
+        workload=Workload(concurrency=7, num_requests=15, input=Lengths(mean=20), output=Lengths(mean=8)),
+        placement=PLACEMENTS[placement],
+        cache=CacheConfig(block_size=4, num_blocks=25, enable_prefix_caching=False),
+        scheduler=SchedulerConfig(
+            schedule=schedule, micro_batches=micro_batches, max_num_seqs=5, max_num_batched_tokens=24
+        ),
+    )
+    simulator = Simulator(config)
+    traces = [record(core, config.engine_config(), config.shape) for core in simulator.cores]
+    assert simulator.run().output_tokens == 15 * 8
+    for trace in traces:
+        assert len(trace.entries) > 200
+        assert replay(trace) is None
+        assert replay(trace, EngineShell) is None
