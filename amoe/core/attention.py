@@ -11,6 +11,7 @@ from amoe.core.batcher import Batcher, Entry
 from amoe.core.home_waves import HomeWaves
 from amoe.core.lockstep import HomeBarrier
 from amoe.core.micro_queue import MicroQueues
+from amoe.core.replica_shares import ReplicaShares
 from amoe.core.steps import NO_SLOTS, AttentionStep, ChunkSpan, HeadStep, Outgoing
 from amoe.stats import JOIN_WAIT_EDGES, LayerHistograms
 from amoe.types import Batch, BatchKind, BlockId, BlockKind, BoolArray, Float32Array, Int16Array, Int32Array
@@ -22,7 +23,7 @@ class AttentionCore:
     Args:
         rank: of this worker.
         owner_ranks: [D] ranks of the expert workers; an *owner* is an index into it.
-        owners: [num_layers, num_experts] owner of each expert.
+        owners: [num_layers, num_experts, R] owners of each expert's replicas, -1 where there is none.
         sparse_layers: [L] the layer has experts; a dense layer's MLP runs in its attention block.
         barrier: lockstep only.
         waves: schedule `waves` only.
@@ -48,7 +49,7 @@ class AttentionCore:
         self.join_waits = LayerHistograms(len(sparse_layers), JOIN_WAIT_EDGES)
         self._owner_ranks = tuple(owner_ranks)
         self._owner_of_rank = {owner_rank: owner for owner, owner_rank in enumerate(owner_ranks)}
-        self._owners = owners
+        self._replicas = ReplicaShares(owners, rank)
         self._sparse = tuple(sparse_layers)
         self._num_layers = len(sparse_layers)
         self._queues = queues
@@ -79,6 +80,14 @@ class AttentionCore:
     def _push(self, block: BlockId, slots: Int32Array, now: float) -> None:
         columns = (slots, self.batcher.slots.generation[slots])
         self._queues.push(block, columns, self.batcher.tokens.iteration[slots], now)
+
+    def set_shares(self, shares: npt.NDArray[np.floating]) -> None:
+        """Tokens that are dispatched from now on choose replicas by other shares [num_layers, num_experts, R].
+
+        Raises:
+            ValueError: they do not belong to the replicas that there are.
+        """
+        self._replicas.set(shares)
 
     def _drain(self, index: int) -> Int32Array:
         """Slots [n] that wait for a block, without those whose token is gone."""
@@ -160,7 +169,7 @@ class AttentionCore:
     ) -> list[Outgoing]:
         tokens = self.batcher.tokens
         expert_ids = topk_ids.astype(np.int16)
-        owner_of_pair = self._owners[block.layer][topk_ids]
+        owner_of_pair = self._replicas.choose(block.layer, topk_ids)
         dispatched = np.empty((len(slots), len(self._owner_ranks)), np.bool_)
         for owner in range(len(self._owner_ranks)):
             dispatched[:, owner] = (owner_of_pair == owner).any(axis=1)

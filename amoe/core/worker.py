@@ -29,7 +29,7 @@ from amoe.core.waves import WaveController, WaveGates, make_controller
 from amoe.errors import TransportError
 from amoe.policy.placement import place_experts
 from amoe.policy.scheduler import NEVER, QueueView, choose_block, make_policy, num_stages
-from amoe.types import Batch, BatchKind, BlockKind, BoolArray
+from amoe.types import Batch, BatchKind, BlockKind, BoolArray, Int16Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ class WorkerCore:
     Args:
         num_kv_blocks, max_model_len: of its KV cache, if it is an attention worker.
         wave_controller: chooses the number of waves; None: as the configuration says.
+        owners: [num_layers, num_experts, R] where experts and their replicas live; None: no replicas.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class WorkerCore:
         num_kv_blocks: int,
         max_model_len: int,
         wave_controller: WaveController | None = None,
+        owners: Int16Array | None = None,
     ) -> None:
         scheduler, placement = config.scheduler, config.placement
-        homes, owners = placement.attention_ranks, placement.expert_ranks
+        homes, owner_ranks = placement.attention_ranks, placement.expert_ranks
         self.rank = rank
         self.max_wait_s = scheduler.max_wait_s
         self.queues = MicroQueues(shape.num_layers, scheduler.num_lanes)
@@ -85,31 +87,33 @@ class WorkerCore:
             initial = wave_controller.num_waves
             self._gates = WaveGates(shape.num_layers, scheduler.num_lanes, homes[0], initial, scheduler.max_hold_s)
         if rank in homes:
-            batcher = Batcher(scheduler, config.cache, num_kv_blocks, max_model_len, len(owners))
+            batcher = Batcher(scheduler, config.cache, num_kv_blocks, max_model_len, len(owner_ranks))
             if scheduler.schedule == "lockstep":
-                self._home_barrier = HomeBarrier(rank, homes, owners, shape.num_layers, scheduler.num_lanes)
+                self._home_barrier = HomeBarrier(rank, homes, owner_ranks, shape.num_layers, scheduler.num_lanes)
             if self._gates is not None and wave_controller is not None:
                 self._home_waves = HomeWaves(
                     rank,
                     homes,
-                    owners,
+                    owner_ranks,
                     shape.last_sparse_layer,
                     join=batcher.join,
                     queues=self.queues,
                     gates=self._gates,
                     controller=wave_controller,
                 )
+            if owners is None:
+                owners = place_experts(shape.num_layers, shape.num_experts, len(owner_ranks))
             self.attention = AttentionCore(
                 rank=rank,
-                owner_ranks=owners,
-                owners=place_experts(shape.num_layers, shape.num_experts, len(owners)),
+                owner_ranks=owner_ranks,
+                owners=owners,
                 sparse_layers=shape.sparse_layers,
                 batcher=batcher,
                 queues=self.queues,
                 barrier=self._home_barrier,
                 waves=self._home_waves,
             )
-        if rank in owners:
+        if rank in owner_ranks:
             if scheduler.schedule == "lockstep":
                 self._experts_barrier = ExpertsBarrier(homes)
             if self._gates is not None:

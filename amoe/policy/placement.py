@@ -17,7 +17,7 @@ def place_experts(num_layers: int, num_experts: int, num_owners: int) -> Int16Ar
     """Contiguous shares, the usual expert parallelism: owner o holds experts [o·E/D, (o+1)·E/D) of every layer.
 
     Returns:
-        [num_layers, num_experts] index of the owner (not its rank) of each expert; shares differ by at most one.
+        [num_layers, num_experts, 1] index of the owner (not its rank) of each expert; shares differ by at most one.
 
     Raises:
         ConfigError: more owners than experts: some would hold nothing.
@@ -27,13 +27,17 @@ def place_experts(num_layers: int, num_experts: int, num_owners: int) -> Int16Ar
             f"{num_owners} workers cannot share {num_experts} experts: use at most {num_experts} expert workers"
         )
     owners = (np.arange(num_experts) * num_owners // num_experts).astype(np.int16)
-    return np.tile(owners, (num_layers, 1))
+    return np.tile(owners[:, None], (num_layers, 1, 1))
 
 
 def experts_of(owners: Int16Array, owner: int, sparse_layers: Sequence[bool]) -> dict[int, tuple[int, ...]]:
-    """Experts per MoE layer that `owner` holds, ascending: `{layer: (expert, ...)}`."""
+    """Experts per MoE layer that `owner` holds, replicas included, ascending: `{layer: (expert, ...)}`.
+
+    Args:
+        owners: [num_layers, num_experts, R], as `replicate_experts` makes them.
+    """
     return {
-        layer: tuple(int(expert) for expert in np.flatnonzero(owners[layer] == owner))
+        layer: tuple(int(expert) for expert in np.flatnonzero((owners[layer] == owner).any(axis=-1)))
         for layer, sparse in enumerate(sparse_layers)
         if sparse
     }
@@ -59,7 +63,7 @@ def replicate_experts(
         ConfigError: there are too few slots for all experts.
     """
     num_layers, num_experts = load.shape
-    primary = place_experts(num_layers, num_experts, num_owners)
+    primary = place_experts(num_layers, num_experts, num_owners)[..., 0]
     if slots_per_owner < int(np.bincount(primary[0], minlength=num_owners).max()):
         raise ConfigError(
             f"{slots_per_owner} slots per expert worker cannot hold {num_experts} experts on {num_owners} workers"

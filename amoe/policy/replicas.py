@@ -20,11 +20,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from amoe.types import Int16Array, Int64Array
+from amoe.types import BoolArray, Int16Array, Int64Array
 
 FloatArray = npt.NDArray[np.float64]
 _MAX_MOVES = 256
 _MIN_GAIN = 1e-3  # relative: moves that gain less are noise
+_ROUNDING = 1e-9
 
 
 def even_shares(owners: Int16Array) -> FloatArray:
@@ -53,7 +54,7 @@ def split_counts(counts: Int64Array, shares: FloatArray, phase: FloatArray) -> I
     """
     upper = np.cumsum(shares, axis=-1)
     upper[..., -1] = 1.0
-    marks = np.floor(counts[..., None] * upper + phase[..., None] + 1e-9).astype(np.int64)
+    marks = np.floor(counts[..., None] * upper + phase[..., None] + _ROUNDING).astype(np.int64)
     marks[..., -1] = counts
     np.minimum(marks, counts[..., None], out=marks)
     return np.diff(marks, axis=-1, prepend=0)
@@ -198,7 +199,8 @@ def home_shares(
     """How many sequences each home should have, so that all devices are equally busy.
 
     Attention moves between devices as little as a sequence's KV cache does, but a *new* sequence may go anywhere: a
-    device with hot experts, or a slow one, gets fewer. A lockstep engine gains nothing by it: it needs every layer level.
+    device with hot experts, or a slow one, gets fewer. A lockstep engine gains nothing by it: it needs every layer
+    level.
 
     Args:
         elsewhere_s: [A] seconds per iteration that the device is busy with other things (experts).
@@ -270,3 +272,52 @@ def _fill(levels: FloatArray, amount: FloatArray, cost: FloatArray) -> FloatArra
     chosen = (surface <= following).argmax(axis=-1)[..., None]
     height = np.take_along_axis(surface, chosen, axis=-1)
     return np.maximum(height - levels, 0.0) / cost
+
+
+def cumulative_shares(shares: FloatArray, owners: Int16Array) -> FloatArray:
+    """[..., E, R] running sums of `shares`, exactly 1 from the last replica that has a share: rounding wakes nobody.
+
+    Raises:
+        ValueError: shares that are no shares of these `owners` [..., E, R].
+    """
+    total = shares.sum(axis=-1)
+    if shares.shape != owners.shape or not (shares >= 0).all() or np.abs(total - 1).max(initial=0.0) > 1e-3:
+        raise ValueError(f"shares {shares.shape} must be positive and sum to one over the replicas {owners.shape}")
+    if (shares[owners < 0] > 0).any():
+        raise ValueError("a share for a replica that does not exist")
+    upper = np.cumsum(shares, axis=-1) / total[..., None]
+    has_later = np.cumsum(shares[..., ::-1], axis=-1)[..., ::-1] - shares > 0
+    return np.where(has_later, np.minimum(upper, 1.0), 1.0)
+
+
+def choose_replicas(
+    topk_ids: Int64Array, owners: Int16Array, upper: FloatArray, is_split: BoolArray, phase: FloatArray
+) -> Int16Array:
+    """Which owner computes each pair of a batch: of every expert the first pairs go to its first replica, and so on.
+
+    How many: as `split_counts` divides them. So every batch follows the shares to within one pair, with no chance in
+    it, and on average follows them exactly, if the phase rotates.
+
+    Args:
+        topk_ids: [n, K] experts of the tokens.
+        owners: [E, R].
+        upper: [E, R] of `cumulative_shares`.
+        is_split: [E] the expert has more than one replica with a share; the others' pairs cost nothing here.
+        phase: [E] in [0, 1), where rounding starts.
+
+    Returns:
+        [n, K] owners.
+    """
+    flat = topk_ids.ravel()
+    replica = (upper < 1.0).sum(axis=-1)  # the only one with a share, where there is only one
+    chosen = owners[np.arange(len(owners)), replica][flat]
+    split = np.flatnonzero(is_split[flat])
+    experts = flat[split]
+    counts = np.bincount(experts, minlength=len(owners))
+    order = np.argsort(experts, kind="stable")
+    rank = np.empty(len(experts), np.int64)  # of the pair among those of its expert
+    rank[order] = np.arange(len(experts)) - np.repeat(np.cumsum(counts) - counts, counts)
+    marks = np.floor(counts[:, None] * upper + phase[:, None] + _ROUNDING)
+    marks[upper == 1.0] = np.inf
+    chosen[split] = owners[experts, (rank[:, None] >= marks[experts]).sum(axis=-1)]
+    return chosen.reshape(topk_ids.shape)

@@ -17,6 +17,7 @@ from amoe.clock import ManualClock
 from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
 from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
 from amoe.core.worker import ModelShape, WorkerCore
+from amoe.policy.placement import replicate_experts
 from amoe.types import Batch, BatchKind, SamplingParams
 from tests.unit.core import fake_model
 from tests.unit.core.fake_model import ModelSpec, Oracle
@@ -45,6 +46,8 @@ class Scenario:
         spare_blocks: KV blocks beyond those that the longest request needs.
         duplicates: share of DISPATCH and RESULT batches between workers that are delivered twice.
         restless: the number of waves changes after every iteration.
+        spare_slots: experts of each layer that an expert worker holds as replicas.
+        fickle: the shares of the replicas change at any time, and each home has its own.
         stopped: (rank, turn) of a worker that stops as a process does, and goes on when nothing else moves any more.
     """
 
@@ -56,6 +59,8 @@ class Scenario:
     spare_blocks: int = 100
     duplicates: float = 0.0
     restless: bool = False
+    spare_slots: int = 0
+    fickle: bool = False
     stopped: tuple[int, int] | None = None
     seed: int = 0
 
@@ -66,6 +71,20 @@ class Scenario:
     @property
     def num_blocks(self) -> int:
         return -(-self.max_model_len // self.cache.block_size) + self.spare_blocks
+
+    def owners(self):
+        """[L, E, R] where experts and replicas live: replicas of the experts to which the router leans."""
+        num_owners, num_experts = len(self.placement.expert_ranks), self.spec.num_experts
+        load = np.tile(np.asarray(self.spec.bias, np.float64) + 1, (self.spec.num_layers, 1))
+        return replicate_experts(load, num_owners, -(-num_experts // num_owners) + self.spare_slots)
+
+
+def random_shares(owners, rng):
+    """[L, E, R]: all at one replica, at some, or at all of them, by halves and by odd numbers."""
+    exists = owners >= 0
+    shares = np.where(exists, rng.choice([0.0, 0.0, 1.0, 1.0, 0.1, rng.random()], owners.shape), 0.0)
+    shares[..., 0] += shares.sum(axis=-1) == 0
+    return shares / shares.sum(axis=-1, keepdims=True)
 
 
 class RestlessWaves:
@@ -93,7 +112,16 @@ class VirtualWorker:
         shape = ModelShape(spec.sparse_layers, spec.num_experts)
         length = scenario.max_model_len
         waves = RestlessWaves(config.scheduler.max_waves, scenario.seed) if scenario.restless else None
-        self.core = WorkerCore(config, shape, rank, num_kv_blocks=blocks, max_model_len=length, wave_controller=waves)
+        self.owners = scenario.owners()
+        self.core = WorkerCore(
+            config,
+            shape,
+            rank,
+            num_kv_blocks=blocks,
+            max_model_len=length,
+            wave_controller=waves,
+            owners=self.owners if scenario.spare_slots else None,
+        )
         self.spec, self.rank, self.oracles = spec, rank, oracles
         self.owner_of_rank = {owner: index for index, owner in enumerate(placement.expert_ranks)}
         self.block_size = scenario.cache.block_size
@@ -132,6 +160,8 @@ class VirtualWorker:
         """Run a step and tell the core. Returns what is to be sent."""
         if isinstance(step, ExpertsStep):
             inputs = self.slab[step.slab_rows]
+            held = (self.owners[step.block.layer] == self.owner_of_rank[self.rank]).any(axis=-1)
+            assert held[step.expert_ids[step.expert_ids >= 0]].all(), "the expert does not live here"
             output = fake_model.run_experts(inputs, step.block.layer, step.expert_ids, step.expert_weights)
             return [self._packed(reply, output) for reply in step.replies]
         hidden = self._combined(step)
@@ -220,6 +250,7 @@ class Cluster:
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.random = random.Random(scenario.seed)
+        self.rng = np.random.default_rng(scenario.seed)
         self.clock = ManualClock()
         self.oracles = {r.request_id: Oracle(scenario.spec, list(r.prompt), r.max_tokens) for r in scenario.requests}
         ranks = range(scenario.placement.num_workers)
@@ -252,6 +283,9 @@ class Cluster:
                 self._weights = {
                     key: self.random.random() ** 3 + 0.01 for key in (*self.bag, *range(len(self.workers)))
                 }
+            if self.scenario.fickle and self.random.random() < 0.1:
+                home = self.random.choice(self.homes)
+                home.core.attention.set_shares(random_shares(home.owners, self.rng))
             choices = self.choices()
             if not choices:
                 if not self.idle():

@@ -72,8 +72,9 @@ def scenarios(
     aborts=False,
     duplicates=0.0,
     roomy=False,
+    replicas=False,
 ):
-    """Any cluster under any load. `roomy`: so much of everything that nobody is preempted."""
+    """Any cluster under any load. `roomy`: so much of everything that nobody is preempted; `replicas`: of experts."""
     schedule, count = draw(st.sampled_from(schedules))
     scheduler = SchedulerConfig(
         schedule=schedule,
@@ -98,5 +99,7 @@ def scenarios(
         spare_blocks=1000 if roomy else draw(st.sampled_from([0, 1, 3, 6])),
         duplicates=duplicates,
         restless=schedule == "waves" and count is None,
+        spare_slots=draw(st.sampled_from([2, 1, 8])) if replicas else 0,
+        fickle=replicas,
         seed=draw(st.integers(0, 2**32)),
     )

@@ -56,3 +56,13 @@ def test_duplicates_and_late_answers_change_nothing(scenario):
 def test_nobody_is_preempted_where_there_is_room(scenario):
     cluster = run_scenario(scenario)
     assert all(home.batcher.num_preemptions == 0 for home in cluster.homes)
+
+
+SEVERAL_OWNERS = [placement for placement in PLACEMENTS if len(placement.expert_ranks) > 1]
+
+
+@clusters(40)
+@given(scenarios(placements=SEVERAL_OWNERS, aborts=True, duplicates=0.3, replicas=True))
+def test_replicas_whose_shares_change_at_any_time(scenario):
+    """An expert that is missed, or that two replicas compute for one token, makes a wrong token."""
+    run_scenario(scenario)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from amoe.config import PlacementConfig
 from amoe.errors import ConfigError
-from amoe.policy.placement import experts_of, place_experts
+from amoe.policy.placement import experts_of, place_experts, replicate_experts
 
 
 @given(st.integers(1, 6), st.integers(1, 256), st.data())
 def test_shares_are_contiguous_and_as_equal_as_can_be(num_layers, num_experts, data):
     num_owners = data.draw(st.integers(1, num_experts))
     owners = place_experts(num_layers, num_experts, num_owners)
-    assert owners.shape == (num_layers, num_experts)
-    for layer in owners.tolist():
-        assert layer == owners[0].tolist()
+    assert owners.shape == (num_layers, num_experts, 1)
+    for layer in owners[..., 0].tolist():
+        assert layer == owners[0, :, 0].tolist()
         assert layer == sorted(layer)
         sizes = Counter(layer)
         assert sorted(sizes) == list(range(num_owners))
@@ -74,3 +75,19 @@ def test_ranks_of_a_placement(placement, attention, experts):
 def test_placements_that_cannot_work_are_refused(wrong):
     with pytest.raises(ConfigError):
         PlacementConfig(**wrong)
+
+
+@given(st.integers(1, 6), st.integers(0, 9), st.data())
+def test_replicas_live_beside_the_primaries(num_owners, spare, data):
+    num_experts = data.draw(st.integers(num_owners, 32))
+    load = np.random.default_rng(data.draw(st.integers(0, 99))).lognormal(0, 1.5, (2, num_experts))
+    slots = -(-num_experts // num_owners) + spare
+    owners = replicate_experts(load, num_owners, slots)
+    assert (owners[..., :1] == place_experts(2, num_experts, num_owners)).all()
+    held = [experts_of(owners, owner, [True, False]) for owner in range(num_owners)]
+    assert all(len(share[0]) <= min(slots, num_experts) for share in held)
+    assert sum(len(share[0]) for share in held) == (owners[0] >= 0).sum()
+    for places in owners.reshape(-1, owners.shape[-1]).tolist():
+        there = [owner for owner in places if owner >= 0]
+        assert len(set(there)) == len(there)
+        assert places[: len(there)] == there

@@ -1,0 +1,52 @@
+"""Which replica of an expert computes a pair, by shares that somebody else plans."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from amoe.policy.replicas import choose_replicas, cumulative_shares, primary_shares
+from amoe.types import BoolArray, Int16Array
+
+_GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are as even as can be, wherever one stops
+_LAST_PHASE = 1 - 1e-6
+
+
+class ReplicaShares:
+    """The choice of one home. It begins with everything at the primaries.
+
+    Args:
+        owners: [num_layers, num_experts, R] owners of each expert's replicas, -1 where there is none.
+        rank: of the home, so that homes do not all round the same way.
+
+    Attributes:
+        shares: [num_layers, num_experts, R] in force.
+    """
+
+    def __init__(self, owners: Int16Array, rank: int) -> None:
+        self.owners = owners
+        self._phases = _GOLDEN * (rank + np.arange(owners.shape[1]))
+        self._batches = [0] * len(owners)
+        self.set(primary_shares(owners))
+
+    def set(self, shares: npt.NDArray[np.floating]) -> None:
+        """Other shares [num_layers, num_experts, R] from now on.
+
+        Raises:
+            ValueError: they do not belong to these replicas.
+        """
+        self.shares = shares.astype(np.float64)
+        self._upper = cumulative_shares(self.shares, self.owners)
+        self._is_split: BoolArray = (self.shares > 0).sum(axis=-1) > 1
+        # Where every expert has one replica with a share, the choice is a table.
+        awake = np.take_along_axis(self.owners, self.shares.argmax(axis=-1)[..., None], axis=-1)[..., 0]
+        self._tables = [None if split.any() else table for split, table in zip(self._is_split, awake, strict=True)]
+
+    def choose(self, layer: int, topk_ids: npt.NDArray[np.int64]) -> Int16Array:
+        """[n, K] owners of the pairs `topk_ids` [n, K]."""
+        table = self._tables[layer]
+        if table is not None:
+            return table[topk_ids]
+        self._batches[layer] += 1
+        phase = np.minimum((self._phases + _GOLDEN * self._batches[layer]) % 1.0, _LAST_PHASE)
+        return choose_replicas(topk_ids, self.owners[layer], self._upper[layer], self._is_split[layer], phase)
