@@ -1,9 +1,9 @@
 """Lockstep: every device runs the same fixed sequence of blocks, one wave after the other within each layer.
 
 One wave is expert parallelism with a barrier at every dispatch and combine; two are two-batch overlap (DeepSeek's, as
-in SGLang and vLLM), or ping-pong micro-batches where attention and experts are disaggregated (MegaScale-Infer). As strong
-as could be: host time is nothing (captured graphs), the all-to-all is ideal (each device waits for the slowest sender
-and for its own ports, for nobody else), and it takes nothing from the kernels.
+in SGLang and vLLM), or ping-pong micro-batches where attention and experts are disaggregated (MegaScale-Infer). As
+strong as could be: host time is nothing (captured graphs), the all-to-all is ideal (each device waits for the slowest
+sender and for its own ports, for nobody else), and it takes nothing from the kernels.
 """
 
 from __future__ import annotations

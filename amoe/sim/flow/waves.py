@@ -1,7 +1,7 @@
 """Staggered strict waves, by counts: one event per step, one vector operation per dispatch and per combine.
 
-A worker runs, among its steps that are complete, the one with the least `policy.scheduler` key: the same function that
-the engine calls. Homes start a wave's next iteration when they have finished this one, and wait for nobody.
+A worker runs, among its steps that are complete, the one that `policy.wave_order` puts first: the same functions that
+the engine calls. Homes start a wave's next iteration when they have finished this one, and wait for no other home.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from amoe.policy.wave_order import WaveOrder
 from amoe.profiles.links import LinkProfile
 from amoe.sim.flow.deployment import Deployment, FloatArray
 from amoe.sim.flow.loads import Loads
@@ -89,18 +90,17 @@ class WaveSimulator:
     """One run.
 
     Args:
-        stagger: the key's offset per wave in stages; None: S / W. 0 gives plain least-progress-first on waves.
+        order: how steps are ordered and waves held apart.
     """
 
-    def __init__(self, loads: Loads, host: HostModel | None = None, stagger: float | None = None) -> None:
+    def __init__(self, loads: Loads, host: HostModel | None = None, order: WaveOrder | None = None) -> None:
         self._loads = loads
         self._host = host or HostModel()
         deployment = self._deployment = loads.deployment
         self._num_homes, self._num_owners = len(deployment.homes), len(deployment.owners)
         self._num_waves = loads.tokens.shape[1]
         self._num_layers = deployment.sizes.num_layers
-        self._stages = 2 * self._num_layers + 1
-        self._stagger = self._stages / self._num_waves if stagger is None else stagger
+        self._order = order or WaveOrder(2 * self._num_layers + 1, self._num_waves)
         self._attention, self._head = loads.attention().tolist(), loads.head().tolist()
         intra = Port(deployment.fabric.intra, deployment.num_devices, deployment.row_bytes)
         inter = Port(deployment.fabric.inter, deployment.num_devices, deployment.row_bytes)
@@ -109,11 +109,14 @@ class WaveSimulator:
         self._participants = (loads.tokens > 0).sum(axis=0)
 
     def run(self, *, num_iterations: int = 10, num_warmup: int = 3) -> FlowResult:
-        """Until every wave of every home has finished `num_iterations` iterations; figures of those after warm-up."""
+        """Until every wave of every home has finished `num_iterations` iterations; figures of those after warm-up.
+
+        Whoever is done earlier goes on, so that the last do not have the devices for themselves.
+        """
         self._reset(num_iterations)
         for home, wave in np.argwhere(self._loads.tokens > 0).tolist():
-            self._ready(0.0, home, _ATTENTION, wave, 0, 0)
-        while self._events:
+            self._begin(0.0, home, wave, 0)
+        while self._unfinished:
             now, _, kind, device, step = heapq.heappop(self._events)
             if kind == _READY:
                 heapq.heappush(self._waiting[device], (step[0], now, step))
@@ -128,6 +131,7 @@ class WaveSimulator:
     def _reset(self, num_iterations: int) -> None:
         num_devices = self._deployment.num_devices
         self._num_iterations = num_iterations
+        self._unfinished = int((self._loads.tokens > 0).sum())
         self._events: list = []
         self._sequence = 0
         self._waiting: list[list] = [[] for _ in range(num_devices)]
@@ -138,15 +142,35 @@ class WaveSimulator:
         self._dispatched: dict[tuple[int, int, int], list] = {}  # (wave, iteration, layer): homes missing, arrivals [D]
         self._missing = np.zeros((self._num_waves, self._num_homes), np.int64)  # owners that have not answered
         self._answered = np.zeros((self._num_waves, self._num_homes))
+        self._position = [[None] * self._num_waves for _ in range(self._num_homes)]  # stage of each wave in flight
+        self._held: list[dict[int, int]] = [{} for _ in range(self._num_homes)]  # iteration by wave that is held
 
     def _push(self, time: float, kind: int, device: int, step: tuple) -> None:
         self._sequence += 1
         heapq.heappush(self._events, (time, self._sequence, kind, device, step))
 
     def _ready(self, time: float, device: int, kind: int, wave: int, iteration: int, layer: int) -> None:
-        stage = 2 * layer + (1 if kind == _EXPERTS else 0)
-        key = iteration * self._stages + stage + wave * self._stagger
+        key = self._order.key(kind == _EXPERTS, 2 * layer + (kind == _EXPERTS), wave, iteration)
         self._push(time, _READY, device, (key, kind, wave, iteration, layer))
+
+    def _begin(self, now: float, home: int, wave: int, iteration: int) -> None:
+        """Start an iteration of a wave, or hold it while another wave of this home is too close ahead."""
+        if self._order.must_hold([stage for stage in self._position[home] if stage is not None]):
+            self._held[home][wave] = iteration
+        else:
+            self._position[home][wave] = 0
+            self._ready(now, home, _ATTENTION, wave, iteration, 0)
+
+    def _release(self, now: float, home: int) -> None:
+        for wave, iteration in sorted(self._held[home].items()):
+            del self._held[home][wave]
+            self._begin(now, home, wave, iteration)
+
+    def _move(self, now: float, home: int, wave: int, layer: int) -> None:
+        """A wave has run attention(layer)."""
+        self._position[home][wave] = 2 * layer + 1
+        if self._held[home]:
+            self._release(now, home)
 
     def _start(self, device: int, now: float) -> None:
         _, ready, step = heapq.heappop(self._waiting[device])
@@ -166,11 +190,17 @@ class WaveSimulator:
         _, kind, wave, iteration, layer = step
         if kind == _EXPERTS:
             self._after_experts(device, wave, iteration, layer, now)
-        elif kind == _HEAD:
-            self._finished[iteration, device, wave] = now
-            if iteration + 1 < self._num_iterations:
-                self._ready(now, device, _ATTENTION, wave, iteration + 1, 0)
-        elif layer < self._deployment.sizes.num_dense_layers:
+            return
+        if kind == _HEAD:
+            if iteration < self._num_iterations:
+                self._finished[iteration, device, wave] = now
+                self._unfinished -= iteration + 1 == self._num_iterations
+            self._position[device][wave] = None
+            self._begin(now, device, wave, iteration + 1)
+            self._release(now, device)
+            return
+        self._move(now, device, wave, layer)
+        if layer < self._deployment.sizes.num_dense_layers:
             self._ready(now, device, _ATTENTION, wave, iteration, layer + 1)
         else:
             self._after_attention(device, wave, iteration, layer, now)
