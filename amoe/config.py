@@ -11,6 +11,7 @@ ScheduleName = Literal["fcfs", "flfs", "mtfs", "defrag", "progress", "waves", "l
 DTypeName = Literal["auto", "float32", "bfloat16"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 DTYPES: tuple[str, ...] = get_args(DTypeName)
+CPU_RIDGE_TOKENS, GPU_RIDGE_TOKENS = 32, 222
 MAX_WAVES = 16
 MAX_NUM_SEQS = 65_536
 MAX_BATCHED_TOKENS = 262_144
@@ -31,11 +32,15 @@ class PlacementConfig:
         attention_workers: A >= 1 (ignored if `colocated`).
         expert_workers: E >= 0; 0 means that the one attention worker holds the experts too.
         colocated: N >= 1 workers that hold attention (data-parallel) and a share of the experts; 0 is off.
+        redundant_experts: experts of each layer that an expert worker holds beside its share, as replicas of hot ones.
+        expert_load: path of a JSON file that says which are hot: [num_layers][num_experts] pairs; None: nobody knows.
     """
 
     attention_workers: int = 1
     expert_workers: int = 0
     colocated: int = 0
+    redundant_experts: int = 0
+    expert_load: str | None = None
 
     def __post_init__(self) -> None:
         _require(self.attention_workers >= 1, "--attention-workers must be at least 1")
@@ -48,6 +53,15 @@ class PlacementConfig:
         _require(
             self.expert_workers > 0 or self.attention_workers == 1,
             "--attention-workers above 1 needs --expert-workers, or use --colocated N",
+        )
+        _require(self.redundant_experts >= 0, "--redundant-experts must be at least 0")
+        _require(
+            self.redundant_experts == 0 or len(self.expert_ranks) > 1,
+            "--redundant-experts needs at least two workers that hold experts: replicas live at different ones",
+        )
+        _require(
+            self.expert_load is None or self.redundant_experts > 0,
+            "--expert-load says where --redundant-experts N go: give both",
         )
 
     @property
@@ -156,6 +170,24 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SteeringConfig:
+    """How the engine follows what it measures: shares of replicas, and where new sequences go.
+
+    Attributes:
+        interval_s: seconds between plans; 0 is off.
+        ridge_tokens: tokens of an expert in one batch below which reading its weights takes longer than computing;
+            None: `CPU_RIDGE_TOKENS` or `GPU_RIDGE_TOKENS`, as the device is.
+    """
+
+    interval_s: float = 2.0
+    ridge_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(0.0 <= self.interval_s < float("inf"), "--steer-interval must be at least 0 seconds")
+        _require(self.ridge_tokens is None or self.ridge_tokens >= 1, "--ridge-tokens must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """All that a worker needs to know to serve a model.
 
@@ -180,6 +212,7 @@ class EngineConfig:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    steering: SteeringConfig = field(default_factory=SteeringConfig)
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "MODEL must name a checkpoint directory")
@@ -189,3 +222,9 @@ class EngineConfig:
             self.threads_per_worker is None or self.threads_per_worker >= 1, "--threads-per-worker must be at least 1"
         )
         _require(self.max_waiting >= 0, "--max-waiting must be at least 0")
+
+    @property
+    def ridge_tokens(self) -> int:
+        """As configured, or what is usual on such a device."""
+        usual = CPU_RIDGE_TOKENS if self.device == "cpu" else GPU_RIDGE_TOKENS
+        return self.steering.ridge_tokens or usual

@@ -11,12 +11,27 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from amoe.config import EngineConfig
 from amoe.engine.build import build_worker
-from amoe.engine.messages import AbortRequests, AddRequest, Heartbeat, Loading, Outputs, Ready, ToServer, ToWorker
+from amoe.engine.emulated_device import served_shape
+from amoe.engine.expert_placement import expert_owners
+from amoe.engine.messages import (
+    AbortRequests,
+    AddRequest,
+    Heartbeat,
+    Loading,
+    Outputs,
+    Ready,
+    Steer,
+    ToServer,
+    ToWorker,
+)
 from amoe.transport.base import Transport
 from amoe.transport.inproc import InprocFabric
 from amoe.types import SamplingParams, TokenLogprobs
+from tests.unit.core.harness import random_shares
 
 
 class FakeControl:
@@ -52,7 +67,10 @@ class Finished:
 
 
 class InprocCluster:
-    """Workers of `config`, driven by `run`. `wrap` may put a fault-injecting double around each transport."""
+    """Workers of `config`, driven by `run`. `wrap` may put a fault-injecting double around each transport.
+
+    Where experts have replicas, every few turns another home is told to choose them by other shares.
+    """
 
     def __init__(
         self,
@@ -63,6 +81,7 @@ class InprocCluster:
     ) -> None:
         num = config.placement.num_workers
         self.config = config
+        self._owners = expert_owners(config, served_shape(config))
         self.fabric = InprocFabric(num)
         self.controls = [FakeControl() for _ in range(num)]
         self.workers = [
@@ -74,6 +93,7 @@ class InprocCluster:
         self._home_of: dict[int, int] = {}
         self._random = random.Random(seed)
         self.num_turns = 0
+        self.num_steers = 0
 
     def add(self, prompt: Sequence[int], params: SamplingParams, *, home: int | None = None) -> int:
         """Send a request to an attention worker (in turn, unless named). Returns its number."""
@@ -91,11 +111,19 @@ class InprocCluster:
     def turn(self) -> bool:
         """Every worker takes one turn, in random order. True if any had something to do."""
         busy = False
+        if self.config.placement.redundant_experts and self.num_turns % 16 == 0:
+            self._steer()
         for rank in self._random.sample(range(len(self.workers)), len(self.workers)):
             busy |= self.workers[rank].turn()
             self._collect(rank)
         self.num_turns += 1
         return busy
+
+    def _steer(self) -> None:
+        rank = self._random.choice(self.config.placement.attention_ranks)
+        shares = random_shares(self._owners, np.random.default_rng(self.num_turns))
+        self.controls[rank].inbox.append(Steer(shares.astype("<f4").tobytes()))
+        self.num_steers += 1
 
     def run(self, max_turns: int = 200_000) -> None:
         """Until every request has ended."""

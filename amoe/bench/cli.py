@@ -31,6 +31,7 @@ from amoe.bench.workload import (
     text_prompts,
 )
 from amoe.clock import MonotonicClock
+from amoe.engine.expert_placement import write_expert_load
 from amoe.engine.tokenizer import Tokenizer
 from amoe.errors import ConfigError
 from amoe.models.config import load_model_config
@@ -108,6 +109,12 @@ def _add_offline(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="compare these, each in every round; waves:3 is 3 waves, lockstep:2 2 micro-batches (default: --schedule)",
     )
     parser.add_argument("--rounds", type=_positive, default=1, help="interleaved rounds (default 1)")
+    parser.add_argument(
+        "--save-expert-load",
+        type=_report_file,
+        metavar="FILE",
+        help="write there how many pairs each expert has computed, for --expert-load",
+    )
     add_engine_flags(parser)
     # Warm-up and rounds may meet a prompt again: a hit would measure the cache.
     parser.set_defaults(func=run_offline, enable_prefix_caching=False)
@@ -207,7 +214,10 @@ async def _offline(args: argparse.Namespace) -> int:
 
     alone = offline.Variant.of(config.scheduler)
     variants: list[offline.Variant] = args.schedules or [alone]
-    rounds = await offline.run_rounds(config, variants, args.rounds, plan, clock, make_progress)
+    measured: list[offline.Pairs] = []
+    rounds = await offline.run_rounds(config, variants, args.rounds, plan, clock, make_progress, measured.append)
+    if args.save_expert_load and measured:
+        write_expert_load(args.save_expert_load, sum(measured, np.zeros((1, 1))))
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     if len(rounds) == 1:
         print_figures(console, f"{config.model}, {rounds[0].variant}", rounds[0].figures)

@@ -23,6 +23,8 @@ from amoe.engine.worker import HEARTBEAT_S
 from amoe.errors import AmoeError, ConfigError
 from amoe.types import SamplingParams
 
+Pairs = npt.NDArray[np.float64]
+
 PROBE_THREADS = 2
 
 
@@ -74,14 +76,15 @@ class EngineSender:
             record.failure = f"{type(error).__name__}: {error}"
 
 
-async def _imbalance(engine: AsyncEngine) -> float:
+async def _expert_pairs(engine: AsyncEngine) -> Pairs:
+    """[num_layers, num_experts] (token, expert) pairs that all workers together have computed."""
     await asyncio.sleep(2 * HEARTBEAT_S)  # statistics come with heartbeats
     workers = engine.metrics.workers.values()
     per_worker = [np.asarray(stats.expert_pairs, np.float64) for stats in workers if stats.expert_pairs]
-    return expert_imbalance(sum(per_worker, np.zeros((1, 1))))
+    return sum(per_worker, np.zeros((1, 1)))
 
 
-def expert_imbalance(pairs: npt.NDArray[np.float64]) -> float:
+def expert_imbalance(pairs: Pairs) -> float:
     """Greatest over mean of each layer, averaged over the layers that have any. pairs: [num_layers, num_experts]."""
     used = pairs[pairs.sum(axis=1) > 0]
     return float((used.max(axis=1) / used.mean(axis=1)).mean()) if len(used) else float("nan")
@@ -157,11 +160,13 @@ async def run_rounds(
     plan: OfflinePlan,
     clock: Clock,
     make_progress: Callable[[str], contextlib.AbstractContextManager[Progress]],
+    on_pairs: Callable[[Pairs], None] = lambda pairs: None,
 ) -> list[Round]:
     """Measure each variant once per round, each time with fresh workers. Interrupted, it returns what it has.
 
     Args:
         make_progress: display of one run, given its title.
+        on_pairs: told after each run how many pairs every expert has computed, [num_layers, num_experts].
     """
     rounds: list[Round] = []
     for number in range(num_rounds):
@@ -174,7 +179,11 @@ async def run_rounds(
                 async with running_engine(run_config) as (engine, _):
                     with make_progress(title) as progress:
                         result = await measure(engine, plan, clock, progress)
-                    imbalance = float("nan") if result.interrupted else await _imbalance(engine)
+                    imbalance = float("nan")
+                    if not result.interrupted:
+                        pairs = await _expert_pairs(engine)
+                        imbalance = expert_imbalance(pairs)
+                        on_pairs(pairs)
             except asyncio.CancelledError:  # while workers start or stop
                 return rounds
             if result.records:

@@ -16,12 +16,13 @@ from amoe.cluster.worker_process import WorkerProcess
 from amoe.config import EngineConfig
 from amoe.engine.control import AsyncControlChannel
 from amoe.engine.emulated_device import Shape, emulated_device, served_shape
+from amoe.engine.expert_placement import expert_owners, placement_digest
 from amoe.engine.messages import Loading, Ready
 from amoe.errors import ConfigError
-from amoe.policy.placement import place_experts
 from amoe.profiles.models import ModelSizes
 from amoe.transport.shm import ShmFabric
 from amoe.transport.wire import max_record_bytes
+from amoe.types import Int16Array
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class LocalCluster:
 
     Attributes:
         channels: the control channel of each worker, by rank, once `start` has been called.
+        owners: [num_layers, num_experts, R] where experts live, once `start` has been called; None: not known.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class LocalCluster:
     ) -> None:
         self.config = config
         self.on_death = on_death
+        self.owners: Int16Array | None = None
         self._entry = entry
         self._ring_bytes = ring_bytes
         self._fabric: ShmFabric | None = None
@@ -103,6 +106,7 @@ class LocalCluster:
         try:
             await self._spawn()
             ready = await _all_or_first_error([worker.wait_ready(on_loading) for worker in self._workers])
+            self._check_placement(ready)
         except BaseException:
             self.kill()
             await self.stop(0)
@@ -149,13 +153,18 @@ class LocalCluster:
             model = served_shape(self.config)
             if (device := emulated_device(self.config)) is not None and isinstance(model, ModelSizes):
                 logger.info("%s", device.describe(model))
-            place_experts(model.num_layers, model.num_experts, len(placement.expert_ranks))  # refused before it costs
+            self.owners = expert_owners(self.config, model)  # refused before it costs
             self._ring_bytes = ring_bytes_for(self.config, model)
         ring_bytes, num_workers = self._ring_bytes, placement.num_workers
         self._fabric = ShmFabric.create(num_workers, ring_bytes)
         for rank in range(num_workers):
             worker = await WorkerProcess.spawn(self.config, rank, self._fabric, self._entry, self._report_death)
             self._workers.append(worker)
+
+    def _check_placement(self, ready: list[Ready]) -> None:
+        """Workers that disagree on where experts live would compute wrong tokens."""
+        if self.owners is not None and {item.placement_digest for item in ready} != {placement_digest(self.owners)}:
+            raise ConfigError("the file of --expert-load has changed while the workers were reading it: start again")
 
     def _report_death(self, worker: WorkerProcess) -> None:
         if self._is_started and not self._is_stopping and worker.exited.is_set() and self.on_death is not None:

@@ -89,6 +89,11 @@ class AttentionCore:
         """
         self._replicas.set(shares)
 
+    @property
+    def replica_shape(self) -> tuple[int, ...]:
+        """[num_layers, num_experts, R] of the replicas that there are."""
+        return self._replicas.owners.shape
+
     def _drain(self, index: int) -> Int32Array:
         """Slots [n] that wait for a block, without those whose token is gone."""
         columns = self._queues.drain(index)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig, SteeringConfig
 from amoe.core.steps import AttentionStep, ExpertsStep, Outgoing, Step
 from amoe.core.worker import ModelShape, WorkerCore
 from amoe.types import Batch, BatchKind, Int32Array, SamplingParams
@@ -102,6 +102,7 @@ class Trace:
             config["placement"] = PlacementConfig(**config["placement"])
             config["scheduler"] = SchedulerConfig(**config["scheduler"])
             config["cache"] = CacheConfig(**config["cache"])
+            config["steering"] = SteeringConfig(**config["steering"])
             shape = ModelShape(tuple(head["sparse_layers"]), head["num_experts"])
             origin = Origin(EngineConfig(**config), shape, head["rank"], head["num_kv_blocks"], head["max_model_len"])
             return cls(origin, [Entry(*json.loads(line)) for line in rest if line.strip()])

@@ -14,6 +14,7 @@ from amoe.engine.build_emulated import build_emulated_worker
 from amoe.engine.devices import resolve_device, threads_per_worker
 from amoe.engine.emulated_device import emulated_device
 from amoe.engine.executor import AttentionExecutor, ExpertsExecutor
+from amoe.engine.expert_placement import expert_owners, placement_digest
 from amoe.engine.memory import KVPlan, free_bytes, longest_sequence, plan_kv_cache
 from amoe.engine.messages import ControlPort, Loading, Ready
 from amoe.engine.worker import Worker
@@ -21,8 +22,9 @@ from amoe.kernels.attention import KVCache
 from amoe.models.config import ModelConfig, load_model_config
 from amoe.models.loader import load_model, resolve_dtype
 from amoe.models.model import Blocks, Model
-from amoe.policy.placement import experts_of, place_experts
+from amoe.policy.placement import experts_of
 from amoe.transport.base import Transport
+from amoe.types import Int16Array
 
 
 def build_worker(
@@ -41,7 +43,8 @@ def build_worker(
     torch.set_num_threads(threads_per_worker(config))
     longest_sequence(config, model_config)  # refuses in a second what would be refused once the weights are loaded
     device = resolve_device(config.device, rank)
-    model = _load(config, model_config, rank, device, lambda done, total: control.send(Loading(done, total)))
+    owners = expert_owners(config, model_config)
+    model = _load(config, model_config, owners, rank, device, lambda done, total: control.send(Loading(done, total)))
     plan, kv = KVPlan(0, 0), None
     if role_of(config, rank) != "experts":
         num_sharing = _num_homes_on(config, device)
@@ -55,20 +58,21 @@ def build_worker(
             model.dtype,
             device,
         )
-    worker = _wire(config, model_config, rank, model, kv, plan, ports)
-    control.send(Ready(plan.max_model_len, plan.num_blocks, config.cache.block_size, model.parameter_bytes))
+    worker = _wire(config, model_config, owners, rank, model, kv, plan, ports)
+    digest = placement_digest(owners)
+    control.send(Ready(plan.max_model_len, plan.num_blocks, config.cache.block_size, model.parameter_bytes, digest))
     return worker
 
 
 def _load(
     config: EngineConfig,
     model_config: ModelConfig,
+    owners: Int16Array,
     rank: int,
     device: torch.device,
     on_progress: Callable[[int, int], None],
 ) -> Model:
     placement = config.placement
-    owners = place_experts(model_config.num_layers, model_config.num_experts, len(placement.expert_ranks))
     experts: dict[int, tuple[int, ...]] = {}
     if rank in placement.expert_ranks:
         experts = experts_of(owners, placement.expert_ranks.index(rank), model_config.sparse_layers)
@@ -85,6 +89,7 @@ def _num_homes_on(config: EngineConfig, device: torch.device) -> int:
 def _wire(
     config: EngineConfig,
     model_config: ModelConfig,
+    owners: Int16Array,
     rank: int,
     model: Model,
     kv: KVCache | None,
@@ -92,7 +97,9 @@ def _wire(
     ports: Ports,
 ) -> Worker:
     shape = ModelShape(model_config.sparse_layers, model_config.num_experts)
-    core = WorkerCore(config, shape, rank, num_kv_blocks=plan.num_blocks, max_model_len=plan.max_model_len)
+    core = WorkerCore(
+        config, shape, rank, num_kv_blocks=plan.num_blocks, max_model_len=plan.max_model_len, owners=owners
+    )
     placement, slots = config.placement, config.scheduler.num_token_slots
     experts = ExpertsExecutor(model, len(placement.attention_ranks), slots) if core.experts is not None else None
     attention = None

@@ -17,12 +17,14 @@ from amoe.engine.emulated import (
     valid_vocabulary,
 )
 from amoe.engine.emulated_device import EmulatedDevice, emulated_length, plan_emulated_kv
+from amoe.engine.expert_placement import expert_owners, placement_digest
 from amoe.engine.memory import KVPlan
 from amoe.engine.messages import Ready
 from amoe.engine.worker import Worker
 from amoe.models.config import ModelConfig
-from amoe.policy.placement import experts_of, place_experts
+from amoe.policy.placement import experts_of
 from amoe.profiles.models import ModelSizes
+from amoe.types import Int16Array
 
 
 def build_emulated_worker(
@@ -36,12 +38,15 @@ def build_emulated_worker(
     torch.set_num_threads(1)  # there is nothing to compute
     sleep_precisely()
     sizes, placement = device.sizes(checkpoint), config.placement
-    weight_bytes = _weight_bytes(config, sizes, rank)
+    owners = expert_owners(config, sizes)
+    weight_bytes = _weight_bytes(config, sizes, owners, rank)
     plan = KVPlan(0, 0)
     if rank in placement.attention_ranks:
         plan = plan_emulated_kv(config, device, sizes, emulated_length(config, checkpoint), weight_bytes)
     shape = ModelShape(sizes.sparse_layers, sizes.num_experts)
-    core = WorkerCore(config, shape, rank, num_kv_blocks=plan.num_blocks, max_model_len=plan.max_model_len)
+    core = WorkerCore(
+        config, shape, rank, num_kv_blocks=plan.num_blocks, max_model_len=plan.max_model_len, owners=owners
+    )
     costs, waiter = device.costs(sizes, rank), Waiter()
     attention = experts = None
     if core.attention is not None:
@@ -62,17 +67,17 @@ def build_emulated_worker(
         ports,
         lambda: waiter.modelled_s,
     )
-    ports.control.send(Ready(plan.max_model_len, plan.num_blocks, config.cache.block_size, int(weight_bytes)))
+    digest = placement_digest(owners)
+    ports.control.send(Ready(plan.max_model_len, plan.num_blocks, config.cache.block_size, int(weight_bytes), digest))
     return worker
 
 
-def _weight_bytes(config: EngineConfig, sizes: ModelSizes, rank: int) -> float:
+def _weight_bytes(config: EngineConfig, sizes: ModelSizes, owners: Int16Array, rank: int) -> float:
     """Of the blocks that the worker holds."""
     placement, total = config.placement, 0.0
     if rank in placement.attention_ranks:
         total += sizes.attention_bytes
     if rank in placement.expert_ranks:
-        owners = place_experts(sizes.num_layers, sizes.num_experts, len(placement.expert_ranks))
         held = experts_of(owners, placement.expert_ranks.index(rank), sizes.sparse_layers)
         total += sum(len(experts) for experts in held.values()) * sizes.expert_bytes
     return total

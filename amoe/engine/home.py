@@ -11,7 +11,7 @@ import torch
 from amoe.core.attention import AttentionCore
 from amoe.core.steps import AttentionStep, HeadStep, Outgoing
 from amoe.engine.executor import AttentionBlocks
-from amoe.engine.messages import AddRequest, ControlPort, Outputs
+from amoe.engine.messages import AddRequest, ControlPort, Outputs, Steer
 from amoe.engine.sampler import FINISH_LENGTH, FINISH_STOP, GO_ON, SampledTokens, SamplingTable, finish_reasons
 from amoe.types import Batch, BoolArray, FinishReason, Int64Array, SequenceOutput, TokenLogprobs
 
@@ -65,6 +65,15 @@ class Home:
         ]
         if aborted:
             self._control.send(Outputs(aborted))
+
+    def steer(self, message: Steer) -> None:
+        """Tokens choose among the replicas of their experts by other shares.
+
+        Raises:
+            ValueError: the server has placed the experts otherwise.
+        """
+        shares = np.frombuffer(message.shares, "<f4")
+        self.core.set_shares(shares.reshape(self.core.replica_shape))
 
     # ---- tokens
 

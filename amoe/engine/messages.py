@@ -27,6 +27,16 @@ class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag=True):
     request_ids: list[int]
 
 
+class Steer(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Server to attention worker: choose replicas by these shares from now on.
+
+    Attributes:
+        shares: [num_layers, num_experts, R] float32, little endian, in C order: R as both have placed the experts.
+    """
+
+    shares: bytes
+
+
 class Stop(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Server to worker: leave. The server has drained the requests before, if it wanted to."""
 
@@ -45,12 +55,14 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
         max_model_len: tokens of one sequence at most, what KV cache there is considered.
         num_kv_blocks, block_size: of this worker's KV cache; 0 at an expert worker.
         parameter_bytes: loaded weights.
+        placement_digest: of where it believes the experts to be: all workers must believe the same.
     """
 
     max_model_len: int
     num_kv_blocks: int
     block_size: int
     parameter_bytes: int
+    placement_digest: int = 0
 
 
 class Outputs(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -72,7 +84,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     user_error: bool
 
 
-ToWorker = AddRequest | AbortRequests | Stop
+ToWorker = AddRequest | AbortRequests | Steer | Stop
 ToServer = Loading | Ready | Outputs | Heartbeat | Failed
 
 

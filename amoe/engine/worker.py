@@ -12,7 +12,7 @@ from amoe.core.steps import AttentionStep, ExpertsStep, Outgoing, Step
 from amoe.core.worker import WorkerCore
 from amoe.engine.executor import ExpertBlocks
 from amoe.engine.home import Home
-from amoe.engine.messages import AbortRequests, AddRequest, ControlPort, Heartbeat, Stop
+from amoe.engine.messages import AbortRequests, AddRequest, ControlPort, Heartbeat, Steer, Stop
 from amoe.engine.worker_stats import StatsKeeper
 from amoe.transport.base import Transport
 from amoe.types import Batch, BatchKind, Int32Array
@@ -133,6 +133,8 @@ class Worker:
                 self._home.add(message)
             elif isinstance(message, AbortRequests):
                 self._home.abort(message.request_ids)
+            elif isinstance(message, Steer):
+                self._home.steer(message)
 
 
 def _take_rows(payload: torch.Tensor, rows: Int32Array) -> torch.Tensor:

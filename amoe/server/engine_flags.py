@@ -9,7 +9,17 @@ import argparse
 import re
 
 from amoe.builtin import builtin_model_path
-from amoe.config import DTYPES, SCHEDULES, CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.config import (
+    CPU_RIDGE_TOKENS,
+    DTYPES,
+    GPU_RIDGE_TOKENS,
+    SCHEDULES,
+    CacheConfig,
+    EngineConfig,
+    PlacementConfig,
+    SchedulerConfig,
+    SteeringConfig,
+)
 
 _UNITS = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2, "g": 1000**3, "G": 1024**3}
 
@@ -35,6 +45,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     _add_placement_flags(parser)
     _add_scheduler_flags(parser)
     _add_cache_flags(parser)
+    _add_steering_flags(parser)
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +88,18 @@ def _add_placement_flags(parser: argparse.ArgumentParser) -> None:
         default=placement.colocated,
         metavar="N",
         help="instead: N workers that hold attention and a share of the experts each; 0 is off",
+    )
+    group.add_argument(
+        "--redundant-experts",
+        type=int,
+        default=placement.redundant_experts,
+        metavar="N",
+        help="replicas of hot experts that each of them holds besides, per layer",
+    )
+    group.add_argument(
+        "--expert-load",
+        metavar="FILE",
+        help="which are hot, as `amoe bench offline --save-expert-load FILE` has measured it; default: all the same",
     )
     group.add_argument("--threads-per-worker", type=int, metavar="N", help="default: the cores divided by the workers")
 
@@ -152,6 +175,25 @@ def _add_cache_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_steering_flags(parser: argparse.ArgumentParser) -> None:
+    steering = SteeringConfig()
+    group = parser.add_argument_group("steering", "follow measured loads and speeds, without moving a weight")
+    group.add_argument(
+        "--steer-interval",
+        type=float,
+        default=steering.interval_s,
+        metavar="SECONDS",
+        help="between plans of which replica gets which share, and which worker which part of new sequences; 0 is off",
+    )
+    group.add_argument(
+        "--ridge-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of an expert below which reading its weights takes longer than computing; default: "
+        f"{CPU_RIDGE_TOKENS} on a CPU, else {GPU_RIDGE_TOKENS}",
+    )
+
+
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The configuration that the flags describe.
 
@@ -167,7 +209,11 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         max_waiting=args.max_waiting,
         seed=args.seed,
         placement=PlacementConfig(
-            attention_workers=args.attention_workers, expert_workers=args.expert_workers, colocated=args.colocated
+            attention_workers=args.attention_workers,
+            expert_workers=args.expert_workers,
+            colocated=args.colocated,
+            redundant_experts=args.redundant_experts,
+            expert_load=args.expert_load,
         ),
         scheduler=SchedulerConfig(
             schedule=args.schedule,
@@ -186,4 +232,5 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
             kv_cache_bytes=args.kv_cache_memory_bytes,
             enable_prefix_caching=args.enable_prefix_caching,
         ),
+        steering=SteeringConfig(interval_s=args.steer_interval, ridge_tokens=args.ridge_tokens),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from amoe.builtin import builtin_model_path
 from amoe.config import SCHEDULES, CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
 from amoe.types import SamplingParams
 from tests.checkpoints import ARCHES, Greedy, hf_greedy, make_checkpoint
+from tests.pairwise import all_combinations
 
 BUILTIN = "builtin"
 PLACEMENTS = {
@@ -32,6 +33,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "qwen3_moe": [{}, {"num_hidden_layers": 3, "mlp_only_layers": [1]}, {"norm_topk_prob": True}],
     BUILTIN: [{}, {}, {}],
 }
+# Spare slots of each expert worker, and shares that change all the time; none where one worker holds all experts.
+REPLICAS = (2, 0)
 NUM_PROMPTS = 10
 NUM_NEW = 12
 BLOCK_SIZE = 4
@@ -43,6 +46,7 @@ FACTORS: dict[str, Any] = {
     "placement": list(PLACEMENTS),
     "feature": FEATURES,
     "variant": [0, 1, 2],
+    "replicas": REPLICAS,
 }
 
 
@@ -56,9 +60,11 @@ class Case:
     placement: str
     feature: str
     variant: int
+    replicas: int = 0
 
     def __str__(self) -> str:
-        return f"{self.arch}{self.variant}-{self.schedule}{self.count}-{self.placement}-{self.feature}"
+        replicas = f"-r{self.replicas}" if self.replicas else ""
+        return f"{self.arch}{self.variant}-{self.schedule}{self.count}-{self.placement}-{self.feature}{replicas}"
 
     def config(self, path: Path) -> EngineConfig:
         """Small budgets, so that prompts are chunked and sequences wait for each other."""
@@ -73,7 +79,7 @@ class Case:
             dtype="float32",
             threads_per_worker=1,
             max_model_len=longest,
-            placement=PLACEMENTS[self.placement],
+            placement=replace(PLACEMENTS[self.placement], redundant_experts=self.replicas),
             scheduler=SchedulerConfig(
                 schedule=self.schedule,
                 micro_batches=self.count if self.schedule == "lockstep" else 1,
@@ -85,6 +91,11 @@ class Case:
                 block_size=BLOCK_SIZE, num_blocks=num_blocks, enable_prefix_caching="cached" in self.feature
             ),
         )
+
+    @property
+    def has_several_owners(self) -> bool:
+        """More than one worker holds experts."""
+        return len(PLACEMENTS[self.placement].expert_ranks) > 1
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -100,7 +111,14 @@ def make_cases(rows: list[dict[str, Any]]) -> list[Case]:
     """The cases of rows of the matrix, each once."""
     least = {"waves": 0, "lockstep": 1}
     counts = [max(row["count"], least[row["schedule"]]) if row["schedule"] in least else 1 for row in rows]
-    return list(dict.fromkeys(Case(**{**row, "count": count}) for row, count in zip(rows, counts, strict=True)))
+    cases = [Case(**{**row, "count": count}) for row, count in zip(rows, counts, strict=True)]
+    return list(dict.fromkeys(case if case.has_several_owners else replace(case, replicas=0) for case in cases))
+
+
+def whole_matrix() -> list[Case]:
+    """All combinations, every other one with replicas."""
+    rows = all_combinations({name: values for name, values in FACTORS.items() if name != "replicas"})
+    return make_cases([{**row, "replicas": REPLICAS[index % 2]} for index, row in enumerate(rows)])
 
 
 @functools.cache

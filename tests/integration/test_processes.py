@@ -23,7 +23,10 @@ _REST = [("olmoe", "cached"), ("builtin", "preempted"), ("qwen2_moe", "plain"), 
 
 
 def _cases(rows: list[dict]) -> list[Case]:
-    rest = [{"arch": _REST[i % 4][0], "feature": _REST[i % 4][1], "variant": i % 3} for i in range(len(rows))]
+    rest = [
+        {"arch": _REST[i % 4][0], "feature": _REST[i % 4][1], "variant": i % 3, "replicas": 2 * (i % 2)}
+        for i in range(len(rows))
+    ]
     return make_cases([{**row, **more} for row, more in zip(rows, rest, strict=True)])
 
 

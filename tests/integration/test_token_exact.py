@@ -13,11 +13,11 @@ import pytest
 from amoe.transport.base import Transport
 from amoe.transport.faulty import FaultPlan, FaultyTransport
 from tests.cluster import Finished, InprocCluster
-from tests.integration.exactness import FACTORS, Case, assert_exact, checkpoint, make_cases
-from tests.pairwise import all_combinations, pairwise
+from tests.integration.exactness import FACTORS, Case, assert_exact, checkpoint, make_cases, whole_matrix
+from tests.pairwise import pairwise
 
 SELECTION = make_cases(pairwise(FACTORS))
-MATRIX = make_cases(all_combinations(FACTORS))
+MATRIX = whole_matrix()
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +42,8 @@ def run_case(case: Case, root: Path) -> None:
     batchers = [worker.core.attention.batcher for worker in cluster.workers if worker.core.attention]
     if "preempted" in case.feature:
         assert sum(batcher.num_preemptions for batcher in batchers) > 0
+    if case.replicas:
+        assert cluster.num_steers > 0
     cluster.assert_nothing_left()
     cluster.close()
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from amoe import __version__, cli
-from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig, SteeringConfig
 from amoe.server import engine_flags
 from tests.fake_workers import make_tokenizer
 
@@ -53,6 +53,11 @@ def test_every_flag():
     config = engine_flags.engine_config(args)
     assert config.placement == PlacementConfig(colocated=2)
     assert config.scheduler == SchedulerConfig(schedule="lockstep", micro_batches=2)
+    flags = "--colocated 2 --redundant-experts 4 --expert-load f --steer-interval 0 --ridge-tokens 9"
+    args = parse("m", *flags.split())
+    config = engine_flags.engine_config(args)
+    assert config.placement == PlacementConfig(colocated=2, redundant_experts=4, expert_load="f")
+    assert config.steering == SteeringConfig(interval_s=0.0, ridge_tokens=9)
 
 
 @pytest.mark.parametrize(("flag", "num_waves"), [((), None), (("--waves", "auto"), None), (("--waves", "3"), 3)])
@@ -70,6 +75,11 @@ def test_the_number_of_waves_is_fixed_or_automatic(flag, num_waves):
         (["--schedule", "lockstep", "--waves", "2"], "--waves"),
         (["--schedule", "waves", "--waves", "17"], "--waves"),
         (["--max-hold", "0"], "--max-hold"),
+        (["--colocated", "2", "--redundant-experts", "-1"], "--redundant-experts"),
+        (["--redundant-experts", "1"], "at least two workers"),
+        (["--colocated", "2", "--expert-load", "x.json"], "give both"),
+        (["--steer-interval", "-1"], "--steer-interval"),
+        (["--ridge-tokens", "0"], "--ridge-tokens"),
         (["--max-num-seqs", "0"], "--max-num-seqs"),
         (["/does/not/exist"], "is not a directory"),
     ],
