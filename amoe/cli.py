@@ -28,6 +28,12 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         bench_cli.add_parser(subparsers)
     else:
         subparsers.add_parser("bench", help="measure a server, or the engine alone")
+    if command == "simulate":
+        from amoe.sim import cli as sim_cli
+
+        sim_cli.add_parser(subparsers)
+    else:
+        subparsers.add_parser("simulate", help="simulate workers on devices that need not be there")
     return parser
 
 

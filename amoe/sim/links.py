@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from amoe.profiles.links import Fabric, LinkProfile
+from amoe.profiles.links import Fabric
 from amoe.sim.events import EventQueue
 from amoe.types import Batch
 
@@ -52,7 +52,7 @@ class Network:
         deliver: Callable[[Batch], None],
     ) -> None:
         self._events = events
-        self._fabric = fabric
+        self._links = (fabric.intra, fabric.inter)
         self._row_bytes = row_bytes
         self._deliver = deliver
         self._node = [device // fabric.devices_per_node for device in range(num_devices)]
@@ -66,19 +66,15 @@ class Network:
         if batch.src == batch.dst:
             self._deliver(batch)
             return
-        side, link = self._side(batch)
+        is_far = self._node[batch.src] != self._node[batch.dst]
+        link = self._links[is_far]
         num_bytes = batch_bytes(batch, self._row_bytes)
         self.num_bytes += num_bytes
-        sent = self._egress[side][batch.src].serve(self._events.now, num_bytes / link.bandwidth)
-        self._events.at(sent + link.latency_s, self._arrive, batch)
+        seconds = num_bytes / link.bandwidth
+        sent = self._egress[is_far][batch.src].serve(self._events.now, seconds)
+        self._events.at(sent + link.latency_s, self._arrive, (batch, self._ingress[is_far][batch.dst], seconds))
 
-    def _side(self, batch: Batch) -> tuple[int, LinkProfile]:
-        if self._node[batch.src] == self._node[batch.dst]:
-            return 0, self._fabric.intra
-        return 1, self._fabric.inter
-
-    def _arrive(self, batch: Batch) -> None:
+    def _arrive(self, arrival: tuple[Batch, Port, float]) -> None:
         """The first byte is at the receiver: only now is its place in the queue known."""
-        side, link = self._side(batch)
-        seconds = batch_bytes(batch, self._row_bytes) / link.bandwidth
-        self._events.at(self._ingress[side][batch.dst].serve(self._events.now, seconds), self._deliver, batch)
+        batch, port, seconds = arrival
+        self._events.at(port.serve(self._events.now, seconds), self._deliver, batch)

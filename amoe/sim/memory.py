@@ -49,7 +49,7 @@ def num_kv_blocks(config: SimConfig) -> int:
         free = config.device.memory_bytes - weight_bytes(config, config.placement.attention_ranks[0])
         budget = cache.kv_cache_bytes or free * DEVICE_SHARE
         block_bytes = cache.block_size * sizes.num_layers * sizes.kv_bytes
-        num_blocks = min(int(budget / block_bytes), config.scheduler.max_num_seqs * blocks_per_sequence)
+        num_blocks = int(min(budget / block_bytes, config.scheduler.max_num_seqs * blocks_per_sequence))
     if num_blocks < blocks_per_sequence:
         raise ConfigError(
             f"a sequence of {config.longest_sequence} tokens needs {blocks_per_sequence} KV blocks, "

@@ -1,0 +1,286 @@
+"""`amoe simulate`: flags, and what to do with them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from amoe.config import CacheConfig, PlacementConfig, SchedulerConfig
+from amoe.errors import ConfigError
+from amoe.profiles.models import MODELS
+from amoe.sim import options
+from amoe.sim.config import HostModel, SimConfig, Window
+from amoe.sim.report import ProgressDisplay, print_results, print_workers, write_json
+from amoe.sim.results import Results
+from amoe.sim.simulator import Simulator
+from amoe.sim.workload import Lengths, Workload
+
+DEFAULT_DEVICES = 8
+DEFAULT_CONCURRENCY = 512
+FILE_WIDTH = 120  # columns where there is no terminal to ask
+
+T = TypeVar("T")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `simulate`; its parser sets `func(args) -> int`, the exit status."""
+    parser = subparsers.add_parser(
+        "simulate",
+        help="simulate workers on devices that need not be there",
+        description="Run the workers' scheduling, as it is, on modelled devices and links, in modelled time.",
+    )
+    parser.add_argument("model", metavar="MODEL", help=f"a checkpoint directory, or one of {', '.join(MODELS)}")
+    _add_hardware(parser)
+    _add_scheduling(parser)
+    _add_workload(parser)
+    parser.add_argument("--seed", type=_whole(0), default=0, help="of routing, prompts and arrivals (default 0)")
+    parser.add_argument("--json", type=_report_file, metavar="FILE", help="write configuration and figures there")
+    parser.set_defaults(func=run_simulate)
+
+
+def _add_hardware(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("devices")
+    group.add_argument("--device", default="h100", metavar="NAME", help="profile, or *.json as measured (default h100)")
+    group.add_argument("--devices", type=_whole(1), metavar="N", help=f"colocated workers (default {DEFAULT_DEVICES})")
+    group.add_argument("--colocated", type=_whole(1), metavar="N", help="the same as --devices")
+    group.add_argument("--attention-workers", type=_whole(1), metavar="N", help="instead: workers that hold attention")
+    group.add_argument("--expert-workers", type=_whole(1), metavar="N", help="and workers that share the experts")
+    group.add_argument("--fabric", metavar="NAME", help="links between devices (default: the device's)")
+    group.add_argument("--devices-per-node", type=_whole(1), default=8, metavar="N", help="(default 8)")
+    group.add_argument("--link-latency-us", type=_real(0), metavar="X", help="inside a node, instead of the fabric's")
+    group.add_argument("--link-gbs", type=_real(1e-6), metavar="X", help="gigabytes/s inside a node, likewise")
+    group.add_argument("--host-us", type=_real(0), metavar="X", help="microseconds of host time per step (default 0)")
+    group.add_argument(
+        "--host-mode",
+        choices=("serial", "prelaunched", "queued"),
+        default="serial",
+        help="the device waits for it; only for what does not fit beside the step before; or not even when idle",
+    )
+    group.add_argument(
+        "--slow", type=_known(options.find_slowdown), action="append", default=[], metavar="RANK:FACTOR[@SECONDS]"
+    )
+    group.add_argument(
+        "--stop", type=_known(options.find_outage), action="append", default=[], metavar="RANK@START[-END]"
+    )
+
+
+def _add_scheduling(parser: argparse.ArgumentParser) -> None:
+    base = SchedulerConfig()
+    group = parser.add_argument_group("scheduling")
+    group.add_argument(
+        "--schedule", default="progress", metavar="A,B,...", help="one or more, such as progress, waves:2, lockstep:2"
+    )
+    group.add_argument("--max-num-seqs", type=_whole(1), metavar="N", help="per attention worker (default: enough)")
+    group.add_argument(
+        "--max-num-batched-tokens",
+        type=_whole(1),
+        default=base.max_num_batched_tokens,
+        metavar="N",
+        help="prompt tokens",
+    )
+    group.add_argument("--block-size", type=_whole(1), default=16, metavar="N", help="of the KV cache (default 16)")
+    group.add_argument("--num-kv-blocks", type=_whole(1), metavar="N", help="default: from the device's memory")
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("requests")
+    group.add_argument(
+        "--routing", default="sigma=1.0", metavar="R", help=f"{options.ROUTING_HELP} (default sigma=1.0)"
+    )
+    load = group.add_mutually_exclusive_group()
+    load.add_argument(
+        "--concurrency", type=_whole(1), metavar="C", help=f"sequences in a closed loop (default {DEFAULT_CONCURRENCY})"
+    )
+    load.add_argument("--request-rate", type=_real(1e-9), metavar="R", help="requests per second, Poisson arrivals")
+    group.add_argument("--num-requests", type=_whole(1), metavar="N", help="no more than these (default: no end)")
+    group.add_argument("--input-len", type=_whole(1), default=512, metavar="N", help="prompt tokens (default 512)")
+    group.add_argument("--output-len", type=_whole(1), default=256, metavar="N", help="output tokens (default 256)")
+    spread = group.add_mutually_exclusive_group()
+    spread.add_argument("--range-ratio", type=_real(0), metavar="R", help="lengths uniform in [x(1-R), x(1+R)]")
+    spread.add_argument("--log-normal", type=_real(0), metavar="S", help="lengths log-normal with this sigma")
+    group.add_argument(
+        "--context", type=_whole(0), default=0, metavar="N", help="tokens of context without their prefill (default 0)"
+    )
+    group.add_argument(
+        "--stagger",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the first sequences of a closed loop are under way already (default)",
+    )
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--duration", type=_real(1e-9), metavar="SECONDS", help="to measure, simulated (default 10)")
+    length.add_argument(
+        "--iterations",
+        type=_whole(1),
+        metavar="N",
+        help="to measure, of a closed loop: tokens per sequence (default 20)",
+    )
+    group.add_argument("--warmup", type=_real(0), metavar="X", help="before it, in the same unit (default: a quarter)")
+
+
+def _whole(at_least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdigit() or int(text) < at_least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {at_least}")
+        return int(text)
+
+    return parse
+
+
+def _real(at_least: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = float(text)
+        if not at_least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least {at_least:g}")
+        return value
+
+    return parse
+
+
+def _known(find: Callable[[str], T]) -> Callable[[str], T]:
+    def parse(text: str) -> T:
+        try:
+            return find(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+def _report_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():  # to be told before the simulation, not after it
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: no such directory, or it is one")
+    return path
+
+
+# ---- what the flags make
+
+
+def placement_of(args: argparse.Namespace) -> PlacementConfig:
+    """Raises `ConfigError` where the flags contradict each other."""
+    apart = (args.attention_workers, args.expert_workers)
+    if args.colocated is not None and args.devices not in (None, args.colocated):
+        raise ConfigError(f"--colocated {args.colocated} and --devices {args.devices} say the same thing differently")
+    colocated = args.colocated or args.devices
+    if apart == (None, None):
+        return PlacementConfig(colocated=colocated or DEFAULT_DEVICES)
+    if None in apart:
+        raise ConfigError("--attention-workers and --expert-workers go together")
+    if args.colocated is not None or args.devices not in (None, sum(apart)):
+        raise ConfigError(
+            f"--attention-workers and --expert-workers make {sum(apart)} devices: leave out --colocated and --devices"
+        )
+    return PlacementConfig(attention_workers=apart[0], expert_workers=apart[1])
+
+
+def workload_of(args: argparse.Namespace) -> Workload:
+    """Raises `ConfigError`."""
+
+    def lengths(mean: int) -> Lengths:
+        if args.range_ratio is not None:
+            return Lengths(mean=mean, kind="uniform", spread=args.range_ratio)
+        if args.log_normal is not None:
+            return Lengths(mean=mean, kind="lognormal", spread=args.log_normal)
+        return Lengths(mean=mean)
+
+    closed = args.request_rate is None
+    return Workload(
+        concurrency=(args.concurrency or DEFAULT_CONCURRENCY) if closed else None,
+        request_rate=args.request_rate,
+        num_requests=args.num_requests,
+        input=lengths(args.input_len),
+        output=lengths(args.output_len),
+        context_offset=args.context,
+        stagger=args.stagger and closed,
+    )
+
+
+def window_of(args: argparse.Namespace) -> Window:
+    """Iterations of a closed loop, unless a duration is asked for; seconds of Poisson arrivals."""
+    if args.num_requests is not None and args.duration is None and args.iterations is None:
+        return Window(warmup=args.warmup or 0.0)
+    in_seconds = args.duration is not None or (args.request_rate is not None and args.iterations is None)
+    length = (args.duration or 10.0) if in_seconds else (args.iterations or 20)
+    warmup = length / 4 if args.warmup is None else args.warmup
+    return Window(length=length, warmup=warmup, unit="seconds" if in_seconds else "iterations")
+
+
+def configs_of(args: argparse.Namespace) -> tuple[dict[str, SimConfig], options.Hardware]:
+    """One simulation per schedule, by its name, and the devices of all.
+
+    Raises:
+        ConfigError, CheckpointError: naming what cannot work.
+    """
+    hardware = options.find_hardware(args.device, include_host=args.host_us is None)
+    sizes = hardware.sizes_for(options.find_sizes(args.model))
+    placement, workload = placement_of(args), workload_of(args)
+    needed = -(-(workload.concurrency or 0) // len(placement.attention_ranks))
+    scheduler = SchedulerConfig(
+        max_num_seqs=args.max_num_seqs or max(needed, SchedulerConfig().max_num_seqs),
+        max_num_batched_tokens=args.max_num_batched_tokens,
+    )
+    base = SimConfig(
+        sizes=sizes,
+        device=hardware.device,
+        routing=options.find_routing(args.routing, sizes, args.seed),
+        workload=workload,
+        window=window_of(args),
+        fabric=options.find_fabric(
+            args.device, args.fabric, args.devices_per_node, args.link_latency_us, args.link_gbs
+        ),
+        placement=placement,
+        scheduler=scheduler,
+        cache=CacheConfig(block_size=args.block_size, num_blocks=args.num_kv_blocks, enable_prefix_caching=False),
+        host=HostModel(seconds=(args.host_us or 0.0) * 1e-6, mode=args.host_mode),
+        slowdowns=tuple(args.slow),
+        outages=tuple(args.stop),
+        seed=args.seed,
+    )
+    names = [name.strip() for name in args.schedule.split(",")]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--schedule {args.schedule}: each schedule once")
+    return {name: replace(base, scheduler=options.find_schedule(name, scheduler)) for name in names}, hardware
+
+
+def run_simulate(args: argparse.Namespace) -> int:
+    """`amoe simulate`. Returns the exit status. Raises `AmoeError`."""
+    configs, hardware = configs_of(args)
+    results: dict[str, Results] = {}
+    for name, config in configs.items():
+        simulator = Simulator(config, hardware.cost_model)
+        with ProgressDisplay(Console(stderr=True), name) as progress:
+            results[name] = simulator.run(progress.show)
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    print_results(console, describe(args, next(iter(configs.values()))), results)
+    for name, result in results.items():
+        print_workers(console, name, result)
+    if args.json:
+        write_json(args.json, _flags(args), {name: asdict(result) for name, result in results.items()})
+    return 0
+
+
+def describe(args: argparse.Namespace, config: SimConfig) -> str:
+    """One line about what is simulated."""
+    placement, workload = config.placement, config.workload
+    workers = f"{placement.colocated} colocated"
+    if not placement.colocated:
+        workers = f"{len(placement.attention_ranks)} attention and {len(placement.expert_ranks)} expert"
+    load = f"{workload.concurrency} sequences"
+    if workload.request_rate is not None:
+        load = f"{workload.request_rate:g} requests/s"
+    return f"{config.sizes.name} on {workers} workers ({config.device.name}), {args.routing}, {load}"
+
+
+def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    kept = {key: value for key, value in vars(args).items() if key not in {"func", "json", "command"}}
+    return {
+        key: value if isinstance(value, int | float | str | None) else [str(item) for item in value]
+        for key, value in kept.items()
+    }
