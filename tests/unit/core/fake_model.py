@@ -97,6 +97,7 @@ class Oracle:
         token_ids: prompt and generated tokens.
         generated: the tokens that the engine must stream.
         keys: [layer][position] of the KV cache.
+        experts: (layer, expert) that any of its tokens needs.
     """
 
     def __init__(self, spec: ModelSpec, prompt: list[int], max_tokens: int) -> None:
@@ -104,6 +105,7 @@ class Oracle:
         self.token_ids = list(prompt)
         self.generated: list[int] = []
         self.keys: list[list[int]] = [[] for _ in spec.sparse_layers]
+        self.experts: set[tuple[int, int]] = set()
         self._sums = [0] * spec.num_layers
         position = 0
         while len(self.generated) < max_tokens and spec.eos not in self.generated[-1:]:
@@ -126,6 +128,7 @@ class Oracle:
                 continue
             total = 0
             for expert in self._route(moe_input, layer):
+                self.experts.add((layer, expert))
                 weight = (_mix(moe_input, expert) & 255) + 1
                 total += _mix(_mix(moe_input, expert + 1000 * layer), weight)
             hidden = _mix(residual, total & MASK)

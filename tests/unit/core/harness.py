@@ -48,7 +48,8 @@ class Scenario:
         restless: the number of waves changes after every iteration.
         spare_slots: experts of each layer that an expert worker holds as replicas.
         fickle: the shares of the replicas change at any time, and each home has its own.
-        stopped: (rank, turn) of a worker that stops as a process does, and goes on when nothing else moves any more.
+        stopped: (rank, turn) of a worker that stops as a process does.
+        resumes: turn at which it goes on; None: when nothing else moves any more.
     """
 
     requests: tuple[Request, ...]
@@ -62,6 +63,7 @@ class Scenario:
     spare_slots: int = 0
     fickle: bool = False
     stopped: tuple[int, int] | None = None
+    resumes: int | None = None
     seed: int = 0
 
     @property
@@ -261,6 +263,8 @@ class Cluster:
         self.events += [(max(r.arrive, r.abort), 1, r) for r in scenario.requests if r.abort is not None]
         if scenario.stopped is not None:
             self.events.append((scenario.stopped[1], 2, None))
+            if scenario.resumes is not None:
+                self.events.append((scenario.resumes, 3, None))
         self.events.sort(key=lambda event: event[:2], reverse=True)
         self.awake: set[int] = set()  # a worker that finds nothing to do sleeps until something comes
         self.stopped: int | None = None  # rank of the worker that does not move now
@@ -329,12 +333,14 @@ class Cluster:
         """Nothing moves any more while a worker has stopped."""
 
     def _happen(self) -> None:
-        _, is_abort, request = self.events.pop()
+        _, kind, request = self.events.pop()
         if request is None:
-            self.stopped = self.scenario.stopped[0]
+            rank = self.scenario.stopped[0]
+            self.stopped = rank if kind == 2 else None
+            self.awake.add(rank)
             return
         self.awake.add(self.home_of(request).rank)
-        if is_abort:
+        if kind == 1:
             self.home_of(request).abort(request.request_id)
         else:
             self.home_of(request).add(request)

@@ -17,7 +17,7 @@ from amoe.core.micro_queue import MicroQueues
 from amoe.policy.scheduler import choose_block, make_policy, num_stages
 from tests.unit.core.examples import clusters, examples
 from tests.unit.core.harness import Cluster
-from tests.unit.core.scenarios import scenarios
+from tests.unit.core.scenarios import WAVES, scenarios
 
 ASYNC = ("fcfs", "flfs", "mtfs", "defrag", "progress")
 STEP = 0.01  # t, seconds
@@ -60,7 +60,10 @@ class TimedCluster(Cluster):
 
     def __init__(self, scenario, max_wait):
         super().__init__(scenario)
-        self.bound = max_wait + num_stages(scenario.spec.num_layers) * STEP + ROUNDING
+        scheduler = scenario.scheduler
+        self.bound = max_wait + scheduler.num_lanes * num_stages(scenario.spec.num_layers) * STEP + ROUNDING
+        self.hold = scheduler.max_hold_s if scheduler.schedule == "waves" else 0.0
+        self.bound += self.hold
         self.due: dict[tuple[int, int], deque[float]] = {}
         for worker in self.workers:
             self.watch(worker.core.queues)
@@ -68,7 +71,7 @@ class TimedCluster(Cluster):
     def watch(self, queues):
         """Check the age of all that is drained."""
         came: dict[int, list[float]] = {}
-        push, drain = queues.push, queues.drain
+        push, drain, move = queues.push, queues.drain, queues.move
 
         def watched_push(block, columns, iterations, now):
             if len(iterations):
@@ -80,7 +83,11 @@ class TimedCluster(Cluster):
             assert waited <= self.bound, f"a token has waited {waited} s"
             return drain(index)
 
-        queues.push, queues.drain = watched_push, watched_drain
+        def watched_move(source, target):
+            came.setdefault(target, []).extend(came.pop(source, []))
+            move(source, target)
+
+        queues.push, queues.drain, queues.move = watched_push, watched_drain, watched_move
 
     def send(self, batch):
         pair = batch.src, batch.dst
@@ -101,7 +108,7 @@ class TimedCluster(Cluster):
         """Until nothing has happened for a while."""
         turns = [(0.0, worker.rank) for worker in self.workers]
         busy_until = 0.0
-        while self.events or turns[0][0] <= busy_until + 4 * STEP:
+        while self.events or turns[0][0] <= busy_until + 4 * STEP + self.hold:
             now, rank = heapq.heappop(turns)
             self.clock.advance(now - self.clock.now())
             while self.events and self.events[-1][0] * STEP / 10 <= now:
@@ -109,7 +116,8 @@ class TimedCluster(Cluster):
                 busy_until = now
             worker = self.workers[rank]
             self.poll(worker)
-            worker.core.start(now)
+            for outgoing in worker.core.start(now):
+                self.send(worker._packed(outgoing, None))
             step = worker.core.next_step(now)
             took = self.random.choice([STEP, self.random.random() * STEP])
             if step is not None:
@@ -121,11 +129,11 @@ class TimedCluster(Cluster):
 
 @clusters(25)
 @given(
-    scenarios(schedules=[(name, 1) for name in ASYNC], max_requests=6, max_prompt=20, aborts=True),
+    scenarios(schedules=[*((name, 1) for name in ASYNC), *WAVES], max_requests=6, max_prompt=20, aborts=True),
     st.sampled_from([0.001, 0.02]),
 )
 def test_no_token_of_a_cluster_waits_longer_than_the_bound(scenario, max_wait):
-    scheduler = replace(scenario.scheduler, max_wait_s=max_wait)
+    scheduler = replace(scenario.scheduler, max_wait_s=max_wait, max_hold_s=5 * max_wait)
     cluster = TimedCluster(replace(scenario, scheduler=scheduler), max_wait)
     cluster.run()
     cluster.check_end()
