@@ -33,6 +33,7 @@ import numpy as np
 from amoe.config import SchedulerConfig
 from amoe.core.micro_queue import MicroQueues
 from amoe.policy.scheduler import NEVER, QueueView, expired, num_stages, stagger
+from amoe.policy.wave_count import WaveProber
 from amoe.types import Batch, BoolArray
 
 
@@ -59,12 +60,14 @@ class FixedWaves:
         """Nothing to learn."""
 
 
-DEFAULT_WAVES = 2
+FIRST_WAVES = 2
 
 
 def make_controller(config: SchedulerConfig) -> WaveController:
     """The controller that the configuration asks for."""
-    return FixedWaves(config.num_waves or min(DEFAULT_WAVES, config.max_waves))
+    if config.num_waves is not None or config.max_waves == 1:
+        return FixedWaves(config.num_waves or 1)
+    return WaveProber(min(FIRST_WAVES, config.max_waves), config.max_waves)
 
 
 class WaveGates:

@@ -358,3 +358,4 @@ def test_a_configured_number_of_waves_never_changes():
     controller.observe(100, 1.0)
     assert controller.num_waves == 3
     assert make_controller(SchedulerConfig(schedule="waves", max_waves=1)).num_waves == 1
+    assert 1 <= make_controller(SchedulerConfig(schedule="waves", max_waves=4)).num_waves <= 4
