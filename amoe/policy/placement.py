@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amoe.errors import ConfigError
-from amoe.types import Int16Array
+from amoe.types import Int16Array, Int64Array
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -52,9 +52,10 @@ def replicate_experts(
         load: [num_layers, num_experts] share or count of pairs.
         num_owners: D.
         slots_per_owner: experts of each layer that an owner can hold, replicas included; at least E / D.
-        anchored: replica 0 stays where `place_experts` puts it, and only the spare slots are chosen; so the placement
-            without replicas is contained in it, which matters at low load, where replicas sleep. Otherwise all slots
-            are packed anew (DeepSeek's EPLB, github.com/deepseek-ai/EPLB, without its node groups).
+        anchored: replica 0 of the experts is spread evenly over the owners, as `place_experts` spreads them: so a
+            placement without replicas is contained in it, which matters at low load, where all but one replica of
+            each expert sleep. Otherwise nothing is promised of replica 0: DeepSeek's EPLB
+            (github.com/deepseek-ai/EPLB), without its node groups.
 
     Returns:
         [num_layers, num_experts, R] owners, -1 where there is no replica; no owner twice for one expert.
@@ -69,8 +70,14 @@ def replicate_experts(
             f"{slots_per_owner} slots per expert worker cannot hold {num_experts} experts on {num_owners} workers"
         )
     slots = min(slots_per_owner, num_experts)
-    place_layer = _anchored_layer if anchored else _packed_layer
-    holders = [place_layer(load[layer], primary[layer], num_owners, slots) for layer in range(num_layers)]
+    holders = [_packed_layer(load[layer], num_owners, slots) for layer in range(num_layers)]
+    if anchored:
+        holders = [
+            _with_primaries(holders[layer], _even_room(primary[layer], num_owners))
+            or _with_primaries(holders[layer], _even_room(primary[layer], num_owners) + _spare_room(primary[layer]))
+            or _anchored_layer(load[layer], primary[layer], num_owners, slots)
+            for layer in range(num_layers)
+        ]
     width = max(len(places) for layer in holders for places in layer)
     owners = np.full((num_layers, num_experts, width), -1, np.int16)
     for layer, places_of in enumerate(holders):
@@ -101,7 +108,53 @@ def _anchored_layer(load: Float64Array, primary: Int16Array, num_owners: int, sl
     return places
 
 
-def _packed_layer(load: Float64Array, primary: Int16Array, num_owners: int, slots: int) -> list[list[int]]:
+_FEW_PRIMARIES = 8
+
+
+def _even_room(primary: Int16Array, num_owners: int) -> Int64Array:
+    """[D] experts whose replica 0 an owner has if they are spread evenly."""
+    return np.bincount(primary, minlength=num_owners)
+
+
+def _spare_room(primary: Int16Array) -> int:
+    """One more than even is nearly even where an owner has many."""
+    return int(np.bincount(primary).min() >= _FEW_PRIMARIES)
+
+
+def _with_primaries(places: list[list[int]], room: Int64Array) -> list[list[int]] | None:
+    """The same places with replica 0 chosen so that owner d has at most room[d] [D] of them; None: impossible.
+
+    A matching of experts with owners' shares: an owner that is full hands one of its experts on, if that one can go on
+    elsewhere (augmenting paths).
+    """
+    kept: list[list[int]] = [[] for _ in room]
+
+    def place(expert: int, visited: set[int]) -> bool:
+        for owner in places[expert]:
+            if owner in visited:
+                continue
+            visited.add(owner)
+            if len(kept[owner]) < room[owner]:
+                kept[owner].append(expert)
+                return True
+            for other in kept[owner]:
+                if place(other, visited):
+                    kept[owner].remove(other)
+                    kept[owner].append(expert)
+                    return True
+        return False
+
+    for expert in sorted(range(len(places)), key=lambda index: len(places[index])):
+        if not place(expert, set()):
+            return None
+    owner_of = {expert: owner for owner, experts in enumerate(kept) for expert in experts}
+    return [
+        [owner_of[expert], *(owner for owner in places[expert] if owner != owner_of[expert])]
+        for expert in range(len(places))
+    ]
+
+
+def _packed_layer(load: Float64Array, num_owners: int, slots: int) -> list[list[int]]:
     """Copies for whoever weighs most per copy; then the heaviest copy first, to the least busy owner with room."""
     copies = np.ones(len(load), np.int64)
     for _ in range(num_owners * slots - len(load)):

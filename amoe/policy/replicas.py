@@ -24,7 +24,8 @@ from amoe.types import BoolArray, Int16Array, Int64Array
 
 FloatArray = npt.NDArray[np.float64]
 _MAX_MOVES = 256
-_MIN_GAIN = 1e-3  # relative: moves that gain less are noise
+_TRIED_OWNERS = 3  # the busiest may hold nothing that could go elsewhere
+_MIN_GAIN = 3e-3  # relative: moves that gain less are noise
 _ROUNDING = 1e-9
 
 
@@ -88,14 +89,31 @@ def plan_shares(
     Returns:
         [E, R] shares; rows sum to one.
     """
-    tokens = primary_shares(owners) * load[:, None]
+    elsewhere = np.zeros(len(speed)) if elsewhere_s is None else elsewhere_s
+    # From the primaries replicas stay asleep that are better asleep, from even shares all are awake that are needed.
+    starts = (primary_shares(owners), even_shares(owners))
+    plans = [_improve(start * load[:, None], owners, per_token_s, reading_s, speed, elsewhere) for start in starts]
+    tokens, _ = min(plans, key=lambda plan: plan[1])
+    total = tokens.sum(axis=1, keepdims=True)
+    return np.where(total > 0, tokens / np.where(total > 0, total, 1.0), primary_shares(owners))
+
+
+def _improve(
+    tokens: FloatArray,
+    owners: Int16Array,
+    per_token_s: float,
+    reading_s: float,
+    speed: FloatArray,
+    elsewhere: FloatArray,
+) -> tuple[FloatArray, float]:
+    """Move tokens [E, R] until no move helps. Returns them, and the longest owner's seconds."""
+    tokens = tokens.copy()
     place = np.maximum(owners, 0)
     cost = np.where(owners >= 0, 1.0 / speed[place], 0.0)  # [E, R] seconds per second of an owner of speed 1
-    elsewhere = np.zeros(len(speed)) if elsewhere_s is None else elsewhere_s
     for _ in range(_MAX_MOVES):
         times = expert_seconds(tokens, per_token_s, reading_s) * cost
         busy = elsewhere + np.bincount(place.ravel(), weights=times.ravel(), minlength=len(speed))
-        for hot in np.argsort(-busy).tolist():
+        for hot in np.argsort(-busy)[:_TRIED_OWNERS].tolist():
             move = _best_move(tokens, owners, cost, busy, hot, per_token_s, reading_s)
             if move is not None:
                 break
@@ -104,8 +122,7 @@ def plan_shares(
         expert, source, target, amount = move
         tokens[expert, source] = max(0.0, tokens[expert, source] - amount)
         tokens[expert, target] += amount
-    total = tokens.sum(axis=1, keepdims=True)
-    return np.where(total > 0, tokens / np.where(total > 0, total, 1.0), primary_shares(owners))
+    return tokens, float(busy.max())
 
 
 def _best_move(
@@ -122,9 +139,9 @@ def _best_move(
     Of each expert either all tokens go, or as many as make the two owners equal, with and without the reading that the
     other replica may have to begin.
     """
-    experts, sources, targets = np.nonzero(
-        ((owners == hot) & (tokens > 0))[:, :, None] & ((owners >= 0) & (owners != hot))[:, None, :]
-    )
+    held, held_as = np.nonzero((owners == hot) & (tokens > 0))
+    rows, targets = np.nonzero((owners[held] >= 0) & (owners[held] != hot))
+    experts, sources = held[rows], held_as[rows]
     if len(experts) == 0:
         return None
     here, there = tokens[experts, sources], tokens[experts, targets]
@@ -154,7 +171,7 @@ def plan_layers(
     reading_s: float,
     speed: FloatArray,
     coupling: float = 0.0,
-    num_passes: int = 2,
+    num_passes: int = 1,
 ) -> FloatArray:
     """Shares of all layers together.
 
@@ -166,6 +183,7 @@ def plan_layers(
         load: [L, E] as in `plan_shares`, for each layer.
         owners: [L, E, R].
         coupling: 0: layer by layer; small values suffice, since there are many other layers.
+        num_passes: over the layers, after each has been planned by itself.
 
     Returns:
         [L, E, R] shares.

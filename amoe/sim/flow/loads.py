@@ -51,6 +51,8 @@ class Loads:
         owners: [L, E, R] the placement.
         measured: [L, E] popularity that `plan` believes in; None: the true one.
         tokens: [A, W] of `Deployment.tokens`.
+        coupling: of layers, see `plan_layers`.
+        shares: [L, E, R] planned before; None: to be planned.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Loads:
         seed: int = 0,
         measured: FloatArray | None = None,
         coupling: float = 0.0,
+        shares: FloatArray | None = None,
     ) -> None:
         self.deployment = deployment
         self.tokens = tokens
@@ -81,7 +84,7 @@ class Loads:
         sizes, device = deployment.sizes, deployment.device
         self._per_token_s = 2 * sizes.expert_params / device.flops
         self._reading_s = sizes.expert_bytes / device.bandwidth
-        self.shares = self._plan()
+        self.shares = self._plan() if shares is None else shares
 
     def attention(self) -> FloatArray:
         """[L, A, W] seconds of attention blocks, without any for a wave that has no tokens."""
@@ -122,7 +125,7 @@ class Loads:
             places = self._owners[layer, :, replica]
             experts = np.flatnonzero(places >= 0)
             held[:, places[experts], experts] += total[:, experts, replica]
-            np.add.at(pairs, (slice(None), slice(None), places[experts]), parts[:, :, experts, replica])
+            np.add.at(pairs, np.s_[:, :, places[experts]], parts[:, :, experts, replica])  # type: ignore[arg-type]
         slow = self._slow[list(self.deployment.owners)]
         seconds = self._costs.experts(layer, held) * slow
         return LayerLoad(self._rows(pairs), seconds, held.sum(axis=-1) > 0)

@@ -10,31 +10,45 @@ from __future__ import annotations
 
 import numpy as np
 
-from amoe.profiles.links import Fabric
-from amoe.sim.flow.deployment import FloatArray
+from amoe.sim.flow.deployment import Deployment, FloatArray
 from amoe.sim.flow.loads import Loads
 from amoe.sim.flow.result import FlowResult, summarise
 
 
-class AllToAll:
-    """When the rows of a collective are there."""
+class Ports:
+    """When every device's ports are free again: collectives of several waves share them."""
 
-    def __init__(self, fabric: Fabric, senders: range, receivers: range, row_bytes: float, *, num_devices: int) -> None:
-        node = fabric.same_node(num_devices)[np.ix_(list(senders), list(receivers))]
-        own = np.array(list(senders))[:, None] == np.array(list(receivers))[None, :]
-        self._ports = ((node & ~own, fabric.intra), (~node, fabric.inter))
-        self._row_bytes = row_bytes
+    def __init__(self, num_devices: int) -> None:
+        self.egress = np.zeros(num_devices)
+        self.ingress = np.zeros(num_devices)
+
+
+class AllToAll:
+    """When the rows of a collective are there.
+
+    Args:
+        ports: of the links inside a node and between nodes.
+    """
+
+    def __init__(self, deployment: Deployment, senders: range, receivers: range, ports: tuple[Ports, Ports]) -> None:
+        fabric, self._senders, self._receivers = deployment.fabric, list(senders), list(receivers)
+        node = fabric.same_node(deployment.num_devices)[np.ix_(self._senders, self._receivers)]
+        own = np.array(self._senders)[:, None] == np.array(self._receivers)[None, :]
+        links = ((node & ~own, fabric.intra, ports[0]), (~node, fabric.inter, ports[1]))
+        self._links = [(mask, link, port) for mask, link, port in links if mask.any()]
+        self._row_bytes = deployment.row_bytes
 
     def arrival(self, sent: FloatArray, rows: FloatArray) -> FloatArray:
         """[R] when each receiver may go on. sent: [S] when senders had their rows; rows: [S, R]."""
         ready = np.full(rows.shape[1], sent.max())
-        for mask, link in self._ports:
-            if not mask.any():
-                continue
+        for mask, link, port in self._links:
             seconds = np.where(mask, rows, 0.0) * (self._row_bytes / link.bandwidth)
-            leaving = (sent + seconds.sum(axis=1)).max() + link.latency_s
-            taking_in = sent.min() + link.latency_s + seconds.sum(axis=0)
-            np.maximum(ready, np.maximum(leaving, taking_in), out=ready)
+            leaving = np.maximum(sent, port.egress[self._senders]) + seconds.sum(axis=1)
+            first = sent.min() + link.latency_s
+            taking_in = np.maximum(first, port.ingress[self._receivers]) + seconds.sum(axis=0)
+            port.egress[self._senders] = leaving
+            port.ingress[self._receivers] = taking_in
+            np.maximum(ready, np.maximum(leaving.max() + link.latency_s, taking_in), out=ready)
         return ready
 
 
@@ -43,10 +57,9 @@ def march(loads: Loads, *, num_iterations: int = 12, num_warmup: int = 2) -> Flo
     deployment = loads.deployment
     sizes, num_waves = deployment.sizes, loads.tokens.shape[1]
     homes, owners = list(deployment.homes), list(deployment.owners)
-    exchange = (deployment.fabric, deployment.homes, deployment.owners)
-    back = (deployment.fabric, deployment.owners, deployment.homes)
-    dispatch = AllToAll(*exchange, deployment.row_bytes, num_devices=deployment.num_devices)
-    combine = AllToAll(*back, deployment.row_bytes, num_devices=deployment.num_devices)
+    ports = (Ports(deployment.num_devices), Ports(deployment.num_devices))
+    dispatch = AllToAll(deployment, deployment.homes, deployment.owners, ports)
+    combine = AllToAll(deployment, deployment.owners, deployment.homes, ports)
     attention, head = loads.attention(), loads.head()
     free = np.zeros(deployment.num_devices)
     busy = np.zeros(deployment.num_devices)

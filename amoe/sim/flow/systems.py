@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from amoe.policy.placement import place_experts, replicate_experts
 from amoe.policy.replicas import home_shares
 from amoe.policy.wave_count import WaveEstimate, choose_num_waves
+from amoe.policy.wave_order import WaveOrder
 from amoe.sim.flow.deployment import Deployment, FloatArray
 from amoe.sim.flow.loads import Loads, ReplicaMode
 from amoe.sim.flow.march import march
@@ -20,6 +21,7 @@ from amoe.types import Int16Array
 
 COUPLING = 0.05  # of layers in `plan_layers` where waves are in flight; one wave has every layer for itself
 WAVE_COUNTS = (1, 2, 3, 4, 6, 8)
+SPARE_HOST = HostModel()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class System:
         lockstep: a fixed order of blocks for all, otherwise staggered strict waves.
         balance_homes: sequences go where there is less other work.
         attention_devices: of N; 0 is colocated, None tries several and keeps the best.
+        apart, attention_first: see `policy.wave_order`.
     """
 
     name: str
@@ -42,8 +45,9 @@ class System:
     lockstep: bool
     balance_homes: bool = False
     attention_devices: int | None = 0
-    stagger: float | None = None
-    host: HostModel = HostModel()
+    apart: bool = True
+    attention_first: bool = True
+    host: HostModel = SPARE_HOST
 
 
 BASELINES = (
@@ -60,7 +64,8 @@ ABLATIONS = (
     replace(WAVES, name="waves, even homes", balance_homes=False),
     replace(WAVES, name="waves, levelled per batch", mode="level-home"),
     replace(WAVES, name="waves, packed replicas", replicas="packed"),
-    replace(WAVES, name="waves, not staggered", stagger=0.0),
+    replace(WAVES, name="waves, not apart", apart=False),
+    replace(WAVES, name="waves, attention not first", attention_first=False),
     replace(WAVES, name="waves, no replicas", replicas="none", mode="primary"),
 )
 
@@ -96,11 +101,13 @@ def simulate(system: System, case: Case, *, seed: int = 0, num_iterations: int =
     if system.attention_devices:
         deployment = replace(case.deployment, attention_devices=system.attention_devices)
         case = replace(case, deployment=deployment)
-    waves = system.waves or pick_waves(system, case)
-    loads = make_loads(system, case, waves, seed)
+    loads = pick_loads(system, case, seed) if system.waves is None else make_loads(system, case, system.waves, seed)
+    waves = loads.tokens.shape[1]
     if system.lockstep:
         return march(loads, num_iterations=num_iterations, num_warmup=2)
-    simulator = WaveSimulator(loads, system.host, system.stagger)
+    stages = 2 * case.deployment.sizes.num_layers + 1
+    order = WaveOrder(stages, waves, attention_first=system.attention_first)
+    simulator = WaveSimulator(loads, system.host, order if system.apart else replace(order, spread=0.0, gap=0.0))
     return simulator.run(num_iterations=num_iterations, num_warmup=3)
 
 
@@ -118,24 +125,16 @@ def _best_split(system: System, case: Case, seed: int, num_iterations: int) -> F
 
 def make_loads(system: System, case: Case, waves: int, seed: int) -> Loads:
     """The loads of a system with so many waves."""
-    deployment, owners = case.deployment, case.owners(system.replicas)
-
-    def loads(shares: FloatArray | None) -> Loads:
-        return Loads(
-            deployment,
-            case.popularity,
-            owners,
-            system.mode,
-            deployment.tokens(waves, shares),
-            seed=seed,
-            coupling=COUPLING if waves > 1 else 0.0,
-        )
-
-    even = loads(None)
+    deployment = case.deployment
+    coupling = COUPLING if waves > 1 else 0.0
+    loads = partial(Loads, deployment, case.popularity, case.owners(system.replicas), system.mode, seed=seed)
+    even = loads(deployment.tokens(waves), coupling=coupling)
     if not system.balance_homes or not deployment.colocated:
         return even
-    experts = even.expected_seconds().sum(axis=0) * waves
-    return loads(home_shares(experts, per_sequence_seconds(deployment), deployment.num_sequences))
+    # A single wave needs every layer level, whatever the sum: there only the speed of a home counts.
+    experts = even.expected_seconds().sum(axis=0) * waves * (waves > 1)
+    homes = home_shares(experts, per_sequence_seconds(deployment), deployment.num_sequences)
+    return loads(deployment.tokens(waves, homes), shares=even.shares)
 
 
 def per_sequence_seconds(deployment: Deployment) -> FloatArray:
@@ -150,11 +149,20 @@ def per_sequence_seconds(deployment: Deployment) -> FloatArray:
     return (seconds(many) - seconds(few)) / (many - few) * deployment.slowdown[list(deployment.homes)]
 
 
-def pick_waves(system: System, case: Case, counts: Sequence[int] = WAVE_COUNTS) -> int:
-    """What `policy.wave_count` chooses from the expected times of each number of waves."""
-    least = int(case.deployment.tokens(1).min())
-    estimates = [estimate(make_loads(system, case, count, 0)) for count in counts if count <= max(1, least)]
-    return choose_num_waves(estimates)
+def pick_loads(system: System, case: Case, seed: int) -> Loads:
+    """With as many waves as `policy.wave_count` chooses from their expected times."""
+    most = int(case.deployment.tokens(1).min())
+    tried: list[tuple[WaveEstimate, Loads]] = []
+    for waves in WAVE_COUNTS:
+        if waves > max(1, most):
+            break
+        loads = make_loads(system, case, waves, seed)
+        tried.append((estimate(loads), loads))
+        # The time of a pass falls and then rises with W: after two steps up the rest need not be planned.
+        if len(tried) > 2 and tried[-3][0].pass_s < tried[-2][0].pass_s < tried[-1][0].pass_s:
+            break
+    chosen = choose_num_waves([found for found, _ in tried])
+    return next(loads for found, loads in tried if found.num_waves == chosen)
 
 
 def estimate(loads: Loads) -> WaveEstimate:
@@ -164,20 +172,29 @@ def estimate(loads: Loads) -> WaveEstimate:
     experts = loads.expected_seconds()
     home_s, owner_s = attention.sum(axis=0) + head, experts.sum(axis=0)
     busy = home_s + owner_s if deployment.colocated else np.concatenate((home_s, owner_s))
-    rows = loads.tokens.sum() * deployment.sizes.top_k / loads.tokens.shape[1] / len(deployment.owners)
-    link = (
-        deployment.fabric.intra
-        if deployment.num_devices <= deployment.fabric.devices_per_node
-        else (deployment.fabric.inter)
-    )
-    hop = link.latency_s + rows * deployment.row_bytes / link.bandwidth
+    latency = float(attention.max(axis=1).sum() + experts.max(axis=1).sum() + head.max())
+    port_s, hop_s = _exchange_seconds(deployment, loads.tokens.shape[1])
+    exchanges = 2 * deployment.sizes.num_sparse_layers
     return WaveEstimate(
         num_waves=loads.tokens.shape[1],
         busy_s=busy,
-        latency_s=float(
-            attention.max(axis=1).sum()
-            + experts.max(axis=1).sum()
-            + head.max()
-            + 2 * hop * deployment.sizes.num_sparse_layers
-        ),
+        port_s=exchanges * port_s,
+        latency_s=latency,
+        communication_s=exchanges * (port_s + hop_s),
     )
+
+
+def _exchange_seconds(deployment: Deployment, num_waves: int) -> tuple[float, float]:
+    """Seconds that a port needs for one wave's dispatch (or combine) at one layer, and the latency of the link."""
+    num_owners, fabric = len(deployment.owners), deployment.fabric
+    tokens = deployment.num_sequences / len(deployment.homes) / num_waves
+    reached = num_owners * (1 - (1 - 1 / num_owners) ** deployment.sizes.top_k)  # expected owners of a token
+    near = min(fabric.devices_per_node, deployment.num_devices)
+    far = deployment.num_devices - near
+    seconds, latency = 0.0, 0.0
+    for devices, link in ((near - 1, fabric.intra), (far, fabric.inter)):
+        if devices > 0:
+            rows = tokens * reached * devices / deployment.num_devices
+            seconds = max(seconds, rows * deployment.row_bytes / link.bandwidth)
+            latency = link.latency_s
+    return seconds, latency

@@ -142,7 +142,8 @@ class WaveSimulator:
         self._dispatched: dict[tuple[int, int, int], list] = {}  # (wave, iteration, layer): homes missing, arrivals [D]
         self._missing = np.zeros((self._num_waves, self._num_homes), np.int64)  # owners that have not answered
         self._answered = np.zeros((self._num_waves, self._num_homes))
-        self._position = [[None] * self._num_waves for _ in range(self._num_homes)]  # stage of each wave in flight
+        # Stage of each wave that is in flight.
+        self._position: list[list[int | None]] = [[None] * self._num_waves for _ in range(self._num_homes)]
         self._held: list[dict[int, int]] = [{} for _ in range(self._num_homes)]  # iteration by wave that is held
 
     def _push(self, time: float, kind: int, device: int, step: tuple) -> None:
