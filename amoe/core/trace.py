@@ -3,6 +3,7 @@
 Entries are plain lists, numbers and dictionaries, the same before and after a trip through JSON:
 
     add, abort           a request came, or was aborted
+    set_shares           other shares of the replicas hold from now on
     on_batch             a batch came; said: the rows that are kept
     start                said: announcements, and how much of slots and KV blocks is in use
     next_step            said: the step, with the batches that an experts step answers
@@ -22,7 +23,7 @@ import numpy as np
 from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig, SteeringConfig
 from amoe.core.steps import AttentionStep, ExpertsStep, Outgoing, Step
 from amoe.core.worker import ModelShape, WorkerCore
-from amoe.types import Batch, BatchKind, Int32Array, SamplingParams
+from amoe.types import Batch, BatchKind, Int16Array, Int32Array, SamplingParams
 
 FORMAT = 1
 _COLUMNS: dict[str, Any] = {
@@ -54,11 +55,17 @@ class Origin:
     rank: int
     num_kv_blocks: int
     max_model_len: int
+    owners: list[list[list[int]]] | None = None
 
     def make_core(self) -> WorkerCore:
         """A core in its first state."""
         return WorkerCore(
-            self.config, self.shape, self.rank, num_kv_blocks=self.num_kv_blocks, max_model_len=self.max_model_len
+            self.config,
+            self.shape,
+            self.rank,
+            num_kv_blocks=self.num_kv_blocks,
+            max_model_len=self.max_model_len,
+            owners=None if self.owners is None else np.array(self.owners, np.int16),
         )
 
 
@@ -81,6 +88,7 @@ class Trace:
                 "rank": origin.rank,
                 "num_kv_blocks": origin.num_kv_blocks,
                 "max_model_len": origin.max_model_len,
+                "owners": origin.owners,
             }
         )
         for entry in self.entries:
@@ -104,17 +112,21 @@ class Trace:
             config["cache"] = CacheConfig(**config["cache"])
             config["steering"] = SteeringConfig(**config["steering"])
             shape = ModelShape(tuple(head["sparse_layers"]), head["num_experts"])
-            origin = Origin(EngineConfig(**config), shape, head["rank"], head["num_kv_blocks"], head["max_model_len"])
+            sizes = (head["num_kv_blocks"], head["max_model_len"])
+            origin = Origin(EngineConfig(**config), shape, head["rank"], *sizes, head["owners"])
             return cls(origin, [Entry(*json.loads(line)) for line in rest if line.strip()])
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"this is not a trace of a core: {error!r}") from error
 
 
-def record(core: WorkerCore, config: EngineConfig, shape: ModelShape) -> Trace:
+def record(core: WorkerCore, config: EngineConfig, shape: ModelShape, owners: Int16Array | None = None) -> Trace:
     """Record `core` from now on; it must be in its first state for the trace to be repeatable.
 
     The calls that a shell makes are intercepted on these very objects, so neither core nor shell know of it, and cores
     that are not recorded pay nothing.
+
+    Args:
+        config, shape, owners: what the core was made with. A `wave_controller` of its own cannot be repeated.
 
     Returns:
         The trace, which grows as the core is used.
@@ -122,7 +134,8 @@ def record(core: WorkerCore, config: EngineConfig, shape: ModelShape) -> Trace:
     attention = core.attention
     num_blocks = attention.batcher.blocks.num_blocks if attention is not None else 0
     length = attention.batcher.max_model_len if attention is not None else 0
-    trace = Trace(Origin(config, shape, core.rank, num_blocks, length))
+    places = None if owners is None else owners.tolist()
+    trace = Trace(Origin(config, shape, core.rank, num_blocks, length, places))
     calls: list[tuple[object, str, Callable[..., tuple[float | None, Any]], Callable[[Any], Any]]] = [
         (core, "on_batch", lambda batch, now: (now, encode_batch(batch)), _as_list),
         (core, "start", lambda now: (now, None), lambda outgoing: [_encode_outgoing(outgoing), _usage(core)]),
@@ -132,6 +145,7 @@ def record(core: WorkerCore, config: EngineConfig, shape: ModelShape) -> Trace:
         calls += [
             (attention.batcher, "add", _encode_request, lambda sequence: sequence.arrival),
             (attention.batcher, "abort", lambda request_id: (None, request_id), lambda sequence: sequence is not None),
+            (attention, "set_shares", lambda shares: (None, shares.tolist()), lambda _: None),
             (attention, "on_attention", _encode_routing, _encode_outgoing),
             (attention, "on_head", lambda step, *sampled: (None, [_as_list(item) for item in sampled]), lambda _: None),
         ]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from rich.console import Console
 
@@ -16,6 +16,7 @@ from amoe.errors import ConfigError
 from amoe.profiles.models import MODELS
 from amoe.sim import options
 from amoe.sim.config import HostModel, SimConfig, Window
+from amoe.sim.replicas import ShareMode, read_loads, with_replicas
 from amoe.sim.report import ProgressDisplay, print_results, print_workers, write_json
 from amoe.sim.results import Results
 from amoe.sim.simulator import Simulator
@@ -75,6 +76,17 @@ def _add_scheduling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("scheduling")
     group.add_argument(
         "--schedule", default="progress", metavar="A,B,...", help="one or more, such as progress, waves:2, lockstep:2"
+    )
+    group.add_argument(
+        "--redundant-experts", type=_whole(0), default=0, metavar="N", help="replicas per layer at each expert worker"
+    )
+    group.add_argument(
+        "--expert-load", type=Path, metavar="FILE", help="loads that place replicas (default: those of --routing)"
+    )
+    group.add_argument(
+        "--shares",
+        choices=get_args(ShareMode),
+        help="of replicas (default: planned in a closed loop, otherwise even)",
     )
     group.add_argument("--max-num-seqs", type=_whole(1), metavar="N", help="per attention worker (default: enough)")
     group.add_argument(
@@ -246,7 +258,14 @@ def configs_of(args: argparse.Namespace) -> tuple[dict[str, SimConfig], options.
     names = [name.strip() for name in args.schedule.split(",")]
     if len(set(names)) < len(names):
         raise ConfigError(f"--schedule {args.schedule}: each schedule once")
-    return {name: replace(base, scheduler=options.find_schedule(name, scheduler)) for name in names}, hardware
+    configs = {name: replace(base, scheduler=options.find_schedule(name, scheduler)) for name in names}
+    if args.redundant_experts:
+        loads = base.routing.popularity() if args.expert_load is None else read_loads(args.expert_load, sizes)
+        mode: ShareMode = args.shares or ("even" if workload.concurrency is None else "planned")
+        configs = {name: with_replicas(config, args.redundant_experts, loads, mode) for name, config in configs.items()}
+    elif args.expert_load is not None or args.shares is not None:
+        raise ConfigError("--expert-load and --shares are about --redundant-experts N: give that too")
+    return configs, hardware
 
 
 def run_simulate(args: argparse.Namespace) -> int:
@@ -281,6 +300,9 @@ def describe(args: argparse.Namespace, config: SimConfig) -> str:
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
     kept = {key: value for key, value in vars(args).items() if key not in {"func", "json", "command"}}
     return {
-        key: value if isinstance(value, int | float | str | None) else [str(item) for item in value]
-        for key, value in kept.items()
+        key: [str(item) for item in value] if isinstance(value, list) else _plain(value) for key, value in kept.items()
     }
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int | float | str | None) else str(value)

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
+
 from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
 from amoe.core.worker import ModelShape
 from amoe.errors import ConfigError
@@ -14,6 +17,7 @@ from amoe.profiles.links import Fabric
 from amoe.profiles.models import ModelSizes
 from amoe.profiles.routing import RoutingModel
 from amoe.sim.workload import Workload
+from amoe.types import Int16Array
 
 HostMode = Literal["serial", "prelaunched", "queued"]
 WindowUnit = Literal["seconds", "iterations"]
@@ -100,6 +104,9 @@ class SimConfig:
         device: of every worker, but for `slowdowns`.
         cache: `num_blocks` and `kv_cache_bytes` as in the engine; None: what the device's memory leaves room for.
         routing: experts of the tokens.
+        owners: [num_layers, num_experts, R] where experts and their replicas live, as `amoe.policy.placement` makes
+            them; None: no replicas.
+        shares: [num_layers, num_experts, R] of the pairs that each replica gets; None: all at the primaries.
         max_model_len: None: the longest sequence of the workload.
         seed: of everything that is drawn.
     """
@@ -116,6 +123,8 @@ class SimConfig:
     host: HostModel = HostModel()
     slowdowns: tuple[Slowdown, ...] = ()
     outages: tuple[Outage, ...] = ()
+    owners: Int16Array | None = None
+    shares: npt.NDArray[np.float64] | None = None
     max_model_len: int | None = None
     seed: int = 0
 
@@ -133,6 +142,10 @@ class SimConfig:
             raise ConfigError("only a closed loop has iterations to measure: give a duration in seconds")
         if math.isinf(self.window.length) and self.workload.num_requests is None:
             raise ConfigError("a workload without end needs a length of the measurement")
+        if self.placement.redundant_experts and self.owners is None:
+            raise ConfigError("a simulation with redundant experts needs their owners")
+        if self.shares is not None and (self.owners is None or self.shares.shape != self.owners.shape):
+            raise ConfigError("shares need owners of the same shape")
         if len(self.placement.expert_ranks) > self.sizes.num_experts:
             raise ConfigError(f"more expert workers than the {self.sizes.num_experts} experts of {self.sizes.name}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from amoe.errors import ConfigError
 from amoe.sim.config import SimConfig
 
@@ -15,9 +17,16 @@ def weight_bytes(config: SimConfig, rank: int) -> float:
     sizes, placement = config.sizes, config.placement
     total = sizes.attention_bytes if rank in placement.attention_ranks else 0.0
     if rank in placement.expert_ranks:
-        share = -(-sizes.num_experts // len(placement.expert_ranks))
-        total += share * sizes.num_sparse_layers * sizes.expert_bytes
+        total += _experts_per_owner(config) * sizes.num_sparse_layers * sizes.expert_bytes
     return total
+
+
+def _experts_per_owner(config: SimConfig) -> int:
+    """Experts of a layer that an expert worker holds at most, replicas included."""
+    num_owners = len(config.placement.expert_ranks)
+    if config.owners is None:
+        return -(-config.sizes.num_experts // num_owners)
+    return max(int(np.bincount(layer[layer >= 0], minlength=num_owners).max()) for layer in config.owners)
 
 
 def check_weights_fit(config: SimConfig) -> None:

@@ -18,6 +18,7 @@ from amoe.sim.worker import NewRequest, VirtualWorker
 from amoe.types import Batch, BoolArray, Float32Array, Int64Array, SamplingParams
 
 SHOWN = 160  # characters of a value in a report
+_MESSAGES = {"add", "abort", "set_shares"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Turn:
     """What one round of a shell's loop meets.
 
     Attributes:
-        messages: entries of requests that come, and of those that are aborted.
+        messages: entries of requests that come, of those that are aborted, and of other shares.
         batches: that have arrived.
         answer: entry of what the router or the sampler says, if the turn runs a block that asks them.
     """
@@ -94,7 +95,8 @@ def replay(trace: Trace, make_shell: Callable[[WorkerCore], Shell] | None = None
     """
     origin = trace.origin
     core = origin.make_core()
-    repeated = record(core, origin.config, origin.shape)
+    owners = None if origin.owners is None else np.array(origin.owners, np.int16)
+    repeated = record(core, origin.config, origin.shape, owners)
     shell = (make_shell or VirtualShell)(core)
     compared = 0
     for turn in _turns(trace.entries):
@@ -153,6 +155,8 @@ class VirtualShell:
         for message in turn.messages:
             if message.call == "abort":
                 worker.abort(message.given)
+            elif message.call == "set_shares":
+                worker.steer(np.array(message.given))
             else:
                 worker.submit(new_request(message))
         for batch in turn.batches:
@@ -176,10 +180,10 @@ def _turns(entries: Sequence[Entry]) -> Iterator[Turn]:
     """Messages, batches, start, next_step, and what came of the step."""
     turn, is_begun = Turn(), False
     for entry in entries:
-        if is_begun and entry.call in {"add", "abort", "on_batch", "start"}:
+        if is_begun and entry.call in {*_MESSAGES, "on_batch", "start"}:
             yield turn
             turn, is_begun = Turn(), False
-        if entry.call in {"add", "abort"}:
+        if entry.call in _MESSAGES:
             turn.messages.append(entry)
         elif entry.call == "on_batch":
             turn.batches.append(decode_batch(entry.given))

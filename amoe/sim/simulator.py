@@ -82,6 +82,7 @@ class Simulator:
             rank,
             num_kv_blocks=self._num_blocks,
             max_model_len=config.longest_sequence,
+            owners=config.owners,
         )
         answers = None
         if core.attention is not None:
@@ -102,6 +103,8 @@ class Simulator:
         )
         timeline = Timeline([item for item in config.outages if item.rank == rank])
         worker = VirtualWorker(core, answers, self._network.send)
+        if config.shares is not None and core.attention is not None:
+            worker.steer(config.shares.astype(np.float32))  # as they travel to a real worker
         return Device(worker, self._events, timer, config.host, timeline, WorkerMeter())
 
     # ---- what happens

@@ -6,9 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, Outgoing, Step
 from amoe.core.worker import WorkerCore
 from amoe.types import Batch, BoolArray, Float32Array, Int32Array, Int64Array, SamplingParams
+
+Shares = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class VirtualWorker:
         self.core = core
         self.answers = answers
         self._send_batch = send
-        self._messages: list[NewRequest | int] = []  # a number is an abort
+        self._messages: list[NewRequest | Shares | int] = []  # a number is an abort
         self._mailbox: list[Batch] = []
 
     def submit(self, request: NewRequest) -> None:
@@ -54,6 +59,10 @@ class VirtualWorker:
     def abort(self, request_id: int) -> None:
         """The next turn aborts a request."""
         self._messages.append(request_id)
+
+    def steer(self, shares: Shares) -> None:
+        """From the next turn on, tokens choose replicas by `shares` [num_layers, num_experts, R]."""
+        self._messages.append(shares)
 
     def deliver(self, batch: Batch) -> None:
         """A batch waits for the next turn."""
@@ -93,5 +102,7 @@ class VirtualWorker:
         for message in messages:
             if isinstance(message, NewRequest):
                 batcher.add(message.request_id, message.prompt_token_ids, message.params)
-            else:
+            elif isinstance(message, int):
                 batcher.abort(message)
+            else:
+                self.core.attention.set_shares(message)

@@ -11,12 +11,13 @@ import pytest
 from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
 from amoe.core.trace import Trace, record
 from amoe.core.worker import ModelShape, WorkerCore
-from amoe.engine.messages import AbortRequests, AddRequest
+from amoe.engine.messages import AbortRequests, AddRequest, Steer
 from amoe.engine.worker import Worker
 from amoe.engine.worker_stats import StatsKeeper
 from amoe.models.config import load_model_config
 from amoe.profiles.routing import log_normal_routing
 from amoe.sim.replay import RecordedAnswers, Turn, load_trace, new_request, replay, save_trace
+from amoe.sim.replicas import with_replicas
 from amoe.sim.simulator import Simulator
 from amoe.sim.workload import Lengths, Workload
 from amoe.types import SamplingParams
@@ -130,10 +131,7 @@ class EngineShell:
     def run(self, turn: Turn) -> None:
         self.answers.entry = turn.answer
         self.now = turn.now
-        self.messages = [
-            AbortRequests([message.given]) if message.call == "abort" else _to_message(message)
-            for message in turn.messages
-        ]
+        self.messages = [_to_message(message) for message in turn.messages]
         self.batches = turn.batches
         self.worker._next_control = 0.0
         self.worker.turn()
@@ -151,7 +149,11 @@ class EngineShell:
         return True
 
 
-def _to_message(entry) -> AddRequest:
+def _to_message(entry) -> AddRequest | AbortRequests | Steer:
+    if entry.call == "abort":
+        return AbortRequests([entry.given])
+    if entry.call == "set_shares":
+        return Steer(np.array(entry.given, "<f4").tobytes())
     request = new_request(entry)
     return AddRequest(request.request_id, request.prompt_token_ids.tolist(), request.params)
 
@@ -180,6 +182,9 @@ class FakeHome:
         token_ids = np.array(message.prompt_token_ids, np.int32)
         self.core.batcher.add(message.request_id, token_ids, message.params)
 
+    def steer(self, message: Steer) -> None:
+        self.core.set_shares(np.frombuffer(message.shares, "<f4").reshape(self.core.replica_shape))
+
     def run_attention(self, step, now):
         assert self.answers.is_for(step)
         # The simulator tells the core when the step has ended, the engine when it has begun.
@@ -192,7 +197,8 @@ class FakeHome:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize(("schedule", "micro_batches"), SCHEDULES)
-def test_the_engine_decides_as_the_simulator_did(placement, schedule, micro_batches):
+@pytest.mark.parametrize("num_redundant", [0, 2])
+def test_the_engine_decides_as_the_simulator_did(placement, schedule, micro_batches, num_redundant):
     config = make_config(
         routing=log_normal_routing(SIZES, 1.0, seed=1),
         workload=Workload(concurrency=7, num_requests=15, input=Lengths(mean=20), output=Lengths(mean=8)),
@@ -202,8 +208,10 @@ def test_the_engine_decides_as_the_simulator_did(placement, schedule, micro_batc
             schedule=schedule, micro_batches=micro_batches, max_num_seqs=5, max_num_batched_tokens=24
         ),
     )
+    if num_redundant and len(config.placement.expert_ranks) > 1:
+        config = with_replicas(config, num_redundant, config.routing.popularity(), "even")
     simulator = Simulator(config)
-    traces = [record(core, config.engine_config(), config.shape) for core in simulator.cores]
+    traces = [record(core, config.engine_config(), config.shape, config.owners) for core in simulator.cores]
     assert simulator.run().output_tokens == 15 * 8
     for trace in traces:
         assert len(trace.entries) > 200

@@ -127,6 +127,12 @@ def test_recorded_routing(tmp_path):
         (["mixtral-8x7b", "--request-rate", "5", "--iterations", "5"], "only a closed loop"),
         (["mixtral-8x7b", "--slow", "8:2"], "no worker 8"),
         (["mixtral-8x7b", "--num-kv-blocks", "3"], "has room for 3"),
+        (["mixtral-8x7b", "--shares", "even"], "give that too"),
+        (["mixtral-8x7b", "--redundant-experts", "1", "--expert-load", "none"], "cannot be read"),
+        (
+            ["mixtral-8x7b", "--redundant-experts", "1", "--request-rate", "1", "--shares", "planned"],
+            "closed loop only",
+        ),
     ],
 )
 def test_mistakes_are_one_line(argv, message, capsys):
@@ -196,6 +202,15 @@ def test_a_comparison_of_schedules_is_shown_and_written(tmp_path, capsys):
         assert result["inter_token_latency"]["mean"] > 0
     assert cli.main(["simulate", *SMALL, *argv[:-1], str(tmp_path / "again.json")]) == 0
     assert json.loads((tmp_path / "again.json").read_text())["results"] == report["results"]
+
+
+def test_replicas_are_placed_by_the_loads_of_the_routing(capsys):
+    config = config_of("olmoe-1b-7b", "--redundant-experts", "2", "--devices", "4")
+    assert config.owners is not None and config.shares is not None
+    assert ((config.owners >= 0).sum(axis=(1, 2)) == 64 + 4 * 2).all()
+    hottest = config.routing.popularity()[3].argmax()
+    assert (config.owners[3, hottest] >= 0).sum() > 1
+    assert cli.main(["simulate", *SMALL, "--redundant-experts", "1", "--iterations", "2"]) == 0
 
 
 def test_a_window_without_tokens_is_shown_as_such(tmp_path, capsys):

@@ -206,6 +206,18 @@ def test_a_worker_that_dies_takes_its_sequences_along():
     assert results.timeline[-1].tokens_per_s > 0
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_whoever_dies_the_simulation_ends(schedule, rank):
+    simulate(
+        workload=Workload(concurrency=6, input=Lengths(mean=PROMPT), output=Lengths(mean=OUTPUT)),
+        window=Window(length=500, unit="iterations"),
+        placement=PlacementConfig(colocated=3),
+        scheduler=SchedulerConfig(schedule=schedule, max_num_seqs=8, max_hold_s=0.02),
+        outages=(Outage(rank=rank, start_s=0.02),),
+    )
+
+
 def test_iterations_are_whole_ones():
     config = make_config(
         workload=Workload(concurrency=8, input=Lengths(mean=1), output=Lengths(mean=1000)),
