@@ -21,7 +21,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from amoe.stats import BATCH_SIZE_EDGES, JOIN_WAIT_EDGES, HistogramSnapshot, WorkerStats
+from amoe.stats import BATCH_SIZE_EDGES, JOIN_WAIT_EDGES, HistogramSnapshot, SteeringStats, WorkerStats
 from amoe.types import FinishReason
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -83,6 +83,8 @@ class EngineMetrics:
         )
         self._healthy.labels(model_name).set(1)
         self.registry.register(_WorkerCollector(model_name, self.workers))
+        self._steering = _SteeringCollector(model_name)
+        self.registry.register(self._steering)
 
     def _counter(self, name: str, documentation: str) -> Counter:
         return Counter(f"amoe:{name}", documentation, LABELS, registry=self.registry)
@@ -143,6 +145,10 @@ class EngineMetrics:
     def worker(self, stats: WorkerStats) -> None:
         """Take a worker's latest snapshot."""
         self.workers[stats.rank] = stats
+
+    def steered(self, state: SteeringStats) -> None:
+        """Take what has been made of the snapshots."""
+        self._steering.state = state
 
     def healthy(self, value: bool) -> None:
         """Whether every worker makes progress."""
@@ -253,3 +259,33 @@ class _WorkerCollector(Collector):
         yield pairs
         yield waves
         yield slips
+
+
+class _SteeringCollector(Collector):
+    """Names what steering knows and does."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        self.state = SteeringStats({}, {})
+
+    def collect(self) -> Iterator[Metric]:
+        """Nothing of a worker before the first plan."""
+        state, labels = self.state, ("model_name",)
+        for name, documentation, values in (
+            ("owner_speed", "Speed of an expert worker; 1 is the median one's.", state.owner_speed),
+            ("home_share", "Part of the new sequences that an attention worker gets.", state.home_share),
+        ):
+            family = GaugeMetricFamily(f"amoe:{name}", documentation, labels=("worker",))
+            for rank, value in sorted(values.items()):
+                family.add_metric((str(rank),), value)
+            yield family
+        moved = GaugeMetricFamily(
+            "amoe:replica_pairs_moved_perc",
+            "Pairs that go to another replica than the primary; 1 is all.",
+            labels=labels,
+        )
+        moved.add_metric((self._model_name,), state.moved)
+        yield moved
+        plans = CounterMetricFamily("amoe:replica_plans", "Times that shares of replicas changed.", labels=labels)
+        plans.add_metric((self._model_name,), state.num_plans)
+        yield plans

@@ -1,4 +1,4 @@
-"""What a worker counts about itself: a snapshot that travels to the server, where `amoe.metrics` names it.
+"""What workers count about themselves: snapshots that travel to the server, where `amoe.metrics` names them.
 
 Counters and histograms are cumulative since the worker started, so that a lost snapshot loses nothing.
 """
@@ -77,6 +77,8 @@ class WorkerStats:
         rank, role: `role` is "attention", "experts" or "colocated" (both).
         loops: turns of the worker's loop: they prove that it makes progress.
         busy_s: seconds in which a block ran, cumulative.
+        home_s: of these, in attention blocks and heads; experts_s: in experts.
+        expert_work: units of work that the experts did, see `amoe.policy.steering`, cumulative.
         modelled_s: seconds that an emulated device's kernels were to take, cumulative; 0 at a real one.
         steps: blocks run, cumulative.
         num_running, num_waiting: sequences (attention workers).
@@ -112,3 +114,23 @@ class WorkerStats:
     modelled_s: float = 0.0
     num_waves: int = 0
     num_slips: int = 0
+    home_s: float = 0.0
+    experts_s: float = 0.0
+    expert_work: int = 0
+
+
+@dataclass(slots=True)
+class SteeringStats:
+    """What the server knows of its workers' speeds, and what it has made of it.
+
+    Attributes:
+        owner_speed: of each expert worker, by rank, relative to the median one.
+        home_share: of the new sequences, for each attention worker, by rank.
+        moved: part of the pairs that goes to another replica than the primary.
+        num_plans: times that the homes were told other shares of replicas, cumulative.
+    """
+
+    owner_speed: dict[int, float]
+    home_share: dict[int, float]
+    moved: float = 0.0
+    num_plans: int = 0

@@ -25,7 +25,7 @@ def connect_engine(cluster: LocalCluster, ready: Sequence[Ready], *, name: str, 
     # Expert workers have no say in the length of a sequence: they have no KV cache.
     longest = min(ready[rank].max_model_len for rank in config.placement.attention_ranks)
     model = ModelInfo(name=name, max_model_len=longest, vocab_size=load_model_config(config.model).vocab_size)
-    engine = AsyncEngine(cluster.channels, config, tokenizer, model)
+    engine = AsyncEngine(cluster.channels, config, tokenizer, model, owners=cluster.owners)
     cluster.on_death = lambda _, reason: engine.die(reason)
     engine.run()
     return engine

@@ -68,5 +68,7 @@ def assemble(
         transport=ports.transport,
         control=ports.control,
         clock=ports.clock,
-        stats=StatsKeeper(core.rank, role_of(config, core.rank), *num_layers_experts, modelled_s),
+        stats=StatsKeeper(
+            core.rank, role_of(config, core.rank), *num_layers_experts, modelled_s, ridge_tokens=config.ridge_tokens
+        ),
     )

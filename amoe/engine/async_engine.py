@@ -18,12 +18,13 @@ from amoe.clock import Clock, MonotonicClock
 from amoe.config import EngineConfig
 from amoe.engine.generation import GenerationDelta, GenerationState
 from amoe.engine.messages import AbortRequests, AddRequest, Failed, Heartbeat, Outputs, ToServer, ToWorker
+from amoe.engine.steering import Steering
 from amoe.engine.tokenizer import Tokenizer
 from amoe.engine.watchdog import Watchdog
 from amoe.errors import AmoeError, EngineDeadError, EngineOverloadedError, RequestError
 from amoe.metrics import EngineMetrics
 from amoe.policy import admission
-from amoe.types import FinishReason, SamplingParams, SequenceOutput
+from amoe.types import FinishReason, Int16Array, SamplingParams, SequenceOutput
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ class AsyncEngine:
         channels: one per worker, by rank.
         config: of the workers.
         model: what they have loaded.
+        owners: [num_layers, num_experts, R] where experts live; None: replicas, if there are any, are not steered.
         heartbeat_timeout_s: a worker that says nothing for so long is dead.
         stall_timeout_s: a worker that says nothing, or has work and runs no block, for so long makes the engine
             unhealthy until it goes on.
@@ -129,6 +131,7 @@ class AsyncEngine:
         tokenizer: Tokenizer,
         model: ModelInfo,
         *,
+        owners: Int16Array | None = None,
         clock: Clock | None = None,
         heartbeat_timeout_s: float = 120.0,
         stall_timeout_s: float = 15.0,
@@ -156,6 +159,7 @@ class AsyncEngine:
         self._all_closed.set()
         self._watchdog = Watchdog(range(len(channels)), heartbeat_timeout_s, stall_timeout_s)
         self.metrics.prepare(self._attention_ranks)
+        self._steering = Steering(config, owners, self._clock, send=self._send, tell=self.metrics.steered)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -166,6 +170,7 @@ class AsyncEngine:
             for rank, channel in enumerate(self._channels)
         ]
         self._tasks.append(asyncio.create_task(self._watch(), name="amoe-watchdog"))
+        self._tasks.append(asyncio.create_task(self._steering.run(), name="amoe-steering"))
 
     def refuse_new(self) -> None:
         """The server is going: what is open may end, nothing new comes in."""
@@ -277,8 +282,10 @@ class AsyncEngine:
         return len(self._finished_at) / max(1e-3, self._clock.now() - self._finished_at[0])
 
     def _start_one(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> Generation:
+        shares = self._steering.state.home_share
         rank = admission.choose_worker(
-            [admission.WorkerLoad(r, self._num_requests[r], self._num_tokens[r]) for r in self._attention_ranks]
+            [admission.WorkerLoad(r, self._num_requests[r], self._num_tokens[r], shares[r]) for r in shares],
+            self.config.scheduler.max_num_seqs,
         )
         state = GenerationState(params, self.tokenizer.detokenizer(params), len(prompt_token_ids))
         generation = Generation(self, self._next_id, rank, state, self._clock.now())
@@ -337,6 +344,7 @@ class AsyncEngine:
         elif isinstance(message, Heartbeat):
             self._watchdog.beat(rank, message.stats)
             self.metrics.worker(message.stats)
+            self._steering.observe(message.stats)
         elif isinstance(message, Failed):
             self.die(f"worker {rank} failed: {message.message}")
 

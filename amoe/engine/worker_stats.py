@@ -11,6 +11,7 @@ from amoe.core.experts import count_pairs
 from amoe.core.steps import ExpertsStep, Step
 from amoe.core.worker import WorkerCore
 from amoe.engine.home import Home
+from amoe.policy.steering import count_work
 from amoe.stats import BATCH_SIZE_EDGES, LayerHistograms, QueueSnapshot, WorkerStats
 from amoe.types import BlockKind
 
@@ -22,16 +23,26 @@ class StatsKeeper:
 
     Args:
         modelled_s: seconds that the kernels of an emulated device were to take so far.
+        ridge_tokens: tokens of an expert below which reading its weights takes longer than computing.
     """
 
     def __init__(
-        self, rank: int, role: str, num_layers: int, num_experts: int, modelled_s: Callable[[], float] = lambda: 0.0
+        self,
+        rank: int,
+        role: str,
+        num_layers: int,
+        num_experts: int,
+        modelled_s: Callable[[], float] = lambda: 0.0,
+        ridge_tokens: int = 1,
     ) -> None:
         self.rank = rank
         self.role = role
         self.loops = 0
         self.steps = 0
         self.busy_s = 0.0
+        self.experts_s = 0.0
+        self.expert_work = 0
+        self._ridge_tokens = ridge_tokens
         self._batch_sizes = {kind: LayerHistograms(num_layers + 1, BATCH_SIZE_EDGES) for kind in BlockKind}
         self._modelled_s = modelled_s
         self._expert_pairs = np.zeros((num_layers, num_experts), np.int64)
@@ -41,12 +52,18 @@ class StatsKeeper:
         self.steps += 1
         self.busy_s += seconds
         self._batch_sizes[step.block.kind].observe(step.block.layer, step.num_tokens)
-        if isinstance(step, ExpertsStep) and step.num_tokens:
-            self._expert_pairs[step.block.layer] += count_pairs(step.expert_ids, self._expert_pairs.shape[1])
+        if isinstance(step, ExpertsStep):
+            self.experts_s += seconds
+            if step.num_tokens:
+                counts = count_pairs(step.expert_ids, self._expert_pairs.shape[1])
+                self._expert_pairs[step.block.layer] += counts
+                self.expert_work += count_work(counts, self._ridge_tokens)
 
     def snapshot(self, core: WorkerCore, home: Home | None, now: float) -> WorkerStats:
         """Everything, as it is now."""
         stats = WorkerStats(self.rank, self.role, self.loops, self.busy_s, self.steps, modelled_s=self._modelled_s())
+        stats.home_s, stats.experts_s = self.busy_s - self.experts_s, self.experts_s
+        stats.expert_work = self.expert_work
         stats.num_waves, stats.num_slips = core.num_waves, core.num_slips
         stats.queues = self._queues(core, now)
         stats.batch_sizes = [item for kind in BlockKind for item in self._batch_sizes[kind].snapshot(_NAMES[kind])]

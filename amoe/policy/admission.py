@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from amoe.config import MAX_NUM_SEQS
 from amoe.errors import RequestError
 
 MAX_RETRY_AFTER_S = 30
@@ -18,20 +19,32 @@ class WorkerLoad(NamedTuple):
         rank: of the worker.
         num_requests: open requests there.
         num_tokens: tokens of their prompts, plus what they have generated.
+        share: part of all requests that it should have, relative to the others'.
     """
 
     rank: int
     num_requests: int
     num_tokens: int
+    share: float = 1.0
 
 
-def choose_worker(loads: Sequence[WorkerLoad]) -> int:
+def choose_worker(loads: Sequence[WorkerLoad], max_num_seqs: int = MAX_NUM_SEQS) -> int:
     """Rank of the attention worker for the next request.
 
-    Fewest requests first: in decode each of them is one row of every batch, which is what has to be even. Ties go to
-    the worker with fewer tokens (less KV in use), then to the lower rank.
+    The one that with it has the fewest requests for its share: in decode each of them is one row of every batch, which
+    is what has to follow the shares. But nobody waits at a worker that runs `max_num_seqs` while another has room. Ties
+    go to the worker with fewer tokens (less KV in use), then to the lower rank.
     """
-    return min(loads, key=lambda load: (load.num_requests, load.num_tokens, load.rank)).rank
+
+    def order(load: WorkerLoad) -> tuple[bool, float, int, int]:
+        return (
+            load.num_requests >= max_num_seqs,
+            (load.num_requests + 1) / load.share,
+            load.num_tokens,
+            load.rank,
+        )
+
+    return min(loads, key=order).rank
 
 
 def queue_capacity(num_workers: int, max_num_seqs: int, max_waiting: int) -> int:

@@ -32,7 +32,10 @@ PURE = ("policy", "core")
 
 # Where each of these may be imported: prefixes of module names.
 CONFINED = {
-    "asyncio": ("amoe.server", "amoe.engine.async_engine", "amoe.engine.control", "amoe.cluster", "amoe.bench"),
+    "asyncio": (
+        *("amoe.engine.async_engine", "amoe.engine.control", "amoe.engine.steering"),
+        *("amoe.server", "amoe.cluster", "amoe.bench"),
+    ),
     "ray": ("amoe.cluster.ray_cluster",),
     "transformers": ("amoe.builtin.train",),
     "prometheus_client": ("amoe.metrics",),

@@ -12,6 +12,7 @@ from amoe.stats import (
     JOIN_WAIT_EDGES,
     LayerHistograms,
     QueueSnapshot,
+    SteeringStats,
     WorkerStats,
 )
 
@@ -24,6 +25,7 @@ GOLDEN = {
     "amoe:engine_healthy": ("gauge", {"model_name"}),
     "amoe:expert_pairs": ("counter", {"layer", "expert", "worker"}),
     "amoe:generation_tokens": ("counter", REQUEST_LABELS),
+    "amoe:home_share": ("gauge", {"worker"}),
     "amoe:inter_token_latency_seconds": ("histogram", REQUEST_LABELS),
     "amoe:join_wait_seconds": ("histogram", BLOCK_LABELS),
     "amoe:kv_cache_usage_perc": ("gauge", REQUEST_LABELS),
@@ -32,10 +34,13 @@ GOLDEN = {
     "amoe:num_preemptions": ("counter", REQUEST_LABELS),
     "amoe:num_requests_running": ("gauge", REQUEST_LABELS),
     "amoe:num_requests_waiting": ("gauge", REQUEST_LABELS),
+    "amoe:owner_speed": ("gauge", {"worker"}),
     "amoe:prefix_cache_hits": ("counter", REQUEST_LABELS),
     "amoe:prefix_cache_queries": ("counter", REQUEST_LABELS),
     "amoe:prompt_tokens": ("counter", REQUEST_LABELS),
     "amoe:prompt_tokens_cached": ("counter", REQUEST_LABELS),
+    "amoe:replica_pairs_moved_perc": ("gauge", {"model_name"}),
+    "amoe:replica_plans": ("counter", {"model_name"}),
     "amoe:request_decode_time_seconds": ("histogram", REQUEST_LABELS),
     "amoe:request_generation_tokens": ("histogram", REQUEST_LABELS),
     "amoe:request_prompt_tokens": ("histogram", REQUEST_LABELS),
@@ -55,6 +60,7 @@ def metrics() -> EngineMetrics:
     """Every series, with known values."""
     metrics = EngineMetrics("m", max_model_len=100)
     metrics.prepare([0, 1])
+    metrics.steered(SteeringStats({0: 1.0, 1: 0.5}, {0: 0.6, 1: 0.4}, moved=0.1, num_plans=2))
     metrics.first_token(1, 0.03, num_prompt_tokens=7, num_cached_tokens=4)
     metrics.tokens(1, 1, None)
     metrics.tokens(1, 2, 0.2)
@@ -144,6 +150,14 @@ def test_worker_values(metrics: EngineMetrics):
     assert found["amoe:expert_pairs_total{expert=1,layer=0,worker=1}"] == 8
     assert "amoe:num_requests_running{engine=1}" not in found  # an expert worker has no requests
     assert "amoe:expert_pairs_total{expert=0,layer=0,worker=1}" not in found
+
+
+def test_steering_values(metrics: EngineMetrics):
+    found = samples(metrics)
+    assert found["amoe:owner_speed{worker=1}"] == 0.5
+    assert found["amoe:home_share{worker=0}"] == 0.6
+    assert found["amoe:replica_pairs_moved_perc{}"] == 0.1
+    assert found["amoe:replica_plans_total{}"] == 2
 
 
 def test_histograms_of_workers_are_cumulative(metrics: EngineMetrics):

@@ -25,6 +25,20 @@ def test_fewest_requests_then_fewest_tokens_then_lowest_rank():
     assert choose_worker([WorkerLoad(0, 1, 9), WorkerLoad(1, 1, 9)]) == 0
 
 
+def test_requests_follow_the_shares():
+    shares, counts = (0.5, 0.3, 0.2), [0, 0, 0]
+    for _ in range(100):
+        loads = [WorkerLoad(rank, counts[rank], 0, share) for rank, share in enumerate(shares)]
+        counts[choose_worker(loads)] += 1
+    assert counts == [50, 30, 20]
+
+
+def test_nobody_waits_where_another_worker_has_room():
+    loads = [WorkerLoad(0, 8, 1, 0.9), WorkerLoad(1, 7, 1, 0.1)]
+    assert choose_worker(loads, 8) == 1
+    assert choose_worker(loads, 7) == 0, "none has room"
+
+
 def test_queue_capacity():
     assert queue_capacity(3, 256, 10) == 778
 

@@ -1,0 +1,233 @@
+"""Steering by heartbeats: of workers that a script plays, and of a cluster of modelled devices."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from amoe.clock import ManualClock
+from amoe.config import EngineConfig, PlacementConfig, ScheduleName, SchedulerConfig, SteeringConfig
+from amoe.core.replica_shares import ReplicaShares
+from amoe.engine.emulated_device import EmulatedDevice
+from amoe.engine.messages import Steer
+from amoe.engine.steering import Steering
+from amoe.policy.placement import place_experts, replicate_experts
+from amoe.policy.steering import count_work
+from amoe.profiles.models import MODELS
+from amoe.stats import BATCH_SIZE_EDGES, HistogramSnapshot, LayerHistograms, SteeringStats, WorkerStats
+from amoe.types import SamplingParams
+from tests.fake_workers import make_engine, make_tokenizer
+
+SIZES = MODELS["olmoe-1b-7b"]
+NUM_SEQUENCES = 16384
+NUM_CONTEXT = 100
+NUM_WAVES = 2
+
+
+class ModelledCluster:
+    """Colocated workers that do what is asked of them in the time of their profile, and say so."""
+
+    def __init__(self, device: str, num_workers: int, schedule: ScheduleName = "waves", spare: int = 4) -> None:
+        self.device = EmulatedDevice.parse(device)
+        self.popularity = self.device.routing(SIZES).popularity()
+        self.owners = place_experts(SIZES.num_layers, SIZES.num_experts, num_workers)
+        if spare:
+            slots = SIZES.num_experts // num_workers + spare
+            self.owners = replicate_experts(self.popularity, num_workers, slots)
+        placement = PlacementConfig(colocated=num_workers, redundant_experts=spare)
+        self.config = EngineConfig(
+            model="m", device=device, placement=placement, scheduler=SchedulerConfig(schedule=schedule)
+        )
+        self.clock = ManualClock()
+        self.sent: list[tuple[int, Steer]] = []
+        self.told: list[SteeringStats] = []
+        self.steering = Steering(
+            self.config,
+            self.owners,
+            self.clock,
+            send=lambda rank, message: self.sent.append((rank, message)),
+            tell=lambda state: self.told.append(replace(state)),
+        )
+        self.replicas = [ReplicaShares(self.owners, rank) for rank in range(num_workers)]
+        self.costs = [self.device.costs(SIZES, rank) for rank in range(num_workers)]
+        num_waves = 0 if schedule == "lockstep" else NUM_WAVES
+        pairs = [[0] * SIZES.num_experts for _ in range(SIZES.num_layers)]
+        self.stats = [
+            WorkerStats(rank, "colocated", num_waves=num_waves, expert_pairs=pairs) for rank in range(num_workers)
+        ]
+        self.sizes = [LayerHistograms(SIZES.num_layers, BATCH_SIZE_EDGES) for _ in range(num_workers)]
+        self.busy = np.zeros(num_workers)
+
+    def iterate(self) -> None:
+        """One token for every sequence; then all heartbeats."""
+        shares = np.array([self.steering.state.home_share[rank] for rank in range(len(self.stats))])
+        before = [stats.home_s + stats.experts_s for stats in self.stats]
+        for layer in range(SIZES.num_layers):
+            arriving = sum(self._attend(rank, layer, share) for rank, share in enumerate(shares.tolist()))
+            for rank, counts in enumerate(arriving):
+                self._compute(rank, layer, counts)
+        self.clock.advance(1.0)
+        for stats, sizes in zip(self.stats, self.sizes, strict=True):
+            stats.batch_sizes = sizes.snapshot("attention")
+            self.steering.observe(stats)
+        self.busy = np.array([s.home_s + s.experts_s - b for s, b in zip(self.stats, before, strict=True)])
+
+    def _attend(self, rank: int, layer: int, share: float) -> np.ndarray:
+        """[D, E] pairs that a wave's tokens of one home send to the owners. All waves are alike."""
+        num_tokens = round(share * NUM_SEQUENCES / NUM_WAVES)
+        self.stats[rank].home_s += NUM_WAVES * self.costs[rank].attention(layer, num_tokens, num_tokens * NUM_CONTEXT)
+        for _ in range(NUM_WAVES):
+            self.sizes[rank].observe(layer, num_tokens)
+        pairs = np.rint(self.popularity[layer] * num_tokens * SIZES.top_k).astype(np.int64)
+        ids = np.repeat(np.arange(SIZES.num_experts), pairs)[:, None]
+        where = self.replicas[rank].choose(layer, ids)
+        counts = np.zeros((len(self.stats), SIZES.num_experts), np.int64)
+        np.add.at(counts, (where.ravel(), ids.ravel()), 1)
+        return counts
+
+    def _compute(self, rank: int, layer: int, counts: np.ndarray) -> None:
+        stats = self.stats[rank]
+        stats.experts_s += NUM_WAVES * float(self.costs[rank].experts(layer, counts))
+        stats.expert_work += NUM_WAVES * count_work(counts, self.config.ridge_tokens)
+        rows = [list(row) for row in stats.expert_pairs]
+        rows[layer] = (np.array(rows[layer]) + NUM_WAVES * counts).tolist()
+        stats.expert_pairs = rows
+
+    def obey(self) -> None:
+        """The homes receive what was sent."""
+        for rank, message in self.sent:
+            self.replicas[rank].set(np.frombuffer(message.shares, "<f4").reshape(self.owners.shape))
+        self.sent.clear()
+
+    async def settle(self, num_plans: int = 12) -> None:
+        for _ in range(num_plans):
+            for _ in range(3):
+                self.iterate()
+            await self.steering.steer()
+            self.obey()
+
+    def pairs_at(self, rank: int) -> float:
+        """Part of the pairs that shares now send to an owner."""
+        parts = np.where(self.owners == rank, self.replicas[0].shares, 0.0).sum(axis=-1)
+        return float((parts * self.popularity).sum()) / SIZES.num_layers
+
+
+async def test_a_straggler_gets_fewer_pairs_and_fewer_sequences() -> None:
+    cluster = ModelledCluster("emulated:h100,straggler=2:1.5", 4)
+    cluster.iterate()
+    before = cluster.busy
+    assert cluster.steering.state.home_share == dict.fromkeys(range(4), 0.25)
+    await cluster.settle()
+    state = cluster.steering.state
+    assert state.owner_speed[2] == pytest.approx(1 / 1.5, rel=0.05)
+    assert [state.owner_speed[rank] for rank in (0, 1, 3)] == pytest.approx([1, 1, 1], rel=0.05)
+    assert cluster.pairs_at(2) < min(cluster.pairs_at(rank) for rank in (0, 1, 3))
+    assert state.home_share[2] < 0.9 * min(state.home_share[rank] for rank in (0, 1, 3))
+    assert cluster.busy.max() < 0.85 * before.max()
+    assert cluster.busy.max() / cluster.busy.min() < 1.1
+    assert 0 < state.moved < 0.5
+    assert cluster.told[-1] == state
+
+
+async def test_homes_beside_hot_experts_get_fewer_sequences() -> None:
+    """No replicas: the experts stay where they are, and the sequences make room for them."""
+    cluster = ModelledCluster("emulated:h100", 4, spare=0)
+    cluster.popularity[:, : SIZES.num_experts // 4] *= 1.5  # of worker 0, in every layer
+    cluster.popularity /= cluster.popularity.sum(axis=1, keepdims=True)
+    cluster.iterate()
+    before = cluster.busy
+    await cluster.settle()
+    shares = [cluster.steering.state.home_share[rank] for rank in range(4)]
+    assert shares[0] < 0.9 * min(shares[1:])
+    assert cluster.busy.max() < 0.95 * before.max()
+    assert cluster.busy.max() / cluster.busy.min() < 1.05 < before.max() / before.min()
+    assert (cluster.steering.state.num_plans, cluster.sent) == (0, [])
+
+
+async def test_replicas_level_hot_experts_and_then_nothing_changes() -> None:
+    cluster = ModelledCluster("emulated:h100,sigma=1.25", 4)
+    await cluster.settle()
+    levels = [cluster.pairs_at(rank) for rank in range(4)]
+    assert max(levels) < 1.1 * min(levels)
+    plans, shares = cluster.steering.state.num_plans, dict(cluster.steering.state.home_share)
+    assert plans >= 1
+    await cluster.settle(4)
+    assert cluster.steering.state.num_plans == plans
+    assert cluster.steering.state.home_share == pytest.approx(shares, rel=0.1)
+
+
+async def test_a_barrier_levels_attention_alone() -> None:
+    cluster = ModelledCluster("emulated:h100,sigma=1.25", 4, "lockstep", spare=0)
+    await cluster.settle(4)
+    assert cluster.steering.state.home_share == dict.fromkeys(range(4), 0.25)
+    cluster = ModelledCluster("emulated:h100,straggler=0:1.5", 4, "lockstep", spare=0)
+    await cluster.settle()
+    assert cluster.steering.state.home_share[0] < 0.2
+
+
+async def test_nothing_is_planned_from_nothing() -> None:
+    cluster = ModelledCluster("emulated:h100", 2)
+    await cluster.steering.steer()
+    for stats in cluster.stats:
+        cluster.steering.observe(stats)
+    await cluster.steering.steer()
+    assert cluster.told == []
+
+
+async def test_what_is_long_ago_is_forgotten() -> None:
+    """Worker 0 was slow once, and is no more."""
+    cluster = ModelledCluster("emulated:h100,straggler=0:2", 2, spare=0)
+    await cluster.settle(4)
+    slow = cluster.steering.state
+    assert slow.owner_speed[0] < 0.8 * slow.owner_speed[1]
+    cluster.costs[0] = cluster.costs[1]
+    await cluster.settle()
+    assert cluster.steering.state.owner_speed[0] == pytest.approx(1, rel=0.05)
+    assert cluster.steering.state.home_share[0] == pytest.approx(0.5, rel=0.1)
+
+
+def fast_tokens(rank: int, slowness: float) -> WorkerStats:
+    """Of a worker that has computed a lot."""
+    attention = HistogramSnapshot("attention", 0, [0] * len(BATCH_SIZE_EDGES) + [100], 10_000.0)
+    return WorkerStats(
+        rank,
+        "colocated",
+        num_waves=2,
+        home_s=slowness,
+        experts_s=slowness,
+        expert_work=10_000,
+        expert_pairs=[[9_000, 9_000]],
+        batch_sizes=[attention],
+    )
+
+
+async def test_admission_follows_heartbeats(tmp_path: Path) -> None:
+    engine, workers = make_engine(make_tokenizer(tmp_path), num_workers=2, max_num_seqs=64)
+    for worker in workers:
+        worker.runs.clear()
+    try:
+        for worker, slowness in zip(workers, (1.0, 3.0), strict=True):
+            worker.stats = fast_tokens(worker.stats.rank, slowness)
+            worker.beat()
+        while len(engine.metrics.workers) < 2:  # noqa: ASYNC110 - the event loop of a test has nothing else to do
+            await asyncio.sleep(0)
+        for _ in range(10):
+            await engine._steering.steer()
+        engine.start([([5, 6], SamplingParams(max_tokens=4)) for _ in range(40)])
+        counts = [len(worker.requests) for worker in workers]
+        assert counts[0] > 2 * counts[1] > 0
+        assert 'amoe:owner_speed{worker="1"} 0.5' in engine.metrics.render().decode()
+    finally:
+        await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("interval_s", "placement"), [(0.0, PlacementConfig(colocated=2)), (1e-3, PlacementConfig(expert_workers=2))]
+)
+async def test_it_does_not_run_where_there_is_nothing_to_steer(interval_s: float, placement: PlacementConfig) -> None:
+    config = EngineConfig(model="m", placement=placement, steering=SteeringConfig(interval_s=interval_s))
+    await Steering(config, None, ManualClock(), send=lambda rank, message: None).run()
