@@ -249,7 +249,11 @@ def _exit_status(num_failed: int, is_interrupted: bool) -> int:
 def _config_of(args: argparse.Namespace) -> dict[str, Any]:
     kept = {key: value for key, value in vars(args).items() if key not in {"func", "json", "command"}}
     return {
-        key: value if isinstance(value, int | float | str | None) else [str(item) for item in value]
+        key: [str(item) for item in value]
+        if isinstance(value, list)
+        else str(value)
+        if isinstance(value, Path)
+        else value
         for key, value in kept.items()
     }
 
