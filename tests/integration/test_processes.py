@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from amoe.cluster.front import running_engine
-from amoe.config import EngineConfig, PlacementConfig
+from amoe.config import EngineConfig, PlacementConfig, SchedulerConfig
 from amoe.engine.async_engine import AsyncEngine
 from amoe.errors import EngineDeadError
 from amoe.types import SamplingParams
@@ -96,6 +97,25 @@ async def test_a_killed_worker_ends_every_request_with_an_error(root: Path) -> N
             async for _ in generation:
                 pass
         assert not engine.healthy
+
+
+async def test_a_stopped_home_does_not_hold_up_the_waves_of_the_other(root: Path) -> None:
+    config = replace(
+        small_config(root, attention_workers=2, expert_workers=1),
+        scheduler=SchedulerConfig(schedule="waves", num_waves=1, max_hold_s=0.2),
+    )
+    params = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
+    async with running_engine(config) as (engine, cluster):
+        expected = [result.token_ids for result in await generate(engine, [[5, 6, 7]], params)]
+        psutil.Process(cluster.pids[1]).suspend()
+        try:
+            tasks = [asyncio.ensure_future(generate(engine, [[5, 6, 7]], params)) for _ in range(2)]
+            done, _ = await asyncio.wait(tasks, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+            assert len(done) == 1, "one of them is at the home that goes on"
+        finally:
+            psutil.Process(cluster.pids[1]).resume()
+        for results in await asyncio.gather(*tasks):
+            assert [result.token_ids for result in results] == expected
 
 
 async def test_a_stopped_worker_makes_the_engine_unhealthy_until_it_goes_on(root: Path) -> None:
