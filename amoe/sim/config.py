@@ -32,7 +32,8 @@ class HostModel:
         mode: `serial`: the device waits for the host before every step. `prelaunched`: the host makes the next step
             ready while the device is busy with the one before, so that only what does not fit is seen; after an idle
             spell all of it is. `queued`: the next step is on the device before its data arrives and waits there
-            (device-side waiting), so that idle spells hide host time as well.
+            (device-side waiting), so that idle spells hide host time as well. In all modes the step is chosen when it
+            could begin; a host that really is ahead chooses earlier and knows less, so the last two are optimistic.
     """
 
     seconds: float = 0.0

@@ -10,6 +10,7 @@ import pytest
 
 from amoe.config import PlacementConfig, SchedulerConfig
 from amoe.errors import ConfigError
+from amoe.policy.placement import place_experts
 from amoe.profiles.routing import log_normal_routing
 from amoe.sim.config import Slowdown
 from amoe.sim.memory import weight_bytes
@@ -35,10 +36,20 @@ def expert_rows(config) -> list[float]:
 
 
 def test_shares_decide_which_replica_computes():
+    owners = np.concatenate((place_experts(SIZES.num_layers, SIZES.num_experts, 2),) * 2, axis=-1)
+    owners[..., 1] = np.where(np.isin(np.arange(SIZES.num_experts), (0, 1)), 1, -1)
     assert expert_rows(CONFIG) == [1.0, 0.0]
-    assert expert_rows(with_replicas(CONFIG, 2, HOT, "primary")) == [1.0, 0.0]
-    # A token whose two experts are at different workers is a row at both.
-    assert expert_rows(with_replicas(CONFIG, 2, HOT, "even")) == pytest.approx([0.5, 0.5], abs=0.02)
+    for first, rows in ((1.0, [1.0, 0.0]), (0.0, [0.0, 1.0]), (0.25, [0.25, 0.75])):
+        shares = np.where(owners[..., 1:] >= 0, [first, 1 - first], [1.0, 0.0])
+        # A token whose two experts are at different workers is a row at both.
+        assert expert_rows(replace(CONFIG, owners=owners, shares=shares)) == pytest.approx(rows, abs=0.04)
+
+
+def test_even_shares_wake_all_replicas():
+    config = with_replicas(CONFIG, 2, HOT, "even")
+    assert config.owners is not None and config.shares is not None
+    assert ((config.shares > 0) == (config.owners >= 0)).all()
+    assert (with_replicas(CONFIG, 2, HOT, "primary").shares[..., 0] == 1.0).all()
 
 
 def test_planned_shares_level_workers_of_different_speed():
