@@ -104,3 +104,17 @@ def test_more_slots_than_there_are_is_an_error():
         slots.allocate(3)
     with pytest.raises(AssertionError, match="more slots released"):
         slots.release(np.asarray([0], np.int32))
+
+
+def test_a_moved_queue_takes_its_statistics_along():
+    queues = MicroQueues(num_layers=1, num_waves=2)
+    early, late = BlockId(BlockKind.EXPERTS, 0, 0), BlockId(BlockKind.EXPERTS, 0, 1)
+    queues.push(late, (np.array([7]),), np.array([9], np.int32), 5.0)
+    queues.push(early, (np.array([1, 2]),), np.array([4, 3], np.int32), 2.0)
+    source, target = queues.index(early), queues.index(late)
+    queues.move(source, target)
+    assert (queues.depth[source], queues.oldest[source]) == (0, np.inf)
+    assert (queues.depth[target], queues.oldest[target]) == (3, 2.0)
+    assert queues.min_kappa[target] == 3 * 3 + 1
+    assert queues.drain(source) is None
+    assert sorted(queues.drain(target)[0].tolist()) == [1, 2, 7]
