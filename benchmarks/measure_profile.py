@@ -3,9 +3,11 @@
     python -m benchmarks.measure_profile FILE.json [--model DIR] [--device cpu] [--threads 1] [--placement 1]
 
 Kernel time is that inside the executors of the real engine, which run steps made for the purpose: every number of
-tokens with every context, and experts with equal shares, layer after layer as in a real pass, so that weights come
-from where they come from in service. Host time is the rest of a turn of the worker's loop, in a placement whose workers
-share this process and exchange tokens through shared memory. Medians throughout.
+tokens with every context, and experts with equal shares. They run in passes through the model, attention and experts
+in turn and then the head, so that weights come from where they come from in service: repeated by itself, a small block
+finds its weights in the cache and takes half of its time. Host time is the rest of a turn of the worker's loop, in a
+placement whose workers share this process and exchange tokens through shared memory. Means without the upper and lower
+twentieth: throughput is made of means.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,28 +39,34 @@ from amoe.engine.worker import Worker
 from amoe.models.config import ModelConfig, load_model_config
 from amoe.profiles.measured import FORMAT, load_measured
 from amoe.transport.shm import ShmFabric
-from amoe.types import BlockId, BlockKind, SamplingParams
+from amoe.types import BlockId, BlockKind, Int16Array, SamplingParams
 from benchmarks.step_time import NoControl, parse_placement
 
 T = TypeVar("T")
 Point = dict[str, float]
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
-CONTEXTS = (16, 128, 512)
-PAIRS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64)
+TOKENS = (1, 2, 4, 8, 16, 32, 64)
+CONTEXTS = (16, 48, 128)
+PAIRS_PER_EXPERT = (1, 2, 4, 8, 16, 32)
 HOST_TOKENS = (1, 4, 16, 64)
 BLOCK_SIZE = 16
+BLOCKS_OF_SEQUENCE = -(-2 * max(CONTEXTS) // BLOCK_SIZE)
 _NEW_TOKENS = 24
 
 
-def _median_s(runs: Iterable[Callable[[], Any]], synchronize: Callable[[], None]) -> float:
-    times = []
-    for run in runs:
-        start = time.perf_counter()
-        run()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[len(times) // 4 :])  # the first ones warm up
+def trimmed_mean(values: Iterable[float]) -> float:
+    """Without the upper and the lower twentieth."""
+    ordered = sorted(values)
+    cut = len(ordered) // 20
+    return statistics.fmean(ordered[cut : len(ordered) - cut])
+
+
+class PassTimes(NamedTuple):
+    """Seconds of the blocks in passes through the model."""
+
+    attention: float
+    experts: float
+    head: float
 
 
 class Kernels:
@@ -79,7 +87,7 @@ class Kernels:
         self._synchronize = torch.cuda.synchronize if config.device.startswith("cuda") else (lambda: None)
         table = self._batcher.table
         table.tokens[:] = self._rng.integers(3, checkpoint.vocab_size, size=table.tokens.shape)
-        used = -(-(max(CONTEXTS) + 1) // BLOCK_SIZE)
+        used = BLOCKS_OF_SEQUENCE
         table.block_table[:, :used] = np.arange(len(table.block_table) * used).reshape(-1, used)
         self._batcher.join.dispatched[:] = True  # there is one owner, and it answers everything
 
@@ -87,51 +95,75 @@ class Kernels:
         self._transport.close()
         self._fabric.close()
 
-    def _passes(self) -> list[int]:
-        """Layers in the order of real passes, at least `repeats` in all."""
-        return self._layers * -(-self._repeats // len(self._layers))
+    def passes(self, num_tokens: int, context: int, active: int, pairs: int) -> PassTimes:
+        """Passes of `num_tokens` decode tokens with `context` tokens of context on average, in which the experts of a
+        layer compute something else: `active` experts have `pairs` pairs each.
 
-    def attention(self, num_tokens: int, context: int) -> float:
-        """Seconds of a step of decode tokens."""
+        Contexts are spread, from a tenth to nearly twice the average, since sequences are at different points of their
+        lives and a kernel may cost what the longest costs.
+        """
         slots = np.arange(num_tokens, dtype=np.int32)
-        positions = np.full(num_tokens, context - 1, np.int32)
-
-        def run(layer: int) -> None:
-            step = AttentionStep(BlockId(BlockKind.ATTENTION, layer), slots, slots, positions, num_tokens)
-            self._attention.attention(step)
-
-        return _median_s([lambda layer=layer: run(layer) for layer in self._passes()], self._synchronize)  # type: ignore[misc]
-
-    def experts(self, active: int, pairs: int) -> float:
-        """Seconds of a step in which `active` experts have `pairs` pairs each."""
-        width = min(self._checkpoint.top_k, active)
-        num_tokens = active * pairs // width
-        shuffled = self._rng.permutation(self._checkpoint.num_experts)[:active]
-        ids = np.full((num_tokens, self._checkpoint.top_k), -1, np.int16)
-        ids[:, :width] = shuffled[np.arange(num_tokens * width) % active].reshape(-1, width)
-        weights = np.full(ids.shape, 1 / width, np.float32)
-        slots = np.arange(num_tokens, dtype=np.int32)
-
-        def run(layer: int) -> None:
-            self._experts.experts(ExpertsStep(BlockId(BlockKind.EXPERTS, layer), slots, ids, weights, []))
-
-        return _median_s([lambda layer=layer: run(layer) for layer in self._passes()], self._synchronize)  # type: ignore[misc]
-
-    def head(self, num_tokens: int) -> float:
-        """Seconds of a step of greedy sampling."""
-        slots = np.arange(num_tokens, dtype=np.int32)
-        step = HeadStep(BlockId(BlockKind.HEAD, self._checkpoint.num_layers), slots, slots)
+        spread = np.linspace(0.1, 1.9, num_tokens) if num_tokens > 1 else np.ones(1)
+        positions = self._rng.permutation(np.ceil(context * spread).astype(np.int32) - 1)
+        ids = self._expert_ids(active, pairs)
+        rows, weights = np.arange(len(ids), dtype=np.int32), np.full(ids.shape, 0.5, np.float32)
+        head = HeadStep(BlockId(BlockKind.HEAD, self._checkpoint.num_layers), slots, slots)
         generated = np.zeros(num_tokens, np.int64)
-        runs = [lambda: self._attention.sample(step, self._sampling, generated)] * self._repeats
-        return _median_s(runs, self._synchronize)
+        times: tuple[list[float], ...] = ([], [], [])
+        for _ in range(1 + -(-self._repeats // len(self._layers))):
+            for layer in self._layers:
+                step = AttentionStep(BlockId(BlockKind.ATTENTION, layer), slots, slots, positions, num_tokens)
+                times[0].append(self._time(self._attention.attention, step))
+                block = BlockId(BlockKind.EXPERTS, layer)
+                times[1].append(self._time(self._experts.experts, ExpertsStep(block, rows, ids, weights, [])))
+            times[2].append(self._time(self._attention.sample, head, self._sampling, generated))
+        first = len(self._layers)  # the first pass warms up
+        return PassTimes(trimmed_mean(times[0][first:]), trimmed_mean(times[1][first:]), trimmed_mean(times[2][1:]))
+
+    def _expert_ids(self, active: int, pairs: int) -> Int16Array:
+        """[n, K] of tokens that give `active` experts `pairs` pairs each."""
+        width = min(self._checkpoint.top_k, active)
+        count = active * pairs // width
+        ids = np.full((count, self._checkpoint.top_k), -1, np.int16)
+        chosen = self._rng.permutation(self._checkpoint.num_experts)[:active]
+        ids[:, :width] = chosen[np.arange(count * width) % active].reshape(-1, width)
+        return ids
+
+    def _time(self, run: Callable[..., Any], *args: Any) -> float:
+        start = time.perf_counter()
+        run(*args)
+        self._synchronize()
+        return time.perf_counter() - start
 
 
-def fit_experts(kernels: Kernels, num_experts: int, top_k: int) -> tuple[float, list[Point]]:
+def attention_and_head(
+    kernels: Kernels, checkpoint: ModelConfig, token_counts: Sequence[int]
+) -> tuple[list[Point], list[Point]]:
+    """Points of both, while the experts compute what so many tokens give them."""
+    attention, head = [], []
+    for tokens in token_counts:
+        active = min(checkpoint.num_experts, tokens * checkpoint.top_k)
+        pairs = max(1, tokens * checkpoint.top_k // active)
+        times = [kernels.passes(tokens, context, active, pairs) for context in CONTEXTS]
+        attention += [
+            {"tokens": tokens, "context": context, "seconds": time.attention}
+            for context, time in zip(CONTEXTS, times, strict=True)
+        ]
+        head.append({"tokens": tokens, "seconds": statistics.fmean(time.head for time in times)})
+    return attention, head
+
+
+def fit_experts(kernels: Kernels, checkpoint: ModelConfig) -> tuple[float, list[Point]]:
     """Fixed seconds of a step, and each expert's own: slope and intercept over the number of active experts."""
+    top_k, num_experts = checkpoint.top_k, checkpoint.num_experts
     actives = sorted({1, top_k, num_experts // 2, num_experts})
     fixed, per_expert = [], []
     for pairs in PAIRS_PER_EXPERT:
-        slope, intercept = np.polyfit(actives, [kernels.experts(active, pairs) for active in actives], 1)
+        seconds = []
+        for active in actives:
+            tokens = min(max(TOKENS), max(1, active * pairs // top_k))
+            seconds.append(kernels.passes(tokens, CONTEXTS[0], active, pairs).experts)
+        slope, intercept = np.polyfit(actives, seconds, 1)
         fixed.append(max(0.0, float(intercept)))
         per_expert.append({"tokens": pairs, "seconds": max(0.0, float(slope))})
     return statistics.median(fixed), per_expert
@@ -197,13 +229,13 @@ def measure_host(config: EngineConfig, num_tokens: int) -> dict[BlockKind, list[
 
 
 def host_points(samples: Iterable[tuple[int, float]]) -> list[Point]:
-    """Medians over powers of two of tokens."""
+    """Means over powers of two of tokens."""
     groups: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for count, seconds in samples:
         if count:
             groups[round(np.log2(count))].append((count, seconds))
     points = [
-        {"tokens": statistics.fmean(n for n, _ in group), "seconds": statistics.median(s for _, s in group)}
+        {"tokens": statistics.fmean(n for n, _ in group), "seconds": trimmed_mean(s for _, s in group)}
         for group in groups.values()
         if len(group) >= 8
     ]
@@ -223,22 +255,24 @@ def describe_machine() -> str:
     return f"{len(os.sched_getaffinity(0))} x {names[0] if names else 'unknown CPU'}, torch {torch.__version__}"
 
 
-def measure(config: EngineConfig, placement: PlacementConfig, repeats: int, name: str) -> dict[str, Any]:
+def measure(
+    config: EngineConfig,
+    placement: PlacementConfig,
+    repeats: int,
+    name: str,
+    token_counts: Sequence[int] = TOKENS,
+    host_tokens: Sequence[int] = HOST_TOKENS,
+) -> dict[str, Any]:
     """The object of a measured profile. `config` is of one worker; `placement` is that of the host's time."""
     checkpoint = load_model_config(config.model)
     with torch.inference_mode():
         kernels = Kernels(config, checkpoint, repeats)
-        attention = [
-            {"tokens": n, "context": context, "seconds": kernels.attention(n, context)}
-            for n in TOKENS
-            for context in CONTEXTS
-        ]
-        fixed, per_expert = fit_experts(kernels, checkpoint.num_experts, checkpoint.top_k)
-        head = [{"tokens": n, "seconds": kernels.head(n)} for n in TOKENS]
+        attention, head = attention_and_head(kernels, checkpoint, token_counts)
+        fixed, per_expert = fit_experts(kernels, checkpoint)
         kernels.close()
     hosts: dict[BlockKind, list[tuple[int, float]]] = defaultdict(list)
-    for num_tokens in HOST_TOKENS:
-        for kind, samples in measure_host(replace_placement(config, placement), num_tokens).items():
+    for num_tokens in host_tokens:
+        for kind, samples in measure_host(replace(config, placement=placement), num_tokens).items():
             hosts[kind] += samples
     return {
         "format": FORMAT,
@@ -253,22 +287,8 @@ def measure(config: EngineConfig, placement: PlacementConfig, repeats: int, name
     }
 
 
-def replace_placement(config: EngineConfig, placement: PlacementConfig) -> EngineConfig:
-    """`config` with other workers."""
-    return EngineConfig(
-        model=config.model,
-        dtype=config.dtype,
-        device=config.device,
-        threads_per_worker=config.threads_per_worker,
-        placement=placement,
-        scheduler=config.scheduler,
-        cache=config.cache,
-    )
-
-
 def profile_config(model: str, device: str, threads: int) -> EngineConfig:
     """Of the worker that is measured."""
-    blocks_of_sequence = -(-(max(CONTEXTS) + 1) // BLOCK_SIZE)
     most = max(TOKENS)
     # The slab has a place for each token of a step of experts, though only so many sequences run.
     return EngineConfig(
@@ -276,7 +296,7 @@ def profile_config(model: str, device: str, threads: int) -> EngineConfig:
         device=device,
         threads_per_worker=threads,
         scheduler=SchedulerConfig(max_num_seqs=most, max_num_batched_tokens=4096),
-        cache=CacheConfig(num_blocks=most * blocks_of_sequence, block_size=BLOCK_SIZE, enable_prefix_caching=False),
+        cache=CacheConfig(num_blocks=most * BLOCKS_OF_SEQUENCE, block_size=BLOCK_SIZE, enable_prefix_caching=False),
     )
 
 
@@ -287,7 +307,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--placement", default="1", type=parse_placement, help="of the host's time: 1, 2, 1A+1E, ...")
-    parser.add_argument("--repeats", type=int, default=48, help="runs behind each median")
+    parser.add_argument("--repeats", type=int, default=48, help="runs of a block behind each mean")
     parser.add_argument("--name", help="default: model and device")
     args = parser.parse_args()
     name = args.name or f"{Path(args.model).resolve().name} on {args.device}"
