@@ -15,8 +15,12 @@ puts wave j behind wave 0 by a part of the model, so that different waves meet *
 gather at the same layer and queue up before the same one. ¾ of an even spread was the best on average. Two waves are
 never both complete on one device, once they have found their rhythm, so no order can part them: they trail each other
 by one block for ever, and both wait for the same hot device. So a home also *holds* a wave at the border between
-two passes while another is less than a quarter of an even share of the model ahead. Once apart they stay apart, and
-the hold costs nothing.
+two passes while another is less than half of an even spread ahead. Once apart they stay apart, and the hold costs
+nothing.
+
+A hold ends when any home has started the same pass of the wave: that home's announcement is an invitation, and nobody
+may hold a wave to which it has been invited. Otherwise two homes that have started different waves, and each holds the
+other's, would wait for each other for ever, since experts wait for all homes.
 
 Nobody waits for a timer here; `amoe.core` bounds all waits besides.
 """
@@ -52,6 +56,6 @@ class WaveOrder:
         return (is_experts and self.attention_first, kappa + wave * self.spread * self.num_stages / self.num_waves)
 
     def must_hold(self, stages: Sequence[int]) -> bool:
-        """Whether a wave must not start a pass now, with the home's other waves at `stages` of theirs."""
+        """Whether a wave must not start a pass that no home has started, with the home's others at `stages` of theirs."""
         least = self.gap * self.num_stages / self.num_waves
         return self.num_waves > 1 and any(stage < least for stage in stages)

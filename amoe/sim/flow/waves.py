@@ -18,7 +18,7 @@ from amoe.sim.flow.deployment import Deployment, FloatArray
 from amoe.sim.flow.loads import Loads
 from amoe.sim.flow.result import FlowResult, summarise
 
-_READY, _DONE = 0, 1
+_READY, _DONE, _INVITED = 0, 1, 2
 _ATTENTION, _EXPERTS, _HEAD = 0, 1, 2
 
 
@@ -107,6 +107,9 @@ class WaveSimulator:
         self._dispatch = Network(deployment, intra, inter, deployment.owners)
         self._combine = Network(deployment, intra, inter, deployment.homes)
         self._participants = (loads.tokens > 0).sum(axis=0)
+        fabric = deployment.fabric
+        near = fabric.same_node(deployment.num_devices)
+        self._latency = np.where(near, fabric.intra.latency_s, fabric.inter.latency_s)  # [N, N]
 
     def run(self, *, num_iterations: int = 10, num_warmup: int = 3) -> FlowResult:
         """Until every wave of every home has finished `num_iterations` iterations; figures of those after warm-up.
@@ -120,6 +123,8 @@ class WaveSimulator:
             now, _, kind, device, step = heapq.heappop(self._events)
             if kind == _READY:
                 heapq.heappush(self._waiting[device], (step[0], now, step))
+            elif kind == _INVITED:
+                self._invite(now, device, *step)
             else:
                 self._idle[device] = True
                 self._free[device] = now
@@ -145,6 +150,9 @@ class WaveSimulator:
         # Stage of each wave that is in flight.
         self._position: list[list[int | None]] = [[None] * self._num_waves for _ in range(self._num_homes)]
         self._held: list[dict[int, int]] = [{} for _ in range(self._num_homes)]  # iteration by wave that is held
+        # Latest iteration of each wave that a home knows some home, or that any home at all has started.
+        self._invitations = np.full((self._num_homes, self._num_waves), -1)
+        self._begun = [-1] * self._num_waves
 
     def _push(self, time: float, kind: int, device: int, step: tuple) -> None:
         self._sequence += 1
@@ -156,11 +164,22 @@ class WaveSimulator:
 
     def _begin(self, now: float, home: int, wave: int, iteration: int) -> None:
         """Start an iteration of a wave, or hold it while another wave of this home is too close ahead."""
-        if self._order.must_hold([stage for stage in self._position[home] if stage is not None]):
+        stages = [stage for stage in self._position[home] if stage is not None]
+        if self._invitations[home, wave] < iteration and self._order.must_hold(stages):
             self._held[home][wave] = iteration
-        else:
-            self._position[home][wave] = 0
-            self._ready(now, home, _ATTENTION, wave, iteration, 0)
+            return
+        self._position[home][wave] = 0
+        self._ready(now, home, _ATTENTION, wave, iteration, 0)
+        if iteration > self._begun[wave] and self._num_waves > 1:
+            self._begun[wave] = iteration
+            for other in self._deployment.homes:
+                self._push(now + self._latency[home, other], _INVITED, other, (wave, iteration))
+
+    def _invite(self, now: float, home: int, wave: int, iteration: int) -> None:
+        """Another home has started an iteration of a wave: nobody holds it any more."""
+        self._invitations[home, wave] = iteration
+        if self._held[home].get(wave, iteration + 1) <= iteration:
+            self._begin(now, home, wave, self._held[home].pop(wave))
 
     def _release(self, now: float, home: int) -> None:
         for wave, iteration in sorted(self._held[home].items()):
