@@ -7,7 +7,7 @@ Every iteration of C sequences, whoever schedules it, has to
    (splitting n over steps or devices only adds readings);
 2. run attention on every device that has sequences: per device and layer one launch at least, the weights once, its
    sequences' projections and KV. Sequences are pinned to N devices (attention is data-parallel), and the cost is convex
-   in their number, so an even division is the cheapest;
+   in their number, so the division that is as even as whole numbers are is the cheapest;
 3. run the head likewise.
 
 The sum divided by the devices' speeds is the *work bound*: perfect balance, perfect overlap, one batch per expert and
@@ -59,14 +59,13 @@ def bound(deployment: Deployment, popularity: FloatArray, owners: Int16Array | N
     """
     sizes, device, costs = deployment.sizes, deployment.device, deployment.costs()
     num_devices, speed = deployment.num_devices, float((1 / deployment.slowdown).sum())
-    share = deployment.num_sequences / num_devices
     layers = range(sizes.num_layers)
-    count = max(1, int(share))
-    attention = sum(costs.attention(i, count, count * deployment.context) for i in layers) * (share / count)
-    head = costs.head(count) * (share / count)
+    home_work = 0.0
+    for count in np.diff(np.arange(num_devices + 1) * deployment.num_sequences // num_devices).tolist():
+        home_work += sum(costs.attention(i, count, count * deployment.context) for i in layers) + costs.head(count)
     experts = expert_work(deployment, popularity)
     launches = device.launch_s * sizes.num_sparse_layers
-    work = num_devices * (attention + head) + experts.sum() + launches
+    work = home_work + experts.sum() + launches
     one = np.zeros(sizes.num_experts)
     one[: sizes.top_k] = 1
     hops = 2 * deployment.fabric.intra.latency_s * (num_devices > 1)
