@@ -20,6 +20,7 @@ PLACEMENTS = (
     PlacementConfig(),
     PlacementConfig(colocated=4),
     PlacementConfig(attention_workers=2, expert_workers=3),
+    PlacementConfig(attention_workers=2, expert_workers=3, redundant_experts=2),
 )
 # Modelled times of microseconds: what is tested is not the time.
 FAST = "emulated:h100,slow=1e-6,sigma=1.25"
@@ -47,7 +48,7 @@ def cluster_of(config: EngineConfig) -> Iterator[InprocCluster]:
 
 
 @pytest.mark.parametrize("schedule", ["progress", "defrag", "lockstep"])
-@pytest.mark.parametrize("placement", PLACEMENTS, ids=["one", "colocated", "apart"])
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=["one", "colocated", "apart", "replicas"])
 def test_every_request_gets_its_tokens(placement: PlacementConfig, schedule: ScheduleName) -> None:
     with cluster_of(config_of(FAST, placement, schedule)) as cluster:
         ids = [cluster.add([7] * (1 + 5 * i), SamplingParams(max_tokens=3 + i)) for i in range(9)]

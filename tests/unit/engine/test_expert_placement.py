@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from amoe.builtin import builtin_model_path
+from amoe.cluster.local import LocalCluster
 from amoe.config import EngineConfig, PlacementConfig
 from amoe.engine.expert_placement import expert_owners, placement_digest, read_expert_load, write_expert_load
+from amoe.engine.messages import Ready
 from amoe.errors import ConfigError
 from amoe.models.config import load_model_config
 from amoe.models.loader import Blocks, load_model
@@ -69,6 +71,15 @@ def test_layers_without_a_measurement_count_as_uniform(tmp_path: Path) -> None:
     path = tmp_path / "load.json"
     path.write_text(json.dumps([[0, 0], [1, 3]]))
     assert read_expert_load(str(path), 2, 2).tolist() == [[1, 1], [1, 3]]
+
+
+def test_workers_that_disagree_are_not_served() -> None:
+    cluster = LocalCluster(config_of(builtin_model_path(), colocated=2))
+    cluster.owners = place_experts(2, 4, 2)
+    same = Ready(8, 1, 1, 0, placement_digest(cluster.owners))
+    cluster._check_placement([same, same])
+    with pytest.raises(ConfigError, match="--expert-load has changed"):
+        cluster._check_placement([same, Ready(8, 1, 1, 0, placement_digest(place_experts(2, 4, 1)))])
 
 
 def test_a_worker_loads_the_weights_of_its_replicas(tmp_path: Path) -> None:

@@ -70,6 +70,22 @@ def test_a_plan_is_kept_while_it_does_what_was_hoped(cluster):
     assert plan_replicas(shaken, owners, RIDGE, speed, plan, 0.0) is plan
 
 
+@given(st.integers(2, 5), st.data())
+def test_the_slowest_owner_gets_least(num_owners, data):
+    """Where every expert lives everywhere, and is hot."""
+    slow, factor = data.draw(st.integers(0, num_owners - 1)), data.draw(st.floats(0.3, 0.8))
+    speed = np.ones(num_owners)
+    speed[slow] = factor
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    load = rng.uniform(50, 150, (2, 3 * num_owners)) * RIDGE
+    owners = replicate_experts(load, num_owners, 3 * num_owners)
+    shares = plan_of(load, owners, speed).shares
+    tokens = [float((load[..., None] * np.where(owners == owner, shares, 0)).sum()) for owner in range(num_owners)]
+    assert min(tokens) == tokens[slow]
+    busy = busy_of(load, owners, shares, speed)
+    assert busy.max() <= 1.1 * busy.min()
+
+
 def test_a_slower_owner_gets_less():
     load = np.full((3, 8), 100.0)
     owners = replicate_experts(load, 4, 4)
