@@ -56,6 +56,6 @@ class WaveOrder:
         return (is_experts and self.attention_first, kappa + wave * self.spread * self.num_stages / self.num_waves)
 
     def must_hold(self, stages: Sequence[int]) -> bool:
-        """Whether a wave must not start a pass that no home has started, with the home's others at `stages` of theirs."""
+        """Whether a wave must not start a pass that no home has started, with its other waves at `stages`."""
         least = self.gap * self.num_stages / self.num_waves
         return self.num_waves > 1 and any(stage < least for stage in stages)

@@ -66,20 +66,19 @@ def test_a_wave_is_held_while_another_is_less_than_half_of_an_even_spread_ahead(
 
 @given(orders())
 def test_a_hold_ends_before_the_wave_ahead_is_at_its_end(order):
-    """A home sees a wave move when it has run an attention block: the last of them is stage S - 3, its experts S - 2."""
+    """A home sees a wave move when it has run attention: the last is stage S - 3, and then come experts, S - 2."""
     assert not order.must_hold([order.num_stages - 2])
 
 
 class Homes:
     """Homes that each run waves through L layers; a state is a tuple of [home][wave] (pass, place).
 
-    Places are 0: at the border; then of every layer: attention to run, at the experts, answers under way; at last the
-    head. The experts of a wave's layer run when all homes have brought their share; everything else may happen at any
-    time, in any order.
+    Places are 0: at the border; otherwise the stage that comes next, plus one. The experts of a wave's layer run when
+    all homes have brought their share; everything else may happen at any time, in any order.
     """
 
     def __init__(self, num_homes: int, num_waves: int, num_layers: int, *, invited: bool) -> None:
-        self._num_homes, self._num_waves, self._last = num_homes, num_waves, 3 * num_layers + 1
+        self._num_homes, self._num_waves, self._head = num_homes, num_waves, 2 * num_layers + 1
         self._order = WaveOrder(2 * num_layers + 1, num_waves)
         self._invited = invited
         self.start = (((0, 0),) * num_waves,) * num_homes
@@ -91,12 +90,12 @@ class Homes:
             if place == 0:
                 if not self._is_held(state, home, wave):
                     yield self._moved(state, {home: (num_passes, 1)}, wave)
-            elif place == self._last:
+            elif place == self._head:
                 yield self._moved(state, {home: ((num_passes + 1) % NUM_PASSES, 0)}, wave)
-            elif place % 3 != 2:
+            elif place % 2:
                 yield self._moved(state, {home: (num_passes, place + 1)}, wave)
             elif home == 0 and all(other[wave] == (num_passes, place) for other in state):
-                yield self._moved(state, {index: (num_passes, place + 1) for index in range(self._num_homes)}, wave)
+                yield self._moved(state, dict.fromkeys(range(self._num_homes), (num_passes, place + 1)), wave)
 
     def _is_held(self, state, home: int, wave: int) -> bool:
         mine = state[home][wave][0]
@@ -108,7 +107,7 @@ class Homes:
     @staticmethod
     def _stage(place: int) -> int:
         """As a home knows it: 0 at first, then the experts of the last attention that it has run."""
-        return 0 if place == 1 else 2 * ((place - 2) // 3) + 1
+        return 0 if place == 1 else place // 2 * 2 - 1
 
     @staticmethod
     def _moved(state, places, wave: int):
@@ -132,7 +131,7 @@ class Homes:
         return dead
 
 
-@pytest.mark.parametrize(("num_homes", "num_waves", "num_layers"), [(2, 2, 3), (3, 2, 1), (2, 3, 1)])
+@pytest.mark.parametrize(("num_homes", "num_waves", "num_layers"), [(2, 2, 4), (3, 2, 2), (2, 3, 1)])
 def test_invited_homes_never_wait_for_each_other(num_homes, num_waves, num_layers):
     assert not Homes(num_homes, num_waves, num_layers, invited=True).stuck()
 
