@@ -17,7 +17,7 @@ from amoe.clock import ManualClock
 from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
 from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
 from amoe.core.worker import ModelShape, WorkerCore
-from amoe.policy.placement import replicate_experts
+from amoe.policy.placement import place_experts, replicate_experts
 from amoe.types import Batch, BatchKind, SamplingParams
 from tests.unit.core import fake_model
 from tests.unit.core.fake_model import ModelSpec, Oracle
@@ -77,6 +77,8 @@ class Scenario:
     def owners(self):
         """[L, E, R] where experts and replicas live: replicas of the experts to which the router leans."""
         num_owners, num_experts = len(self.placement.expert_ranks), self.spec.num_experts
+        if self.spare_slots == 0:
+            return place_experts(self.spec.num_layers, num_experts, num_owners)
         load = np.tile(np.asarray(self.spec.bias, np.float64) + 1, (self.spec.num_layers, 1))
         return replicate_experts(load, num_owners, -(-num_experts // num_owners) + self.spare_slots)
 
