@@ -23,7 +23,7 @@ from amoe.sim.simulator import Simulator
 from amoe.sim.workload import Lengths, Workload
 
 DEFAULT_DEVICES = 8
-DEFAULT_CONCURRENCY = 512
+DEFAULT_CONCURRENCY = 256
 FILE_WIDTH = 120  # columns where there is no terminal to ask
 
 T = TypeVar("T")
@@ -111,8 +111,8 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     )
     load.add_argument("--request-rate", type=_real(1e-9), metavar="R", help="requests per second, Poisson arrivals")
     group.add_argument("--num-requests", type=_whole(1), metavar="N", help="no more than these (default: no end)")
-    group.add_argument("--input-len", type=_whole(1), default=512, metavar="N", help="prompt tokens (default 512)")
-    group.add_argument("--output-len", type=_whole(1), default=256, metavar="N", help="output tokens (default 256)")
+    group.add_argument("--input-len", type=_whole(1), default=128, metavar="N", help="prompt tokens (default 128)")
+    group.add_argument("--output-len", type=_whole(1), default=128, metavar="N", help="output tokens (default 128)")
     spread = group.add_mutually_exclusive_group()
     spread.add_argument("--range-ratio", type=_real(0), metavar="R", help="lengths uniform in [x(1-R), x(1+R)]")
     spread.add_argument("--log-normal", type=_real(0), metavar="S", help="lengths log-normal with this sigma")
@@ -133,7 +133,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="to measure, of a closed loop: tokens per sequence (default 20)",
     )
-    group.add_argument("--warmup", type=_real(0), metavar="X", help="before it, in the same unit (default: a quarter)")
+    group.add_argument("--warmup", type=_real(0), metavar="X", help="before it, in the same unit (default: half of it)")
 
 
 def _whole(at_least: int) -> Callable[[str], int]:
@@ -220,7 +220,7 @@ def window_of(args: argparse.Namespace) -> Window:
         return Window(warmup=args.warmup or 0.0)
     in_seconds = args.duration is not None or (args.request_rate is not None and args.iterations is None)
     length = (args.duration or 10.0) if in_seconds else (args.iterations or 20)
-    warmup = length / 4 if args.warmup is None else args.warmup
+    warmup = length / 2 if args.warmup is None else args.warmup
     return Window(length=length, warmup=warmup, unit="seconds" if in_seconds else "iterations")
 
 

@@ -42,8 +42,8 @@ def test_no_flags_are_the_defaults():
     assert config.device.name == "h100"
     assert config.placement == PlacementConfig(colocated=8)
     assert config.scheduler == SchedulerConfig()
-    assert config.workload == Workload(concurrency=512, input=Lengths(mean=512), output=Lengths(mean=256), stagger=True)
-    assert config.window == Window(length=20, warmup=5, unit="iterations")
+    assert config.workload == Workload(concurrency=256, input=Lengths(mean=128), output=Lengths(mean=128), stagger=True)
+    assert config.window == Window(length=20, warmup=10, unit="iterations")
     assert config.host == HostModel()
 
 
