@@ -64,8 +64,10 @@ def replicate_experts(
         ConfigError: there are too few slots for all experts.
     """
     num_layers, num_experts = load.shape
-    primary = place_experts(num_layers, num_experts, num_owners)[..., 0]
-    if slots_per_owner < int(np.bincount(primary[0], minlength=num_owners).max()):
+    if num_owners > num_experts:  # only replicas give everybody something to hold
+        anchored = False
+    primary = place_experts(num_layers, num_experts, min(num_owners, num_experts))[..., 0]
+    if slots_per_owner < int(np.bincount(primary[0]).max()):
         raise ConfigError(
             f"{slots_per_owner} slots per expert worker cannot hold {num_experts} experts on {num_owners} workers"
         )

@@ -1,0 +1,113 @@
+"""Run the study: `python -m benchmarks.study [--parts grid,slow,...] [--seeds 3] [--out DIR]`.
+
+Every part writes its rows as JSON when it is done, so that an interrupted study goes on where it was, and the report
+with its plots is made from all rows that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.study import core_parts, engine_part, flow_parts, report
+from benchmarks.study.task import Row, Task
+
+# In this order: what takes longest and is most to be looked at first.
+PARTS: dict[str, Callable[[argparse.Namespace], Sequence[Task]]] = {
+    "cross-check": lambda args: flow_parts.cross_check(),
+    "grid": lambda args: flow_parts.grid(args.seeds),
+    "slow": lambda args: flow_parts.slow_device(args.seeds),
+    "ablations": lambda args: flow_parts.ablations(args.seeds),
+    "sensitivity": lambda args: flow_parts.sensitivity(),
+    "paper": lambda args: core_parts.paper(args.iterations),
+    "policies": lambda args: core_parts.policies(args.iterations),
+    "faults": lambda args: core_parts.faults(args.fault_seconds),
+    "scaling": lambda args: flow_parts.scaling(args.largest),
+    # Real processes: the machine must be theirs alone, so this part runs by itself and last.
+    "engine": lambda args: engine_part.tasks(args.engine_prompts),
+}
+ALONE = {"engine"}
+
+
+def main() -> int:
+    """Run the chosen parts and write the report. Returns the exit status."""
+    args = parse()
+    args.out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    for part in args.parts:
+        file = args.out / f"{part}.json"
+        if file.exists() and not args.again:
+            print(f"{part}: there already ({file}); --again measures anew")
+            continue
+        begun = time.monotonic()
+        rows = run_part(part, list(PARTS[part](args)), 1 if part in ALONE else args.processes)
+        content = {
+            "part": part,
+            "command": "python -m benchmarks.study " + " ".join(f"--{key} {value}" for key, value in options(args)),
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+            "seconds": round(time.monotonic() - begun, 1),
+            "rows": rows,
+        }
+        file.write_text(json.dumps(content, indent=None, separators=(",", ":")) + "\n", encoding="utf-8")
+    written = report.write(args.out)
+    print(f"{time.monotonic() - started:.0f} s; report: {written}")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=", ".join(PARTS))
+    parser.add_argument("--seeds", type=int, default=3, help="of routing, per point (large models: 2)")
+    parser.add_argument("--iterations", type=int, default=4, help="measured passes of the token-level parts")
+    parser.add_argument("--fault-seconds", type=float, default=0.9, help="simulated")
+    parser.add_argument("--largest", type=int, default=1024, help="devices of the scaling part")
+    parser.add_argument("--engine-prompts", type=int, default=256, help="requests per schedule of the real engine")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/study"))
+    parser.add_argument("--again", action="store_true", help="measure parts whose results are there already")
+    args = parser.parse_args()
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"there is no part {unknown[0]!r}; known: {', '.join(PARTS)}")
+    return args
+
+
+def options(args: argparse.Namespace) -> list[tuple[str, object]]:
+    """What changes figures."""
+    return [(name, getattr(args, name.replace("-", "_"))) for name in ("seeds", "iterations", "fault-seconds")]
+
+
+def run_part(part: str, tasks: list[Task], processes: int) -> list[Row]:
+    """All rows of a part, in the order of its tasks."""
+    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows: list[list[Row]] = [[] for _ in tasks]
+    with Progress(*columns, TimeRemainingColumn()) as progress:
+        bar = progress.add_task(part, total=len(tasks))
+        if processes == 1:
+            for index, task in enumerate(tasks):
+                rows[index] = task.run()
+                progress.advance(bar)
+        else:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(processes, mp_context=context) as pool:
+                futures = {pool.submit(task.run): index for index, task in enumerate(tasks)}
+                for future in as_completed(futures):
+                    rows[futures[future]] = future.result()
+                    progress.advance(bar)
+    return [row for part_rows in rows for row in part_rows]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
