@@ -7,9 +7,10 @@ the same device profile, slowed by the same stated factor. The simulator is told
 measured; it is small against a slowed step, and shown.
 
 *cpu*: the real engine with real kernels on this machine, against the simulator with tables that
-`benchmarks.measure_profile` takes right before and right after (the mean of both counts, *drift* is their ratio: a
-shared machine's speed changes within a minute): kernels and host, one thread per worker, and the experts that recorded
-tokens took. Nothing of the run itself goes into it.
+`benchmarks.measure_profile` takes right before and right after: kernels and host, one thread per worker, and the
+experts that recorded tokens took. *Raw* is the mean of both simulations, and *drift* their ratio, since a shared
+machine's speed changes within seconds. What is *simulated* is the simulator's part alone, batches, queues and waiting:
+the table is multiplied by one number, so that the mean step takes as long as it did in the run.
 
 Both sides run the same closed loop and measure the same window. Rounds repeat a point; the one with the least drift, or
 else the fewest foreign processes, counts. Writes PREFIX.json and PREFIX.md.
@@ -38,9 +39,10 @@ from amoe.engine.build import build_worker
 from amoe.engine.emulated_device import emulated_device, served_shape
 from amoe.engine.messages import AddRequest
 from amoe.models.config import load_model_config
+from amoe.profiles.costs import BlockCosts
 from amoe.profiles.devices import DeviceProfile, device_profile
 from amoe.profiles.links import Fabric, LinkProfile
-from amoe.profiles.measured import MeasuredCosts
+from amoe.profiles.measured import MeasuredCosts, ScaledCosts
 from amoe.profiles.models import ModelSizes
 from amoe.profiles.routing import RecordedRouting, RoutingModel
 from amoe.sim.config import HostModel, SimConfig, Window
@@ -117,13 +119,25 @@ def run_engine(point: Point, config: EngineConfig, window: Window, effort: Effor
     return min(runs, key=lambda run: run.foreign_cpu)
 
 
-def simulate(config: SimConfig, cost_model: CostModel = ROOFLINE) -> tuple[float, float]:
-    """The simulator's side: tokens per second, and seconds between two tokens of a sequence."""
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """Tokens per second, seconds between two tokens of a sequence, and mean seconds of a step."""
+
+    tokens_per_s: float
+    itl_s: float
+    step_s: float
+
+
+def simulate(config: SimConfig, cost_model: CostModel = ROOFLINE) -> Simulated:
+    """The simulator's side."""
     simulator = Simulator(config, cost_model)
     results = simulator.run()
     meter = simulator._tokens
     first = int(np.searchsorted(meter._times, meter._times[-1] - results.window_s, side="right"))
-    return slope(meter._times[first:], meter._counts[first:]), results.inter_token_latency.mean
+    busy_s = sum(worker.busy_fraction for worker in results.workers) * results.window_s
+    steps = sum(block.steps for worker in results.workers for block in worker.blocks.values())
+    rate = slope(meter._times[first:], meter._counts[first:])
+    return Simulated(rate, results.inter_token_latency.mean, busy_s / max(1, steps))
 
 
 def simulation_of(point: Point, config: EngineConfig, window: Window, **fields: Any) -> SimConfig:
@@ -164,8 +178,8 @@ def compare_emulated(point: Point, model: str, effort: Effort) -> Comparison:
         routing=emulated.routing(sizes),
         host=HostModel(seconds=max(0.0, engine.host_s)),
     )
-    tokens_per_s, itl_s = simulate(simulation)
-    return Comparison(point=point, engine=engine, tokens_per_s=tokens_per_s, itl_s=itl_s)
+    simulated = simulate(simulation)
+    return Comparison(point=point, engine=engine, tokens_per_s=simulated.tokens_per_s, itl_s=simulated.itl_s)
 
 
 # ---- real kernels
@@ -221,15 +235,21 @@ def compare_cpu_once(point: Point, model: str, routing: RoutingModel, nice: int)
     after = calibrate(config, point.batch)
     sizes = before.sizes
     simulation = simulation_of(point, config, window, sizes=sizes, device=CPU_DEVICE, routing=routing)
-    figures = [simulate(simulation, lambda _sizes, _device, costs=costs: costs) for costs in (before, after)]  # type: ignore[misc]
-    (rate, gap), (later_rate, later_gap) = figures
+    raw = [simulate(simulation, fixed_costs(costs)) for costs in (before, after)]
+    scaled = simulate(simulation, fixed_costs(ScaledCosts(before, engine.step_s / raw[0].step_s)))
     return Comparison(
         point=point,
         engine=engine,
-        tokens_per_s=(rate + later_rate) / 2,
-        itl_s=(gap + later_gap) / 2,
-        drift=abs(later_gap / gap - 1),
+        tokens_per_s=scaled.tokens_per_s,
+        itl_s=scaled.itl_s,
+        raw_itl_s=(raw[0].itl_s + raw[1].itl_s) / 2,
+        drift=max(run.itl_s for run in raw) / min(run.itl_s for run in raw) - 1,
     )
+
+
+def fixed_costs(costs: BlockCosts) -> CostModel:
+    """These, whatever the device."""
+    return lambda _sizes, _device: costs
 
 
 def compare_cpu(point: Point, model: str, routing: RoutingModel, effort: Effort) -> Comparison:

@@ -73,12 +73,18 @@ def cpu_points() -> list[Point]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """What both sides say."""
+    """What both sides say; `tokens_per_s` and `itl_s` are the simulator's.
+
+    Attributes:
+        raw_itl_s: real kernels: before the table was scaled to the speed that the machine had in the run.
+        drift: real kernels: of the table from before the run to after it.
+    """
 
     point: Point
     engine: Steady
     tokens_per_s: float
     itl_s: float
+    raw_itl_s: float = 0.0
     drift: float = 0.0
 
     @property
@@ -94,15 +100,19 @@ class Comparison:
 
 def table(comparisons: list[Comparison]) -> Iterator[str]:
     """Markdown."""
-    yield "| point | tokens/s | simulated | error | ITL ms | simulated | error | host | drift | server | foreign |"
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    is_emulated = comparisons[0].point.model == EMULATED_MODEL
+    last = "host of a step" if is_emulated else "raw ITL ms | raw error | drift"
+    yield f"| point | tokens/s | simulated | error | ITL ms | simulated | error | {last} | foreign cores |"
+    yield "|---" * (9 if is_emulated else 11) + "|"
     for item in comparisons:
         engine = item.engine
         rates = f"{engine.tokens_per_s:.1f} | {item.tokens_per_s:.1f} | {item.throughput_error:+.1%}"
         gaps = f"{engine.itl_s * 1e3:.1f} | {item.itl_s * 1e3:.1f} | {item.itl_error:+.1%}"
-        is_emulated = item.point.model == EMULATED_MODEL
-        host = f"{engine.host_s / engine.step_s:.0%} | " if is_emulated else f" | {item.drift:.0%}"
-        yield f"| {item.point} | {rates} | {gaps} | {host} | {engine.server_cpu:.2f} | {engine.foreign_cpu:.2f} |"
+        if is_emulated:
+            rest = f"{engine.host_s / engine.step_s:.0%}"
+        else:
+            rest = f"{item.raw_itl_s * 1e3:.1f} | {item.raw_itl_s / engine.itl_s - 1:+.0%} | {item.drift:.0%}"
+        yield f"| {item.point} | {rates} | {gaps} | {rest} | {engine.foreign_cpu:.2f} |"
 
 
 def summary(comparisons: list[Comparison], goal: float) -> str:
