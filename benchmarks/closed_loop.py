@@ -34,6 +34,7 @@ class Steady:
         host_s: host time of a step: the time of a turn of the loop less what its kernels were modelled to take
             (emulated devices only, else of no meaning).
         step_s: the whole time of a step.
+        worker_step_s: the same of each worker, by rank.
         server_cpu: cores that this process, the server's side, kept busy meanwhile.
         foreign_cpu: cores that other processes of the machine kept busy.
     """
@@ -43,6 +44,7 @@ class Steady:
     window_s: float
     host_s: float
     step_s: float
+    worker_step_s: tuple[float, ...]
     server_cpu: float
     foreign_cpu: float
 
@@ -140,11 +142,19 @@ def _numbers(path: str, first: int) -> list[int]:
     return [int(field) for field in fields[first:]]
 
 
-def _host_and_step(before: dict[int, WorkerStats], after: dict[int, WorkerStats]) -> tuple[float, float]:
-    steps = sum(after[rank].steps - before[rank].steps for rank in after)
-    busy = sum(after[rank].busy_s - before[rank].busy_s for rank in after)
-    modelled = sum(after[rank].modelled_s - before[rank].modelled_s for rank in after)
-    return (busy - modelled) / max(1, steps), busy / max(1, steps)
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """Steps of one worker between two heartbeats."""
+
+    count: int
+    busy_s: float
+    modelled_s: float
+
+    @classmethod
+    def between(cls, before: WorkerStats, after: WorkerStats) -> _Steps:
+        return cls(
+            max(1, after.steps - before.steps), after.busy_s - before.busy_s, after.modelled_s - before.modelled_s
+        )
 
 
 def raise_priority(pids: Sequence[int], nice: int) -> None:
@@ -180,13 +190,15 @@ async def measure_steady(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     assert tally.opened is not None
-    host_s, step_s = _host_and_step(before, after)
+    steps = [_Steps.between(before[rank], after[rank]) for rank in sorted(after)]
+    count, busy_s = sum(worker.count for worker in steps), sum(worker.busy_s for worker in steps)
     return Steady(
         tokens_per_s=slope(tally.times, tally.counts),
         itl_s=statistics.fmean(tally.gaps),
         window_s=tally.closed_at - tally.opened,
-        host_s=host_s,
-        step_s=step_s,
+        host_s=(busy_s - sum(worker.modelled_s for worker in steps)) / count,
+        step_s=busy_s / count,
+        worker_step_s=tuple(worker.busy_s / worker.count for worker in steps),
         server_cpu=cpu_after.server_since(cpu),
         foreign_cpu=cpu_after.foreign_since(cpu),
     )

@@ -10,7 +10,7 @@ measured; it is small against a slowed step, and shown.
 `benchmarks.measure_profile` takes right before and right after: kernels and host, one thread per worker, and the
 experts that recorded tokens took. *Raw* is the mean of both simulations, and *drift* their ratio, since a shared
 machine's speed changes within seconds. What is *simulated* is the simulator's part alone, batches, queues and waiting:
-the table is multiplied by one number, so that the mean step takes as long as it did in the run.
+the table is multiplied by one number per worker, so that its mean step takes as long as it did in the run.
 
 Both sides run the same closed loop and measure the same window. Rounds repeat a point; the one with the least drift, or
 else the fewest foreign processes, counts. Writes PREFIX.json and PREFIX.md.
@@ -25,7 +25,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from amoe.profiles.links import Fabric, LinkProfile
 from amoe.profiles.measured import MeasuredCosts, ScaledCosts
 from amoe.profiles.models import ModelSizes
 from amoe.profiles.routing import RecordedRouting, RoutingModel
-from amoe.sim.config import HostModel, SimConfig, Window
+from amoe.sim.config import HostModel, SimConfig, Slowdown, Window
 from amoe.sim.simulator import Simulator
 from amoe.sim.timing import ROOFLINE, CostModel
 from amoe.sim.workload import Lengths, Workload
@@ -121,11 +121,11 @@ def run_engine(point: Point, config: EngineConfig, window: Window, effort: Effor
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """Tokens per second, seconds between two tokens of a sequence, and mean seconds of a step."""
+    """Tokens per second, seconds between two tokens of a sequence, and mean seconds of a step of each worker."""
 
     tokens_per_s: float
     itl_s: float
-    step_s: float
+    step_s: tuple[float, ...]
 
 
 def simulate(config: SimConfig, cost_model: CostModel = ROOFLINE) -> Simulated:
@@ -134,10 +134,12 @@ def simulate(config: SimConfig, cost_model: CostModel = ROOFLINE) -> Simulated:
     results = simulator.run()
     meter = simulator._tokens
     first = int(np.searchsorted(meter._times, meter._times[-1] - results.window_s, side="right"))
-    busy_s = sum(worker.busy_fraction for worker in results.workers) * results.window_s
-    steps = sum(block.steps for worker in results.workers for block in worker.blocks.values())
+    step_s = tuple(
+        worker.busy_fraction * results.window_s / max(1, sum(block.steps for block in worker.blocks.values()))
+        for worker in results.workers
+    )
     rate = slope(meter._times[first:], meter._counts[first:])
-    return Simulated(rate, results.inter_token_latency.mean, busy_s / max(1, steps))
+    return Simulated(rate, results.inter_token_latency.mean, step_s)
 
 
 def simulation_of(point: Point, config: EngineConfig, window: Window, **fields: Any) -> SimConfig:
@@ -235,8 +237,10 @@ def compare_cpu_once(point: Point, model: str, routing: RoutingModel, nice: int)
     after = calibrate(config, point.batch)
     sizes = before.sizes
     simulation = simulation_of(point, config, window, sizes=sizes, device=CPU_DEVICE, routing=routing)
-    raw = [simulate(simulation, fixed_costs(costs)) for costs in (before, after)]
-    scaled = simulate(simulation, fixed_costs(ScaledCosts(before, engine.step_s / raw[0].step_s)))
+    raw = [simulate(simulation, measured_costs(costs)) for costs in (before, after)]
+    factors = np.asarray(engine.worker_step_s) / np.asarray(raw[0].step_s)
+    slowdowns = tuple(Slowdown(rank=rank, factor=float(factor)) for rank, factor in enumerate(factors))
+    scaled = simulate(replace(simulation, slowdowns=slowdowns), measured_costs(before))
     return Comparison(
         point=point,
         engine=engine,
@@ -247,9 +251,13 @@ def compare_cpu_once(point: Point, model: str, routing: RoutingModel, nice: int)
     )
 
 
-def fixed_costs(costs: BlockCosts) -> CostModel:
-    """These, whatever the device."""
-    return lambda _sizes, _device: costs
+def measured_costs(costs: MeasuredCosts) -> CostModel:
+    """These for every device, but for its slowdown."""
+
+    def make(_sizes: ModelSizes, device: DeviceProfile) -> BlockCosts:
+        return ScaledCosts(costs, device.slowdown)
+
+    return make
 
 
 def compare_cpu(point: Point, model: str, routing: RoutingModel, effort: Effort) -> Comparison:
