@@ -86,6 +86,19 @@ class Loads:
         self._reading_s = sizes.expert_bytes / device.bandwidth
         self.shares = self._plan() if shares is None else shares
 
+    def redrawn(self, seed: int) -> Loads:
+        """The same with other draws."""
+        return Loads(
+            self.deployment,
+            self._popularity,
+            self._owners,
+            self._mode,
+            self.tokens,
+            num_draws=self.num_draws,
+            seed=seed,
+            shares=self.shares,
+        )
+
     def attention(self) -> FloatArray:
         """[L, A, W] seconds of attention blocks, without any for a wave that has no tokens."""
         deployment, homes = self.deployment, list(self.deployment.homes)
