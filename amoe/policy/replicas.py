@@ -229,9 +229,9 @@ def home_shares(
     Returns:
         [A] shares; they sum to one.
     """
-    amount = np.array([float(num_sequences)])
-    counts = _fill(elsewhere_s[None], amount, per_sequence_s)[0]
-    counts = np.maximum(counts, least * num_sequences / len(counts))
+    reserved = least * num_sequences / len(elsewhere_s)
+    amount = np.array([(1 - least) * num_sequences])
+    counts = reserved + _fill((elsewhere_s + reserved * per_sequence_s)[None], amount, per_sequence_s)[0]
     return counts / counts.sum()
 
 
@@ -289,7 +289,9 @@ def _fill(levels: FloatArray, amount: FloatArray, cost: FloatArray) -> FloatArra
     following = np.concatenate((ranked[..., 1:], np.full((*ranked.shape[:-1], 1), np.inf)), axis=-1)
     chosen = (surface <= following).argmax(axis=-1)[..., None]
     height = np.take_along_axis(surface, chosen, axis=-1)
-    return np.maximum(height - levels, 0.0) / cost
+    parts = np.maximum(height - levels, 0.0) / cost
+    # What rounding leaves must not wake a replica.
+    return np.where((amount[..., None] > 0) & (parts > _ROUNDING * amount[..., None]), parts, 0.0)
 
 
 def cumulative_shares(shares: FloatArray, owners: Int16Array) -> FloatArray:
