@@ -163,7 +163,7 @@ def test_devices_become_equally_busy(slowness, experts, fixed):
 
     shares = settle(cluster, np.full(3, 1 / 3))
     busy = slow * (fixed + 10 * shares + np.array(experts))
-    free = shares > 0.26 / 3  # the others are at the least share that anybody gets
+    free = shares > 1.2 * 0.25 / 3  # the others are at the least share that anybody gets, or as good as
     assert busy[free].max() <= 1.15 * busy[free].min()
 
 
