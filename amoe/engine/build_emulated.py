@@ -53,7 +53,9 @@ def build_emulated_worker(
         rng = np.random.default_rng((device.seed, rank))
         vocabulary = valid_vocabulary(checkpoint.vocab_size, checkpoint.eos_token_ids)
         router = RouterPool(device.routing(sizes), rng)
-        attention = EmulatedAttention(sizes, costs, router, core.attention.batcher, vocabulary, rng, waiter)
+        attention = EmulatedAttention(
+            sizes, costs, device.context(sizes), router, core.attention.batcher, vocabulary, rng, waiter
+        )
     if core.experts is not None:
         num_slots = len(placement.attention_ranks) * config.scheduler.num_token_slots
         experts = EmulatedExperts(sizes, costs, num_slots, waiter)

@@ -22,6 +22,7 @@ from amoe.core.batcher import Batcher
 from amoe.core.experts import count_pairs
 from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
 from amoe.engine.sampler import SampledTokens, SamplingTable
+from amoe.profiles.context import ContextCounter
 from amoe.profiles.costs import BlockCosts
 from amoe.profiles.models import ModelSizes
 from amoe.profiles.routing import RoutingModel
@@ -98,6 +99,7 @@ class EmulatedAttention:
         self,
         sizes: ModelSizes,
         costs: BlockCosts,
+        context: ContextCounter,
         router: RouterPool,
         batcher: Batcher,
         vocabulary: Int64Array,
@@ -106,6 +108,7 @@ class EmulatedAttention:
     ) -> None:
         self._sparse = sizes.sparse_layers
         self._costs = costs
+        self._context = context
         self._router = router
         self._batcher = batcher
         self._vocabulary = vocabulary
@@ -121,8 +124,7 @@ class EmulatedAttention:
         self.waiter.start()
         layer, count = step.block.layer, step.num_tokens
         topk_ids = self._router.draw(layer, count) if self._sparse[layer] else None
-        num_context = int(step.positions.sum()) + count  # a token sees itself, too
-        self.waiter.finish(self._costs.attention(layer, count, num_context))
+        self.waiter.finish(self._costs.attention(layer, count, round(self._context.count(step))))
         return (None, None, None) if topk_ids is None else (topk_ids, self._weights[:count], self._rows[:count])
 
     def sample(self, step: HeadStep, sampling: SamplingTable, num_generated: Int64Array) -> SampledTokens:

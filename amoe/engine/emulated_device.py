@@ -18,8 +18,9 @@ from amoe.config import EngineConfig
 from amoe.engine.memory import KVPlan
 from amoe.errors import ConfigError
 from amoe.models.config import ModelConfig, load_model_config
+from amoe.profiles.context import ContextCounter
 from amoe.profiles.costs import BlockCosts, RooflineCosts
-from amoe.profiles.devices import DEVICES, device_profile
+from amoe.profiles.devices import DEVICES, DeviceProfile, device_profile
 from amoe.profiles.measured import ScaledCosts, is_measured, load_measured
 from amoe.profiles.models import ModelSizes, grouped_query_attention, model_sizes
 from amoe.profiles.routing import RoutingModel, log_normal_routing
@@ -29,6 +30,9 @@ GRAMMAR = "emulated:PROFILE[,slow=F][,sigma=S][,seed=N][,model=NAME][,straggler=
 MEMORY_SHARE = 0.9  # of the device, for weights and KV cache: the rest is the runtime's
 MAX_KV_BLOCKS = 1 << 20  # the core keeps tables of them
 MAX_MODEL_LEN = 1 << 20
+
+# Of whom only the ratio counts: some ten operations for every byte, as processors have.
+CPU_LIKE = DeviceProfile(name="cpu", peak_flops=4e11, memory_bandwidth=4e10, memory_bytes=1.0)
 
 T = TypeVar("T")
 Shape = ModelConfig | ModelSizes  # both know num_layers, num_experts, hidden_size, top_k and sparse_layers
@@ -117,6 +121,10 @@ class EmulatedDevice:
             costs = RooflineCosts(sizes, device_profile(self.profile))
         factor = self.slow * dict(self.stragglers).get(rank, 1.0)
         return costs if factor == 1.0 else ScaledCosts(costs, factor)
+
+    def context(self, sizes: ModelSizes) -> ContextCounter:
+        """What a prefill chunk pays for: by the device's ratio of computing and reading, whatever it is slowed by."""
+        return ContextCounter(sizes, CPU_LIKE if is_measured(self.profile) else device_profile(self.profile))
 
     def routing(self, sizes: ModelSizes) -> RoutingModel:
         """Where tokens go: the same at all workers."""

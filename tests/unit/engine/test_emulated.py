@@ -10,6 +10,7 @@ from amoe.core.batcher import Batcher
 from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
 from amoe.engine.emulated import EmulatedAttention, EmulatedExperts, RouterPool, Waiter, valid_vocabulary
 from amoe.engine.sampler import SamplingTable
+from amoe.profiles.context import ContextCounter
 from amoe.profiles.costs import RooflineCosts
 from amoe.profiles.devices import DEVICES
 from amoe.profiles.models import MODELS
@@ -68,7 +69,7 @@ def attention_of(waiter: Waiter, vocabulary: np.ndarray | None = None) -> Emulat
     rng = np.random.default_rng(0)
     router = RouterPool(log_normal_routing(SIZES, 1.0, 0), rng, pool_tokens=64)
     words = np.array([3, 5]) if vocabulary is None else vocabulary
-    return EmulatedAttention(SIZES, COSTS, router, batcher, words, rng, waiter)
+    return EmulatedAttention(SIZES, COSTS, ContextCounter(SIZES, DEVICES["h100"]), router, batcher, words, rng, waiter)
 
 
 def step_at(layer: int, positions: list[int]) -> AttentionStep:
