@@ -34,6 +34,12 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         sim_cli.add_parser(subparsers)
     else:
         subparsers.add_parser("simulate", help="simulate workers on devices that need not be there")
+    if command == "plan":
+        from amoe.sim import plan_cli
+
+        plan_cli.add_parser(subparsers)
+    else:
+        subparsers.add_parser("plan", help="find placement, replicas and waves for a model, devices and a load")
     return parser
 
 

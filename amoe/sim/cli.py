@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import get_args
 
 from rich.console import Console
 
@@ -16,6 +15,8 @@ from amoe.errors import ConfigError
 from amoe.profiles.models import MODELS
 from amoe.sim import options
 from amoe.sim.config import HostModel, SimConfig, Window
+from amoe.sim.flags import FILE_WIDTH, flags_of, known, real, report_file, whole
+from amoe.sim.plan_plot import Point, check_plot, write_plot
 from amoe.sim.replicas import ShareMode, read_loads, with_replicas
 from amoe.sim.report import ProgressDisplay, print_results, print_workers, write_json
 from amoe.sim.results import Results
@@ -24,9 +25,6 @@ from amoe.sim.workload import Lengths, Workload
 
 DEFAULT_DEVICES = 8
 DEFAULT_CONCURRENCY = 256
-FILE_WIDTH = 120  # columns where there is no terminal to ask
-
-T = TypeVar("T")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,23 +38,26 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_hardware(parser)
     _add_scheduling(parser)
     _add_workload(parser)
-    parser.add_argument("--seed", type=_whole(0), default=0, help="of routing, prompts and arrivals (default 0)")
-    parser.add_argument("--json", type=_report_file, metavar="FILE", help="write configuration and figures there")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of routing, prompts and arrivals (default 0)")
+    parser.add_argument("--json", type=report_file, metavar="FILE", help="write configuration and figures there")
+    parser.add_argument(
+        "--plot", type=report_file, metavar="FILE", help="tokens/s against ITL by schedule: *.svg, *.png or *.pdf"
+    )
     parser.set_defaults(func=run_simulate)
 
 
 def _add_hardware(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("devices")
     group.add_argument("--device", default="h100", metavar="NAME", help="profile, or *.json as measured (default h100)")
-    group.add_argument("--devices", type=_whole(1), metavar="N", help=f"colocated workers (default {DEFAULT_DEVICES})")
-    group.add_argument("--colocated", type=_whole(1), metavar="N", help="the same as --devices")
-    group.add_argument("--attention-workers", type=_whole(1), metavar="N", help="instead: workers that hold attention")
-    group.add_argument("--expert-workers", type=_whole(1), metavar="N", help="and workers that share the experts")
+    group.add_argument("--devices", type=whole(1), metavar="N", help=f"colocated workers (default {DEFAULT_DEVICES})")
+    group.add_argument("--colocated", type=whole(1), metavar="N", help="the same as --devices")
+    group.add_argument("--attention-workers", type=whole(1), metavar="N", help="instead: workers that hold attention")
+    group.add_argument("--expert-workers", type=whole(1), metavar="N", help="and workers that share the experts")
     group.add_argument("--fabric", metavar="NAME", help="links between devices (default: the device's)")
-    group.add_argument("--devices-per-node", type=_whole(1), default=8, metavar="N", help="(default 8)")
-    group.add_argument("--link-latency-us", type=_real(0), metavar="X", help="inside a node, instead of the fabric's")
-    group.add_argument("--link-gbs", type=_real(1e-6), metavar="X", help="gigabytes/s inside a node, likewise")
-    group.add_argument("--host-us", type=_real(0), metavar="X", help="microseconds of host time per step (default 0)")
+    group.add_argument("--devices-per-node", type=whole(1), default=8, metavar="N", help="(default 8)")
+    group.add_argument("--link-latency-us", type=real(0), metavar="X", help="inside a node, instead of the fabric's")
+    group.add_argument("--link-gbs", type=real(1e-6), metavar="X", help="gigabytes/s inside a node, likewise")
+    group.add_argument("--host-us", type=real(0), metavar="X", help="microseconds of host time per step (default 0)")
     group.add_argument(
         "--host-mode",
         choices=("serial", "prelaunched", "queued"),
@@ -64,10 +65,10 @@ def _add_hardware(parser: argparse.ArgumentParser) -> None:
         help="the device waits for it; only for what does not fit beside the step before; or not even when idle",
     )
     group.add_argument(
-        "--slow", type=_known(options.find_slowdown), action="append", default=[], metavar="RANK:FACTOR[@SECONDS]"
+        "--slow", type=known(options.find_slowdown), action="append", default=[], metavar="RANK:FACTOR[@SECONDS]"
     )
     group.add_argument(
-        "--stop", type=_known(options.find_outage), action="append", default=[], metavar="RANK@START[-END]"
+        "--stop", type=known(options.find_outage), action="append", default=[], metavar="RANK@START[-END]"
     )
 
 
@@ -78,7 +79,7 @@ def _add_scheduling(parser: argparse.ArgumentParser) -> None:
         "--schedule", default="progress", metavar="A,B,...", help="one or more, such as progress, waves:2, lockstep:2"
     )
     group.add_argument(
-        "--redundant-experts", type=_whole(0), default=0, metavar="N", help="replicas per layer at each expert worker"
+        "--redundant-experts", type=whole(0), default=0, metavar="N", help="replicas per layer at each expert worker"
     )
     group.add_argument(
         "--expert-load", type=Path, metavar="FILE", help="loads that place replicas (default: those of --routing)"
@@ -88,16 +89,16 @@ def _add_scheduling(parser: argparse.ArgumentParser) -> None:
         choices=get_args(ShareMode),
         help="of replicas (default: planned in a closed loop, otherwise even)",
     )
-    group.add_argument("--max-num-seqs", type=_whole(1), metavar="N", help="per attention worker (default: enough)")
+    group.add_argument("--max-num-seqs", type=whole(1), metavar="N", help="per attention worker (default: enough)")
     group.add_argument(
         "--max-num-batched-tokens",
-        type=_whole(1),
+        type=whole(1),
         default=base.max_num_batched_tokens,
         metavar="N",
         help="prompt tokens",
     )
-    group.add_argument("--block-size", type=_whole(1), default=16, metavar="N", help="of the KV cache (default 16)")
-    group.add_argument("--num-kv-blocks", type=_whole(1), metavar="N", help="default: from the device's memory")
+    group.add_argument("--block-size", type=whole(1), default=16, metavar="N", help="of the KV cache (default 16)")
+    group.add_argument("--num-kv-blocks", type=whole(1), metavar="N", help="default: from the device's memory")
 
 
 def _add_workload(parser: argparse.ArgumentParser) -> None:
@@ -107,17 +108,17 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     )
     load = group.add_mutually_exclusive_group()
     load.add_argument(
-        "--concurrency", type=_whole(1), metavar="C", help=f"sequences in a closed loop (default {DEFAULT_CONCURRENCY})"
+        "--concurrency", type=whole(1), metavar="C", help=f"sequences in a closed loop (default {DEFAULT_CONCURRENCY})"
     )
-    load.add_argument("--request-rate", type=_real(1e-9), metavar="R", help="requests per second, Poisson arrivals")
-    group.add_argument("--num-requests", type=_whole(1), metavar="N", help="no more than these (default: no end)")
-    group.add_argument("--input-len", type=_whole(1), default=128, metavar="N", help="prompt tokens (default 128)")
-    group.add_argument("--output-len", type=_whole(1), default=128, metavar="N", help="output tokens (default 128)")
+    load.add_argument("--request-rate", type=real(1e-9), metavar="R", help="requests per second, Poisson arrivals")
+    group.add_argument("--num-requests", type=whole(1), metavar="N", help="no more than these (default: no end)")
+    group.add_argument("--input-len", type=whole(1), default=128, metavar="N", help="prompt tokens (default 128)")
+    group.add_argument("--output-len", type=whole(1), default=128, metavar="N", help="output tokens (default 128)")
     spread = group.add_mutually_exclusive_group()
-    spread.add_argument("--range-ratio", type=_real(0), metavar="R", help="lengths uniform in [x(1-R), x(1+R)]")
-    spread.add_argument("--log-normal", type=_real(0), metavar="S", help="lengths log-normal with this sigma")
+    spread.add_argument("--range-ratio", type=real(0), metavar="R", help="lengths uniform in [x(1-R), x(1+R)]")
+    spread.add_argument("--log-normal", type=real(0), metavar="S", help="lengths log-normal with this sigma")
     group.add_argument(
-        "--context", type=_whole(0), default=0, metavar="N", help="tokens of context without their prefill (default 0)"
+        "--context", type=whole(0), default=0, metavar="N", help="tokens of context without their prefill (default 0)"
     )
     group.add_argument(
         "--stagger",
@@ -126,50 +127,14 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
         help="the first sequences of a closed loop are under way already (default)",
     )
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--duration", type=_real(1e-9), metavar="SECONDS", help="to measure, simulated (default 10)")
+    length.add_argument("--duration", type=real(1e-9), metavar="SECONDS", help="to measure, simulated (default 10)")
     length.add_argument(
         "--iterations",
-        type=_whole(1),
+        type=whole(1),
         metavar="N",
         help="to measure, of a closed loop: tokens per sequence (default 20)",
     )
-    group.add_argument("--warmup", type=_real(0), metavar="X", help="before it, in the same unit (default: half of it)")
-
-
-def _whole(at_least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdigit() or int(text) < at_least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {at_least}")
-        return int(text)
-
-    return parse
-
-
-def _real(at_least: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = float(text)
-        if not at_least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least {at_least:g}")
-        return value
-
-    return parse
-
-
-def _known(find: Callable[[str], T]) -> Callable[[str], T]:
-    def parse(text: str) -> T:
-        try:
-            return find(text)
-        except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parse
-
-
-def _report_file(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():  # to be told before the simulation, not after it
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: no such directory, or it is one")
-    return path
+    group.add_argument("--warmup", type=real(0), metavar="X", help="before it, in the same unit (default: half of it)")
 
 
 # ---- what the flags make
@@ -270,6 +235,8 @@ def configs_of(args: argparse.Namespace) -> tuple[dict[str, SimConfig], options.
 
 def run_simulate(args: argparse.Namespace) -> int:
     """`amoe simulate`. Returns the exit status. Raises `AmoeError`."""
+    if args.plot:
+        check_plot(args.plot)
     configs, hardware = configs_of(args)
     results: dict[str, Results] = {}
     for name, config in configs.items():
@@ -281,7 +248,14 @@ def run_simulate(args: argparse.Namespace) -> int:
     for name, result in results.items():
         print_workers(console, name, result)
     if args.json:
-        write_json(args.json, _flags(args), {name: asdict(result) for name, result in results.items()})
+        write_json(args.json, flags_of(args), {name: asdict(result) for name, result in results.items()})
+    if args.plot:
+        points = {
+            name: [Point(result.inter_token_latency.mean, result.tokens_per_s_per_device)]
+            for name, result in results.items()
+            if result.inter_token_latency.count
+        }
+        write_plot(args.plot, describe(args, next(iter(configs.values()))), points)
     return 0
 
 
@@ -295,14 +269,3 @@ def describe(args: argparse.Namespace, config: SimConfig) -> str:
     if workload.request_rate is not None:
         load = f"{workload.request_rate:g} requests/s"
     return f"{config.sizes.name} on {workers} workers ({config.device.name}), {args.routing}, {load}"
-
-
-def _flags(args: argparse.Namespace) -> dict[str, Any]:
-    kept = {key: value for key, value in vars(args).items() if key not in {"func", "json", "command"}}
-    return {
-        key: [str(item) for item in value] if isinstance(value, list) else _plain(value) for key, value in kept.items()
-    }
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, int | float | str | None) else str(value)
