@@ -108,11 +108,19 @@ class HomeWaves:
             if wave.running:
                 outgoing += self._end(index, wave, now)
             takes_part = willing and index < self._gates.num_waves and core.batcher.num_ready > 0
+            if takes_part and not wave.is_invited and self._is_close_behind(index):
+                continue
             if takes_part or wave.is_invited:
                 announced = self._begin(index, wave, core, now, takes_part)
                 outgoing += announced
                 willing &= not takes_part or wave.running  # where nobody can start, the next wave need not try
         return outgoing
+
+    def _is_close_behind(self, index: int) -> bool:
+        """Another wave of this home has only just begun. If a wave that other homes have begun waited for that, they
+        would have to do without its tokens."""
+        stages = [2 * other.next_layer for number, other in enumerate(self._waves) if other.running and number != index]
+        return self._gates.order.must_hold(stages)
 
     def _begin(self, index: int, wave: HomeWave, core: AttentionCore, now: float, takes_part: bool) -> list[Outgoing]:
         if self._leads:

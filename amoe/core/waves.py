@@ -9,9 +9,9 @@ together, each with the others of its wave and with nobody else:
                   none: one dispatch or one zero-row marker per home and layer (`ExpertWaves`).
 
 So every step is as large as it can be, as in lockstep, but nobody stands still for it: while one wave waits for its
-last tokens, the others run. Which of the ready steps comes first is the business of `amoe.policy.scheduler.stagger`:
-it keeps the waves S/W stages apart, so that hot experts of different layers work at the same time. W = 1 is lockstep
-without the barrier between homes, W = 2 overlaps two micro-batches, and W without bound would be `progress`.
+last tokens, the others run. Which of the ready steps comes first, and how far apart waves are kept so that hot experts
+of different layers work at the same time, is the business of `amoe.policy.wave_order`. W = 1 is lockstep without the
+barrier between homes, W = 2 overlaps two micro-batches, and W without bound would be `progress`.
 
 A pass of one wave through the model is an *epoch*, numbered by wave, the same number at all homes. A home announces
 with it how many tokens it brings; to be silent is to be waited for, so a home that hears of an epoch and has nothing to
@@ -32,8 +32,9 @@ import numpy as np
 
 from amoe.config import SchedulerConfig
 from amoe.core.micro_queue import MicroQueues
-from amoe.policy.scheduler import NEVER, QueueView, expired, num_stages, stagger
+from amoe.policy.scheduler import NEVER, QueueView, expired, num_stages
 from amoe.policy.wave_count import WaveProber
+from amoe.policy.wave_order import WaveOrder
 from amoe.types import Batch, BoolArray
 
 
@@ -60,7 +61,7 @@ class FixedWaves:
         """Nothing to learn."""
 
 
-FIRST_WAVES = 2
+FIRST_WAVES = 1  # right at low load, where a wrong number costs most
 
 
 def make_controller(config: SchedulerConfig) -> WaveController:
@@ -77,6 +78,7 @@ class WaveGates:
         open: [num_lanes, S] nobody is missing at the block. Attention and head (even stages) are kept by `HomeWaves`,
             experts (odd stages) by `ExpertWaves`.
         loose: the lane that waits for nobody: the last one.
+        order: of the waves that there are now.
     """
 
     def __init__(self, num_layers: int, num_lanes: int, leader: int, num_waves: int, max_hold_s: float) -> None:
@@ -93,7 +95,8 @@ class WaveGates:
         """W is another from now on. Waves beyond it go on to their border, and take no more sequences."""
         if num_waves != self.num_waves:
             self.num_waves = min(num_waves, self.loose)
-            self._stagger = stagger(self.num_waves, self.loose + 1, self._num_layers)
+            self.order = WaveOrder(num_stages(self._num_layers), self.num_waves)
+            self._handicaps = self.order.handicaps(self.loose + 1)
 
     def hear(self, batch: Batch) -> None:
         """An announcement has come: the leader's decides W."""
@@ -104,7 +107,7 @@ class WaveGates:
         """Statistics for the policy: ready is who waits for nobody, or has done so for too long."""
         waiting = queues.depth > 0
         ready = waiting & (self.open.ravel() | expired(queues.oldest, now, self.max_hold_s))
-        kappa = np.where(waiting, queues.min_kappa, 0) + self._stagger
+        kappa = np.where(waiting, queues.min_kappa, 0) + self._handicaps
         return QueueView(ready, queues.depth, queues.oldest, np.where(waiting, kappa, NEVER))
 
     def deadline(self, queues: MicroQueues) -> float | None:

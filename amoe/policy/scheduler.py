@@ -13,7 +13,7 @@ The async schedules differ in the order in which they serve the ready blocks:
     progress  the block that holds the token with the least progress
 
 `waves` lets whole waves of tokens march through the model. What is ready is decided by `amoe.core.waves`; the order is
-that of `progress`, with the waves kept apart: see `stagger`. `lockstep` is the barrier baseline: what is ready is
+that of `progress` with a handicap: see `amoe.policy.wave_order`. `lockstep` is the barrier baseline: what is ready is
 decided by `amoe.core.lockstep`, and of the micro-batches that are ready the one that has come least far runs. A block
 is always drained whole.
 
@@ -83,25 +83,6 @@ def progress(view: QueueView) -> int:
     return int(np.where(view.ready, view.min_kappa, NEVER).argmin())
 
 
-def stagger(num_waves: int, num_lanes: int, num_layers: int) -> Int64Array:
-    """Handicaps [B] of `waves`: of the ready blocks the one with the least κ + ⌊j·S/W⌋ runs, j being its wave.
-
-    κ = S·pass + stage is how far a wave has come. Without a handicap the wave that is behind always goes first, so all
-    waves meet at one layer, and the worker with that layer's hottest expert is everybody's bottleneck while the others
-    idle: W smaller batches, and nothing gained. With it two waves are in balance when wave j is j·S/W stages behind
-    wave 0: they spread evenly over the ring of the layers, and what is computed at any moment is a mixture of the loads
-    of W layers, whose sum over the devices is more even than each of them.
-
-    κ grows with every step of a wave, so a wave is overtaken finitely often by each other one: nobody starves. The
-    integer part keeps keys integers; equal keys go to the lower wave. Waves beyond W, which only finish what they have
-    begun, share the handicaps of the first; the last lane, of tokens that march alone, has none.
-    """
-    stages = num_stages(num_layers)
-    waves = np.arange(num_lanes) % num_waves
-    waves[-1] = 0
-    return np.repeat(waves * stages // num_waves, stages)
-
-
 def expired(oldest: Float64Array, now: float, max_hold_s: float) -> BoolArray:
     """[B] the block's oldest token has waited long enough for others."""
     return oldest + max_hold_s <= now
@@ -143,7 +124,7 @@ def make_policy(config: SchedulerConfig, num_layers: int) -> Policy:
         "flfs": flfs,
         "mtfs": mtfs,
         "progress": progress,
-        "waves": progress,  # of the keys that `stagger` has shifted
+        "waves": progress,  # of keys with the handicaps of `wave_order`
         "lockstep": progress,
     }
     return simple[config.schedule]

@@ -30,8 +30,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from amoe.types import Int64Array
+
 SPREAD = 0.75
 GAP = 0.5
+EXPERTS_LAST = 1 << 40  # more than any κ
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +55,22 @@ class WaveOrder:
     gap: float = GAP
     attention_first: bool = True
 
-    def key(self, is_experts: bool, stage: int, wave: int, num_passes: int) -> tuple[bool, float]:
-        """The least runs first. `num_passes`: of the wave so far."""
-        kappa = self.num_stages * num_passes + stage
-        return (is_experts and self.attention_first, kappa + wave * self.spread * self.num_stages / self.num_waves)
+    def handicap(self, is_experts: bool, wave: int) -> int:
+        """What is added to κ: the least sum runs first. Waves from `num_waves` on, which only finish what they have
+        begun when W has shrunk, share the handicaps of the first."""
+        offset = int(wave % self.num_waves * self.spread * self.num_stages / self.num_waves)
+        return offset + (EXPERTS_LAST if is_experts and self.attention_first else 0)
+
+    def handicaps(self, num_lanes: int) -> Int64Array:
+        """[num_lanes · S] of all blocks; the last lane, of tokens that march alone, has no wave's."""
+        waves = [*range(num_lanes - 1), 0]
+        return np.array(
+            [self.handicap(stage % 2 == 1, wave) for wave in waves for stage in range(self.num_stages)], np.int64
+        )
+
+    def key(self, is_experts: bool, stage: int, wave: int, num_passes: int) -> int:
+        """The step with the least runs first. `num_passes`: of the wave so far."""
+        return self.num_stages * num_passes + stage + self.handicap(is_experts, wave)
 
     def must_hold(self, stages: Sequence[int]) -> bool:
         """Whether a wave must not start a pass that no home has started, with its other waves at `stages`."""

@@ -239,8 +239,21 @@ def test_an_invited_home_without_tokens_says_so_at_once():
 
 def test_waves_share_the_running_sequences():
     home = Home(num_waves=3, tokens=7, running=7)
-    home.start()
+    for wave in range(3):  # each starts when the one before it has got out of its way
+        home.start()
+        home.go(wave, owners=[2], wave=wave)
     assert home.core.entered == [(0, 3, 0), (1, 3, 0), (2, 1, 0)]
+
+
+def test_a_wave_does_not_start_close_behind_another_unless_another_home_has_begun_it():
+    home = Home(num_waves=2, tokens=4, running=4)
+    home.start()
+    home.queues.depth[0] = 2  # wave 0 waits for attention(0)
+    home.start()
+    assert home.core.entered == [(0, 2, 0)]
+    home.waves.on_announce(announce(1, 2, wave=1))
+    home.start()
+    assert [wave for wave, _, _ in home.core.entered] == [0, 1]
 
 
 def test_waves_beyond_their_number_take_no_sequences_but_answer():

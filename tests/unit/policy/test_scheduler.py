@@ -22,8 +22,8 @@ from amoe.policy.scheduler import (
     make_policy,
     num_stages,
     progress,
-    stagger,
 )
+from amoe.policy.wave_order import WaveOrder
 
 
 @dataclass
@@ -180,22 +180,12 @@ def test_a_full_queue_downstream_draws_the_tokens_that_can_still_join_it():
     assert policy(view_of(blocks)) == 0
 
 
-@given(num_waves=st.integers(1, 16), surplus=st.integers(0, 3), num_layers=st.integers(1, 60))
-def test_waves_are_spread_evenly_over_the_stages(num_waves, surplus, num_layers):
-    stages = num_stages(num_layers)
-    handicaps = stagger(num_waves, num_waves + surplus + 1, num_layers).reshape(-1, stages)
-    assert (handicaps == handicaps[:, :1]).all(), "a wave has one, whatever its stage"
-    of_wave = handicaps[:, 0].tolist()
-    assert of_wave[:num_waves] == [wave * stages // num_waves for wave in range(num_waves)]
-    assert all(0 <= handicap < stages for handicap in of_wave)
-    assert of_wave[-1] == 0, "tokens that march alone go first"
-
-
 @pytest.mark.parametrize(("num_waves", "num_layers"), [(1, 3), (2, 3), (3, 4), (4, 10)])
 def test_waves_that_start_together_draw_apart(num_waves, num_layers):
-    """One worker, every wave always ready: in the long run wave j is j·S/W stages behind wave 0."""
+    """One worker, every wave always ready: in the long run wave j is ¾·j·S/W stages behind wave 0."""
     stages = num_stages(num_layers)
-    handicap = stagger(num_waves, num_waves + 1, num_layers).reshape(-1, stages)[:num_waves, 0]
+    order = WaveOrder(stages, num_waves)
+    handicap = order.handicaps(num_waves + 1).reshape(-1, stages)[:num_waves, 0]
     kappa = np.zeros(num_waves, np.int64)
     for _ in range(num_waves * stages * 5):
         ready = np.ones(num_waves, np.bool_)
