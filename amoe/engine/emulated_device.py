@@ -240,7 +240,7 @@ def plan_emulated_kv(
             f"{device.profile} is {device.memory_bytes() * MEMORY_SHARE / 1e9:.1f} GB: use more workers"
         )
     budget = cache.kv_cache_bytes or room
-    num_blocks = cache.num_blocks or int(min(budget // block_bytes, useful))
+    num_blocks = cache.num_blocks or int(min(budget / block_bytes, useful))  # `/`: may be infinite
     capacity = num_blocks * block_size
     if capacity < 2 or (capacity < longest and config.max_model_len is not None):
         raise ConfigError(

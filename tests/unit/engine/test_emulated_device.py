@@ -149,6 +149,12 @@ class TestKVCache:
         with pytest.raises(ConfigError, match="lower --max-model-len"):
             plan_emulated_kv(replace(config, max_model_len=4096), self.device, MIXTRAL, 4096, 22e9)
 
+    def test_memory_of_a_measured_profile_is_not_known(self, tmp_path: Path) -> None:
+        path = tmp_path / "cpu.json"
+        path.touch()
+        plan = plan_emulated_kv(self.config, EmulatedDevice(profile=str(path)), MIXTRAL, 32, 1e15)
+        assert plan.num_blocks == 2000
+
     def test_weights_have_to_fit(self) -> None:
         with pytest.raises(ConfigError, match="use more workers"):
             plan_emulated_kv(self.config, self.device, MIXTRAL, 4096, 73e9)
