@@ -13,7 +13,10 @@ Every iteration of C sequences, whoever schedules it, has to
 The sum divided by the devices' speeds is the *work bound*: perfect balance, perfect overlap, one batch per expert and
 layer, no communication. Besides, one token has to pass all stages one after the other: the *latency bound*, which with
 C tokens in flight bounds throughput too. The *placement bound* also respects where replicas are: experts whose replicas
-all lie in a set S of devices can only run there, for any S.
+all lie in a set S of devices can only run there, for any S; and tokens whose experts are elsewhere have to travel.
+
+In 1. a token waits for nobody but those of its own iteration. Who let tokens of cold experts wait for those of several
+iterations could read less often, at the cost of sequences that stand still meanwhile; no system here does.
 """
 
 from __future__ import annotations
@@ -66,12 +69,13 @@ def bound(deployment: Deployment, popularity: FloatArray, owners: Int16Array | N
     experts = expert_work(deployment, popularity)
     launches = device.launch_s * sizes.num_sparse_layers
     work = home_work + experts.sum() + launches
-    one = np.zeros(sizes.num_experts)
-    one[: sizes.top_k] = 1
-    hops = 2 * deployment.fabric.intra.latency_s * (num_devices > 1)
     latency = sum(costs.attention(i, 1, deployment.context) for i in layers) + costs.head(1)
-    latency += sizes.num_sparse_layers * (device.launch_s + sizes.expert_bytes / device.bandwidth + hops)
-    placed = 0.0 if owners is None else _placement_bound(deployment, experts, owners)
+    latency += sizes.num_sparse_layers * (device.launch_s + sizes.expert_bytes / device.bandwidth)
+    latency *= float(deployment.slowdown.min())
+    placed = 0.0
+    if owners is not None:
+        travelling = _travelling_bound(deployment, popularity, owners, latency)
+        placed = max(_placement_bound(deployment, experts, owners), travelling)
     return Bound(work / speed, latency, placed)
 
 
@@ -84,6 +88,16 @@ def expert_work(deployment: Deployment, popularity: FloatArray) -> FloatArray:
     seconds = np.maximum(computing, chosen * (sizes.expert_bytes / device.bandwidth))
     seconds[: sizes.num_dense_layers] = 0.0
     return seconds
+
+
+def _travelling_bound(deployment: Deployment, popularity: FloatArray, owners: Int16Array, latency_s: float) -> float:
+    """Least seconds of an iteration, on average over homes of equal size, if tokens travel to experts elsewhere."""
+    first, hop_s = deployment.sizes.num_dense_layers, deployment.fabric.intra.latency_s
+    seconds = np.full(deployment.num_devices, latency_s)
+    for home in deployment.homes:
+        local = (popularity * (owners == home).any(axis=-1))[first:].sum(axis=1)  # more than the part of such tokens
+        seconds[home] += 2 * hop_s * (1 - np.minimum(local, 1.0)).sum()
+    return float(1 / (1 / seconds).mean())
 
 
 def _placement_bound(deployment: Deployment, experts: FloatArray, owners: Int16Array) -> float:
