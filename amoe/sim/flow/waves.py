@@ -28,19 +28,20 @@ class HostModel:
 
     Attributes:
         seconds: of host work per step.
-        kind: `serial`: the device waits for it. `ahead`: the next step is prepared while the device computes, so that
-            it shows only where a step becomes ready less than `seconds` before the device is free. `hidden`: never
-            (captured graphs, or a kernel that waits on the device for its data).
+        kind: `serial`: the device waits for it. `ahead`: the next step is prepared while the device computes the one
+            before, so that it shows only where that takes less than `seconds`, or where a step becomes ready less
+            than `seconds` before the device is free. `hidden`: never (captured graphs, or a kernel that waits on the
+            device for its data).
     """
 
     seconds: float = 0.0
     kind: Literal["serial", "ahead", "hidden"] = "hidden"
 
-    def start(self, ready: float, free: float, now: float) -> float:
-        """When a step starts on the device that became ready at `ready`; the device is free since `free`."""
+    def start(self, ready: float, begun: float, now: float) -> float:
+        """When a step starts that became ready at `ready` and is chosen now; the one before it started at `begun`."""
         if self.kind == "serial":
             return now + self.seconds
-        return max(now, ready + self.seconds) if self.kind == "ahead" else now
+        return max(now, max(ready, begun) + self.seconds) if self.kind == "ahead" else now
 
 
 class Port:
@@ -127,7 +128,6 @@ class WaveSimulator:
                 self._invite(now, device, *step)
             else:
                 self._idle[device] = True
-                self._free[device] = now
                 self._finish(device, step, now)
             if self._idle[device] and self._waiting[device]:
                 self._start(device, now)
@@ -141,7 +141,7 @@ class WaveSimulator:
         self._sequence = 0
         self._waiting: list[list] = [[] for _ in range(num_devices)]
         self._idle = [True] * num_devices
-        self._free = [0.0] * num_devices
+        self._begun_at = [-np.inf] * num_devices  # when the latest step of each device started
         self._busy = np.zeros(num_devices)
         self._finished = np.zeros((num_iterations, self._num_homes, self._num_waves))
         self._dispatched: dict[tuple[int, int, int], list] = {}  # (wave, iteration, layer): homes missing, arrivals [D]
@@ -201,7 +201,8 @@ class WaveSimulator:
             seconds = self._attention[layer][device][wave]
         else:
             seconds = self._head[device][wave]
-        start = self._host.start(ready, self._free[device], now)
+        start = self._host.start(ready, self._begun_at[device], now)
+        self._begun_at[device] = start
         self._idle[device] = False
         self._busy[device] += seconds
         self._push(start + seconds, _DONE, device, step)
