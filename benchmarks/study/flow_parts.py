@@ -28,7 +28,8 @@ def grid(seeds: int) -> list[Task]:
                         point = Point(
                             setting=setting, sequences=load_of(setting, load), sigma=sigma, stale=stale, seed=seed
                         )
-                        tasks.append(Task("grid", measure, (point, (*BASELINES, WAVES), labels)))
+                        iterations = 6 if setting.devices > 8 else 8
+                        tasks.append(Task("grid", measure, (point, (*BASELINES, WAVES), labels, iterations)))
     return tasks
 
 

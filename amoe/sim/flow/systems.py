@@ -114,9 +114,9 @@ def simulate(system: System, case: Case, *, seed: int = 0, num_iterations: int =
 
 
 def _best_split(system: System, case: Case, seed: int, num_iterations: int) -> FlowResult:
-    """Disaggregated with the best number of attention devices, in eighths: a user of it would have searched too."""
+    """Disaggregated with the best of three splits: its user would have searched too."""
     num_devices = case.deployment.num_devices
-    splits = sorted({max(1, num_devices * eighths // 8) for eighths in (1, 2, 3, 4, 5, 6)})
+    splits = sorted({max(1, num_devices * eighths // 8) for eighths in (2, 4, 5)})
     runs = [
         simulate(replace(system, attention_devices=split), case, seed=seed, num_iterations=num_iterations)
         for split in splits
