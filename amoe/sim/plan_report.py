@@ -45,7 +45,7 @@ def print_plan(console: Console, title: str, scenario: Scenario, plan: Plan) -> 
         table.add_row(*cells, style="bold green" if outcome is plan.best else None)
     console.print(table)
     for line in refusals(plan.refused):
-        console.print(f"no room: {line}", highlight=False)
+        console.print(f"no room for {line}", highlight=False)
     for line in assumptions(scenario, plan):
         console.print(line, highlight=False)
 
@@ -69,13 +69,21 @@ def _cells(outcome: Outcome) -> list[str]:
 
 
 def refusals(refused: Sequence[tuple[Option, str]]) -> list[str]:
-    """One line per placement: the fewest replicas for which there is no room."""
+    """By kind of reason: placements with the fewest replicas for which there is no room, and why the first has none."""
     first: dict[tuple[str, str], tuple[Option, str]] = {}
     for option, reason in refused:
         key = (option.schedule, option.placement)
         if key not in first or option.redundant < first[key][0].redundant:
             first[key] = (option, reason)
-    return [f"{name_of(option)}{' or more' if option.redundant else ''}: {why}" for option, why in first.values()]
+    lines: dict[tuple[str, bool], list[tuple[Option, str]]] = {}
+    for option, reason in first.values():
+        lines.setdefault((reason.split()[0], option.redundant > 0), []).append((option, reason))
+    return [f"{', '.join(map(_least_replicas, (o for o, _ in group)))} ({group[0][1]})" for group in lines.values()]
+
+
+def _least_replicas(option: Option) -> str:
+    where = f"{option.attention_devices} + {option.num_owners}" if option.attention_devices else option.placement
+    return f"{where} with {option.redundant} replicas or more" if option.redundant else where
 
 
 def assumptions(scenario: Scenario, plan: Plan) -> list[str]:
