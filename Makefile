@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-all check format gpu clean
+.PHONY: help venv serve test test-all check format gpu study clean
 
 help:  ## Show the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ check: $(VENV)/installed-dev  ## Run formatter, linter and type checker
 format: $(VENV)/installed-dev  ## Format the code and fix what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+study: $(VENV)/installed-dev  ## Run the study of schedules, tables and plots in benchmarks/results/study (about half an hour)
+	$(BIN)/python -m benchmarks.study --again $(ARGS)
 
 # On a GPU machine the environment is often a given one: whichever python has a torch that sees the GPU is taken.
 gpu:  ## Run tests/gpu and a short benchmark, where there is a GPU

@@ -98,7 +98,7 @@ class SchedulerConfig:
         max_num_batched_tokens: prompt tokens in flight, and so the largest prefill chunk.
     """
 
-    schedule: ScheduleName = "progress"
+    schedule: ScheduleName = "waves"
     defrag_decay: float = 0.8
     defrag_lookahead: int = 4
     max_wait_s: float = 0.5

@@ -76,7 +76,7 @@ def _add_scheduling(parser: argparse.ArgumentParser) -> None:
     base = SchedulerConfig()
     group = parser.add_argument_group("scheduling")
     group.add_argument(
-        "--schedule", default="progress", metavar="A,B,...", help="one or more, such as progress, waves:2, lockstep:2"
+        "--schedule", default="waves", metavar="A,B,...", help="one or more, such as progress, waves:2, lockstep:2"
     )
     group.add_argument(
         "--redundant-experts", type=whole(0), default=0, metavar="N", help="replicas per layer at each expert worker"
