@@ -63,6 +63,8 @@ def write_plot(
         axes.axvline(slo_itl * 1e3, color="gray", linestyle="--", linewidth=1, label="SLO (of the p99)")
     axes.set(title=title, xlabel="mean time between tokens (ms)", ylabel="output tokens/s per device")
     axes.set_xscale("log")
+    for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        which(lambda itl, _: f"{itl:g}")  # 20 and not 2 × 10¹
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")

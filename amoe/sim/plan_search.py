@@ -292,16 +292,20 @@ class _Search:
         return chosen[0].attention_devices if chosen else 0
 
     def _kept(self) -> list[Outcome]:
-        """The best of each kind: colocated with and without replicas, apart, each lockstep schedule."""
-        kinds: dict[tuple, Outcome] = {}
+        """On the devices of the best, the best of each kind: colocated with and without replicas, apart, lockstep."""
+        best = self._nearest()
+        kinds: dict[tuple[str, bool, bool], Outcome] = {}
         for outcome in self._outcomes:
-            option = outcome.option
-            kind = (option.schedule, option.attention_devices > 0, option.redundant > 0)
-            if option.schedule == WAVES.name and option.attention_devices:
-                kind = (option.schedule, True, True)
-            if kind not in kinds or _better(outcome, kinds[kind], self._goal):
+            kind, same = _kind(outcome.option), outcome.option.num_devices == best.option.num_devices
+            if same and (kind not in kinds or _better(outcome, kinds[kind], self._goal)):
                 kinds[kind] = outcome
+        kinds[_kind(best.option)] = best
         return list(kinds.values())
+
+
+def _kind(option: Option) -> tuple[str, bool, bool]:
+    apart = option.attention_devices > 0
+    return option.schedule, apart, apart or option.redundant > 0
 
 
 def recommend(outcomes: Sequence[Outcome], goal: Goal) -> Outcome | None:

@@ -202,7 +202,7 @@ def is_possible(sizes: ModelSizes, option: Option) -> bool:
 def least_devices(scenario: Scenario, sequences: int = 1) -> int | None:
     """Fewest devices with room for the weights and so many sequences; None: there is no such number."""
     sizes, memory = scenario.sizes, scenario.device.memory_bytes
-    if sizes.attention_bytes + scenario.kv_bytes > memory:
+    if sizes.attention_bytes + scenario.kv_bytes / DEVICE_SHARE > memory:
         return None
     for num_devices in range(1, 2 * sizes.num_experts + sequences):
         options = (Option(num_devices=num_devices, attention_devices=a) for a in range(num_devices))

@@ -178,7 +178,7 @@ def test_a_model_that_does_not_fit_is_told_with_the_least_devices():
 
 
 def test_no_number_of_devices_would_do():
-    what = scenario(memory_gb=1.0)
+    what = scenario(memory_gb=0.5)
     assert least_devices(what) is None
     assert "no number of them would do" in no_room(what, 4, 1)
 
@@ -194,7 +194,7 @@ def test_replicas_without_room_are_refused_with_a_reason():
     found = plan(what, 4, Goal(sequences=64), redundant=(0, 12), disaggregated=False, lockstep=())
     assert all(outcome.option.redundant == 0 for outcome in found.outcomes)
     (line,) = refusals(found.refused)
-    assert line.startswith("waves, 4 colocated, 12 replicas or more: ")
+    assert line.startswith("4 colocated with 12 replicas or more (")
 
 
 # ---- what there is to try
@@ -337,6 +337,18 @@ def test_a_slow_device_costs_throughput():
     assert slow.throughput < even.throughput
 
 
+def test_curves_are_of_the_devices_that_are_recommended():
+    goal = Goal(rate=100.0, slo_itl=0.05)
+    found = plan(scenario(), 8, goal, redundant=(0, 1), disaggregated=False, lockstep=("ep",), curves=True)
+    assert found.best is not None
+    over_load: dict[Option, set[int]] = {}
+    for point in found.points:
+        over_load.setdefault(replace(point.option, waves=None), set()).add(point.sequences)
+    most = {option for option, loads in over_load.items() if len(loads) > 2}
+    assert replace(found.best.option, waves=None) in most
+    assert {option.num_devices for option in most} == {found.best.option.num_devices}
+
+
 def test_runs_are_kept():
     evaluator = Evaluator(scenario(), 2)
     job = Job(option=Option(num_devices=2), sequences=32)
@@ -366,12 +378,7 @@ def test_recommended_flags_are_those_of_the_engine(option, goal):
 
 
 def test_known_models_have_options_on_known_devices():
-    sizes = model_sizes("deepseek-v3")
-    what = Scenario(
-        sizes=sizes,
-        device=DEVICES["h100"],
-        popularity=np.full((61, 256), 1 / 256),
-        believed=np.full((61, 256), 1 / 256),
-    )
+    even = np.full((61, 256), 1 / 256)
+    what = Scenario(sizes=model_sizes("deepseek-v3"), device=DEVICES["h100"], popularity=even, believed=even)
     assert least_devices(what) == 10
     assert most_sequences(what, Option(num_devices=16)) > 16
