@@ -128,6 +128,7 @@ class WaveSimulator:
                 self._invite(now, device, *step)
             else:
                 self._idle[device] = True
+                self._busy[device] += now - self._begun_at[device]
                 self._finish(device, step, now)
             if self._idle[device] and self._waiting[device]:
                 self._start(device, now)
@@ -204,7 +205,6 @@ class WaveSimulator:
         start = self._host.start(ready, self._begun_at[device], now)
         self._begun_at[device] = start
         self._idle[device] = False
-        self._busy[device] += seconds
         self._push(start + seconds, _DONE, device, step)
 
     def _finish(self, device: int, step: tuple, now: float) -> None:
