@@ -7,7 +7,7 @@ the blocks, the engine and transformers against it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -72,8 +72,14 @@ def _moe(x: torch.Tensor, router: torch.Tensor, experts: ExpertWeights, config: 
     return out
 
 
-def forward(model: Model, token_ids: Sequence[int]) -> torch.Tensor:
-    """Logits [T, V] in float32 of a sequence of T tokens. `model` holds all blocks and lives on the CPU."""
+def forward(
+    model: Model, token_ids: Sequence[int], on_experts: Callable[[int, torch.Tensor], None] = lambda layer, x: None
+) -> torch.Tensor:
+    """Logits [T, V] in float32 of a sequence of T tokens. `model` holds all blocks and lives on the CPU.
+
+    Args:
+        on_experts: told, for each MoE layer, its number and what enters its router, [T, H].
+    """
     config, head = model.config, model.weights.head
     assert head is not None
     residual = head.embedding[torch.tensor(list(token_ids))].float()
@@ -84,6 +90,7 @@ def forward(model: Model, token_ids: Sequence[int]) -> torch.Tensor:
             residual = residual + _mlp(x, weights.mlp)
             continue
         assert weights.router is not None
+        on_experts(layer, x)
         residual = residual + _moe(x, weights.router, model.weights.experts[layer], config)
         if weights.shared is not None and weights.shared_gate is not None:
             residual = residual + torch.sigmoid(x @ weights.shared_gate.float().T) * _mlp(x, weights.shared)
