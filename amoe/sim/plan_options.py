@@ -51,13 +51,15 @@ class Space:
         if unknown:
             known = ", ".join(name for name in SCHEDULES if name != WAVES.name)
             raise ConfigError(f"there is no lockstep schedule {unknown[0]!r} to compare with; known: {known}")
+        if not self.redundant or min(self.redundant) < 0 or list(self.redundant) != sorted(set(self.redundant)):
+            raise ConfigError("numbers of redundant experts must be ascending, and at least 0")
         if not (self.colocated or self.disaggregated):
             raise ConfigError("nothing is left to search: neither colocated nor disaggregated placements")
 
 
 def all_options(scenario: Scenario, num_devices: int, space: Space) -> list[Option]:
     """Placements of the schedule `waves`: colocated ones, and ratios of attention to experts in sixteenths."""
-    splits = {0} if space.colocated else set()
+    splits = {0} if space.colocated else set[int]()
     if space.disaggregated:
         sixteenths = range(1, SIXTEENTHS)
         splits |= {round(num_devices * s / SIXTEENTHS) for s in sixteenths} - {0, num_devices}

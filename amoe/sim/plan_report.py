@@ -78,7 +78,8 @@ def refusals(refused: Sequence[tuple[Option, str]]) -> list[str]:
     lines: dict[tuple[str, bool], list[tuple[Option, str]]] = {}
     for option, reason in first.values():
         lines.setdefault((reason.split()[0], option.redundant > 0), []).append((option, reason))
-    return [f"{', '.join(map(_least_replicas, (o for o, _ in group)))} ({group[0][1]})" for group in lines.values()]
+    named = [(dict.fromkeys(_least_replicas(option) for option, _ in group), group[0][1]) for group in lines.values()]
+    return [f"{', '.join(names)} ({reason})" for names, reason in named]
 
 
 def _least_replicas(option: Option) -> str:
@@ -194,8 +195,9 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
 def plot_plan(path: Path, title: str, plan: Plan) -> None:
     """Raises `ConfigError` where matplotlib is missing."""
     curves: dict[str, list[Point]] = {}
+    automatic = any(o.option.waves is None and o.option.schedule == WAVES.name for o in plan.outcomes)
     for outcome in plan.points or plan.outcomes:
-        if outcome.sustained:
+        if outcome.sustained and not (automatic and outcome.option.waves):
             curves.setdefault(name_of(outcome.option), []).append(_point(outcome))
     over_load = {name: points for name, points in curves.items() if len(points) > 2} or curves
     best = None if plan.best is None else _point(plan.best)

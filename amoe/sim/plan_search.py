@@ -22,6 +22,7 @@ from amoe.sim.planner import (
     Option,
     Outcome,
     Scenario,
+    is_possible,
     least_devices,
     most_sequences,
     prefill_seconds,
@@ -131,7 +132,10 @@ class _Search:
         """Colocated with every number of replicas; the most promising ratios, and the best of them likewise."""
         scenario, num_devices = self._scenario, self._num_devices
         wanted = self._goal.sequences or 1
-        fitting = [option for option in all_options(scenario, num_devices, self._space) if self._admit(option)]
+        tried = all_options(scenario, num_devices, self._space)
+        if num_devices > scenario.sizes.num_experts and self._space.colocated:  # the others would have no expert
+            tried += all_options(scenario, scenario.sizes.num_experts, replace(self._space, disaggregated=False))
+        fitting = [option for option in tried if self._admit(option)]
         if not fitting:
             raise ConfigError(no_room(scenario, num_devices, wanted))
         fitting = promising(scenario, fitting, num_devices, NUM_SPLITS, self._typical(num_devices))
@@ -146,9 +150,10 @@ class _Search:
 
     def use_fewer(self) -> None:
         """The fewest devices that still keep up and meet the SLO, by halving the interval: more never do worse."""
-        low, high = self._fewest_by_bound(), self._num_devices
-        replicas = tuple({0, self._nearest().option.redundant})
-        space = replace(self._space, redundant=tuple(sorted(replicas)))
+        best = self._nearest().option
+        low, high = self._fewest_by_bound(), best.num_devices
+        least = min((number for number in self._space.redundant if number), default=0)
+        space = replace(self._space, redundant=tuple(sorted({self._space.redundant[0], best.redundant or least})))
         while low < high:
             middle = (low + high) // 2
             options = [option for option in all_options(self._scenario, middle, space) if not self._refusal(option)]
@@ -275,6 +280,8 @@ class _Search:
         return not reason
 
     def _refusal(self, option: Option) -> str:
+        if not is_possible(self._scenario.sizes, option):
+            return f"{self._scenario.sizes.num_experts} experts are too few for so many expert workers or replicas"
         room = most_sequences(self._scenario, option)
         if room == 0:
             needed = max(weight_bytes(self._scenario.sizes, option))

@@ -221,6 +221,18 @@ def test_promising_keeps_colocated_and_a_few_ratios():
     assert len(kept) == 3
 
 
+def test_more_devices_than_experts_are_used_apart():
+    found = plan(scenario(), 20, Goal(sequences=256), redundant=(0, 1), lockstep=("ping-pong",))
+    assert {outcome.option.schedule for outcome in found.outcomes} == {"waves", "ping-pong"}
+    assert all(o.option.attention_devices >= 4 or o.option.num_devices == 16 for o in found.outcomes)
+    assert {outcome.option.num_devices for outcome in found.outcomes} == {16, 20}
+
+
+def test_lockstep_that_cannot_be_is_refused_with_a_reason():
+    found = plan(scenario(), 20, Goal(sequences=256), redundant=(0,), colocated=False, lockstep=("ep",))
+    assert refusals(found.refused)[-1].startswith("20 colocated (16 experts are too few")
+
+
 def test_slowest_devices_are_left_out_first():
     what = scenario(slow={0: 2.0, 2: 1.5})
     assert what.slow_of(4, 4) == {0: 2.0, 2: 1.5}
@@ -237,6 +249,8 @@ def test_slowest_devices_are_left_out_first():
         lambda: Space(lockstep=("waves",)),
         lambda: Space(lockstep=("nothing",)),
         lambda: Space(colocated=False, disaggregated=False),
+        lambda: Space(redundant=()),
+        lambda: Space(redundant=(2, 0)),
         lambda: scenario(output_len=0),
         lambda: scenario(believed=np.ones((2, 2))),
     ],
