@@ -31,6 +31,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Sequence[Task]]] = {
     "sensitivity": lambda args: flow_parts.sensitivity(),
     "paper": lambda args: core_parts.paper(args.iterations),
     "policies": lambda args: core_parts.policies(args.iterations),
+    "serving": lambda args: core_parts.serving(args.serving_seconds),
     "faults": lambda args: core_parts.faults(args.fault_seconds),
     "scaling": lambda args: flow_parts.scaling(args.largest),
     # Real processes: the machine must be theirs alone, so this part runs by itself and last.
@@ -72,6 +73,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="of routing, per point (large models: 2)")
     parser.add_argument("--iterations", type=int, default=4, help="measured passes of the token-level parts")
     parser.add_argument("--fault-seconds", type=float, default=0.9, help="simulated")
+    parser.add_argument("--serving-seconds", type=float, default=0.9, help="simulated")
     parser.add_argument("--largest", type=int, default=1024, help="devices of the scaling part")
     parser.add_argument("--engine-prompts", type=int, default=256, help="requests per schedule of the real engine")
     parser.add_argument("--processes", type=int, default=os.cpu_count())

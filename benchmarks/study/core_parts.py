@@ -13,6 +13,7 @@ from amoe.profiles.models import MODELS
 from amoe.profiles.routing import log_normal_routing
 from amoe.sim.config import Outage, SimConfig, Slowdown, Window
 from amoe.sim.replicas import with_replicas
+from amoe.sim.routing import PooledRouting
 from amoe.sim.simulator import Simulator
 from amoe.sim.workload import Lengths, Workload
 from benchmarks.study.task import Row, Task
@@ -25,7 +26,6 @@ LONG = Lengths(mean=512, kind="uniform", spread=0.5)
 
 
 def run_core(
-    part: str,
     model: str,
     device: str,
     placement: PlacementConfig,
@@ -86,14 +86,14 @@ def paper(iterations: int) -> list[Task]:
                 variants = ("lockstep", "defrag", "progress") if name == "medium" else ("lockstep", "defrag")
                 for variant in variants:
                     labels = {"top_k": top_k, "workload": name, "placement": where, "devices": 8}
-                    arguments = ("paper", model, "a100-80g", placement, variant, 4096, context, labels, iterations)
+                    arguments = (model, "a100-80g", placement, variant, 4096, context, labels, iterations)
                     tasks.append(Task("paper", run_core, arguments))
     wide = {"8": (COLOCATED, 4096), "16": (PlacementConfig(colocated=16), 8192)}
     for devices, (placement, sequences) in wide.items():
         for variant in ("lockstep", "lockstep:2", "defrag", "progress", "waves:3"):
             labels = {"top_k": "16 experts, top-1", "workload": "medium", "placement": "colocated", "devices": devices}
             model = "mixtral-16x7b-mqa-top1"
-            arguments = ("paper", model, "a100-80g", placement, variant, sequences, 175, labels, iterations)
+            arguments = (model, "a100-80g", placement, variant, sequences, 175, labels, iterations)
             tasks.append(Task("paper", run_core, arguments))
     return tasks
 
@@ -116,7 +116,7 @@ def policies(iterations: int) -> list[Task]:
         ):
             labels = {"model": "Mixtral top-1", "sigma": 1.0}
             arguments = (
-                "policies", "mixtral-8x7b-mqa-top1", "h100", COLOCATED, variant, sequences, 512, labels, iterations
+                "mixtral-8x7b-mqa-top1", "h100", COLOCATED, variant, sequences, 512, labels, iterations
             )  # fmt: skip
             tasks.append(Task("policies", run_core, arguments))
     return tasks
@@ -160,3 +160,42 @@ def faults(seconds: float) -> list[Task]:
         for what in ("slower by half", "stands still", "dies")
         for variant in ("lockstep", "lockstep:2", "waves:3")
     ]
+
+
+def serve(variant: str, rate: float, seconds: float) -> list[Row]:
+    """Poisson arrivals with their prompts: newcomers join waves in the middle of traffic, and W is probed online."""
+    sizes = MODELS["olmoe-1b-7b"]
+    placement = PlacementConfig(colocated=4)
+    config = SimConfig(
+        sizes=sizes,
+        device=DEVICES["h100"],
+        routing=PooledRouting(log_normal_routing(sizes, 1.0, seed=0), seed=0),
+        workload=Workload(
+            request_rate=rate,
+            input=Lengths(mean=256, kind="lognormal", spread=0.5),
+            output=Lengths(mean=64, kind="lognormal", spread=0.5),
+        ),
+        window=Window(length=seconds, warmup=seconds / 3),
+        placement=placement,
+        scheduler=scheduler_of(variant, 4096, placement),
+    )
+    result = Simulator(config).run()
+    itl, ttft = result.inter_token_latency, result.time_to_first_token
+    return [
+        {
+            "rate": rate,
+            "system": variant,
+            "throughput": result.tokens_per_s_per_device,
+            "mean_itl_ms": itl.mean * 1e3,
+            "p99_itl_ms": itl.p99 * 1e3,
+            "tail": itl.p99 / itl.mean,
+            "ttft_ms": ttft.mean * 1e3,
+            "p99_ttft_ms": ttft.p99 * 1e3,
+        }
+    ]
+
+
+def serving(seconds: float) -> list[Task]:
+    """From nearly idle to nearly full."""
+    variants = ("lockstep", "lockstep:2", "progress", "waves:1", "waves:2", "waves")
+    return [Task("serving", serve, (variant, rate, seconds)) for rate in (50, 400, 1600) for variant in variants]

@@ -179,6 +179,17 @@ def scaling_section(rows: list[Row], out: Path) -> str:
     return table.replace("\n\n", "\n\n![throughput per device](scaling.svg)\n\n", 1)
 
 
+def serving_section(rows: list[Row], out: Path) -> str:
+    """Latencies under Poisson arrivals."""
+    lines = [
+        (row["rate"], row["system"], f"{row['throughput']:.0f}",
+         *(f"{row[name]:.1f}" for name in ("mean_itl_ms", "p99_itl_ms", "ttft_ms", "p99_ttft_ms")))
+        for row in rows
+    ]  # fmt: skip
+    header = ("requests/s", "schedule", "tok/s/device", "mean ITL ms", "p99", "mean TTFT ms", "p99")
+    return "\n".join(["## Serving: Poisson arrivals with prompts, OLMoE on 4 H100, σ = 1\n", markdown(header, lines)])
+
+
 def faults_section(rows: list[Row], out: Path) -> str:
     """The plot, and means of the thirds of the time."""
     plots.faults(rows, out / "faults.svg")
@@ -206,6 +217,7 @@ SECTIONS = {
     "ablations": systems_section("Ablations", POINT),
     "sensitivity": systems_section("Sensitivity", ("what", "model", "load", "placement")),
     "scaling": scaling_section,
+    "serving": serving_section,
     "faults": faults_section,
     "engine": systems_section("The real engine on emulated H100s, σ = 1.25, stale placement", ("workers", "sequences")),
     "cross-check": cross_check_section,
