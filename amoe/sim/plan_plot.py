@@ -61,7 +61,8 @@ def write_plot(
         axes.scatter([best.itl * 1e3], [best.per_device], s=220, facecolors="none", edgecolors="k", label="recommended")
     if slo_itl is not None:
         axes.axvline(slo_itl * 1e3, color="gray", linestyle="--", linewidth=1, label="SLO (of the p99)")
-    axes.set(title=title, xlabel="mean time between tokens (ms)", ylabel="output tokens/s per device")
+    axes.set_title(title, fontsize="medium")
+    axes.set(xlabel="mean time between tokens (ms)", ylabel="output tokens/s per device")
     axes.set_xscale("log")
     for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         which(lambda itl, _: f"{itl:g}")  # 20 and not 2 × 10¹

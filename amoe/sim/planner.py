@@ -58,7 +58,7 @@ class Scenario:
     prefill: bool = True
     slow: dict[int, float] = field(default_factory=dict)
     seed: int = 0
-    num_iterations: int = 8
+    num_iterations: int = 6
 
     def __post_init__(self) -> None:
         if self.input_len < 1 or self.output_len < 1:
@@ -233,7 +233,7 @@ def prefill_seconds(scenario: Scenario, option: Option, slowdown: FloatArray) ->
 def sequences_in_flight(
     tokens_per_s: float, itl: Callable[[int], float], *, least: int, most: int, guess: int | None = None
 ) -> int | None:
-    """C with C = tokens_per_s · itl(C), to 1 %; `least` if fewer would do, None if `most` are not enough.
+    """C with C = tokens_per_s · itl(C), to about 1 %; `least` if fewer would do, None if `most` are not enough.
 
     Args:
         itl: seconds at C sequences; asked a few times only, as a simulation may be behind it.
@@ -244,7 +244,10 @@ def sequences_in_flight(
     last: tuple[int, float] | None = None
     for _ in range(MAX_RATE_STEPS):
         wanted = tokens_per_s * itl(count)
-        if abs(wanted - count) <= max(1.0, RATE_TOLERANCE * count) or (count == least and wanted < count):
+        target = wanted if last is None else _crossing(last, (count, wanted), most)
+        # Not how far `wanted` is: near saturation both hardly differ over a wide range.
+        close = abs(target - count) <= (1.0 if last is None else max(1.0, RATE_TOLERANCE * count))
+        if close or (count == least and wanted < count):
             return count
         if wanted > count:
             if count == most:
@@ -252,9 +255,8 @@ def sequences_in_flight(
             low = max(low, count)
         else:
             high = min(high, count)
-        target = wanted if last is None else _crossing(last, (count, wanted), most)
         last = (count, wanted)
-        count = min(max(round(target), least), most)
+        count = min(max(round(min(target, most)), least), most)
         if not low < count < high and count not in (least, most):
             count = (low + high) // 2
         if count == last[0]:
@@ -265,9 +267,9 @@ def sequences_in_flight(
 
 
 def _crossing(first: tuple[int, float], second: tuple[int, float], most: int) -> float:
-    """Where the line through two points (C, wanted) has wanted = C; `most` where it never has."""
+    """Where the line through two points (C, wanted) has wanted = C; twice `most` where it never has."""
     slope = (second[1] - first[1]) / (second[0] - first[0])
-    return most if slope >= 1 else (second[1] - slope * second[0]) / (1 - slope)
+    return 2.0 * most if slope >= 1 else (second[1] - slope * second[0]) / (1 - slope)
 
 
 # ---- figures
