@@ -154,13 +154,14 @@ class HomeWaves:
         return -(-len(core.batcher.running) // num_waves) if num_waves > 1 else None
 
     def _next_pass(self, wave: HomeWave, epoch: int) -> int:
-        """The progress of an epoch that starts: one pass behind the wave's last one, or what another home has said.
+        """The progress of an epoch that starts: one pass after the wave's last one, or what another home has said.
 
-        A wave that has been idle comes back almost level with the others: with its old count it would have the least
-        progress of all, and be served alone until it has caught up.
+        A wave that has been idle comes back level with the others: with its old count it would have the least progress
+        of all, and be served alone until it has caught up; a pass behind it would go first for ever, as if its handicap
+        were negative.
         """
         successor = wave.heard_pass + (epoch > wave.heard_epoch)
-        return max(successor, self._greatest_pass - 1)
+        return max(successor, self._greatest_pass)
 
     def _announce(self, index: int, epoch: int, count: int, pass_number: int) -> list[Outgoing]:
         return [
