@@ -15,7 +15,6 @@ from amoe.sim.flow.systems import ABLATIONS, BASELINES, WAVES, Case, simulate
 from tests.unit.sim.flow.cases import cases, make_deployment
 
 COLOCATED = [system for system in (*BASELINES, WAVES, *ABLATIONS) if system.attention_devices == 0]
-SAMPLING = 0.02  # six draws of a few tokens may be luckier than the mean
 
 
 @settings(max_examples=80)
@@ -23,7 +22,8 @@ SAMPLING = 0.02  # six draws of a few tokens may be luckier than the mean
 def test_no_system_beats_it(case, system, seed):
     limit = bound(case.deployment, case.popularity, case.owners(system.replicas))
     found = simulate(system, case, seed=seed, num_iterations=9)
-    assert found.throughput <= limit.placed_throughput(case.deployment) * (1 + SAMPLING)
+    luck = 0.01 + 0.15 / np.sqrt(case.deployment.num_sequences * case.deployment.sizes.top_k)  # of six draws
+    assert found.throughput <= limit.placed_throughput(case.deployment) * (1 + luck)
     assert limit.placed_throughput(case.deployment) <= limit.throughput(case.deployment)
 
 
