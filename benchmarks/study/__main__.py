@@ -1,4 +1,4 @@
-"""Run the study: `python -m benchmarks.study [--parts grid,slow,...] [--seeds 3] [--out DIR]`.
+"""Run the study: `python -m benchmarks.study [--parts grid,slow,...] [--seeds 2] [--out DIR]`.
 
 Every part writes its rows as JSON when it is done, so that an interrupted study goes on where it was, and the report
 with its plots is made from all rows that are there.
@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=", ".join(PARTS))
-    parser.add_argument("--seeds", type=int, default=3, help="of routing, per point (large models: 2)")
+    parser.add_argument("--seeds", type=int, default=2, help="of routing, per point (32 devices: 1)")
     parser.add_argument("--iterations", type=int, default=4, help="measured passes of the token-level parts")
     parser.add_argument("--fault-seconds", type=float, default=0.9, help="simulated")
     parser.add_argument("--serving-seconds", type=float, default=0.9, help="simulated")

@@ -25,6 +25,7 @@ WAVE_COUNTS = (1, 2, 3, 4, 6, 8)
 SPARE_HOST = HostModel()
 PROBE_WITHIN = 0.12  # of the shortest predicted pass
 PROBE_SEED = 77
+RISEN = 1.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +161,9 @@ def pick_loads(system: System, case: Case, seed: int) -> Loads:
             break
         loads = make_loads(system, case, waves, seed)
         tried.append((estimate(loads), loads))
-        # The time of a pass falls and then rises with W: after two steps up the rest need not be planned.
-        if len(tried) > 2 and tried[-3][0].pass_s < tried[-2][0].pass_s < tried[-1][0].pass_s:
+        found_least = min(found.pass_s for found, _ in tried)
+        # The time of a pass falls and then rises with W: once it has clearly risen, the rest need not be planned.
+        if found_least * RISEN < tried[-1][0].pass_s:
             break
     chosen = choose_num_waves([found for found, _ in tried])
     if system.probe:
