@@ -73,7 +73,8 @@ class ProbeConfig:
         settle_passes: of every wave that are not measured after a change.
         least_gain: relative; less is noise.
         patience: measurements between two attempts; doubles with every attempt in vain, up to `most_patience`.
-        load_change: relative change of the tokens in flight that makes measurements incomparable.
+        load_change: relative change of the tokens in flight that makes measurements incomparable, and what was learnt
+            from attempts in vain worthless.
     """
 
     passes: int = 6
@@ -105,6 +106,7 @@ class WaveProber:
         self._config = config or ProbeConfig()
         self._patience = self._config.patience
         self._waited = 0
+        self._load = 0.0  # tokens per pass at which attempts have been in vain
         self._upwards = True
         self._rates: list[tuple[float, float]] = []  # (tokens per second, tokens per pass) at W, neighbour, W
         self._restart(_Phase.SETTLING, None)
@@ -133,6 +135,8 @@ class WaveProber:
 
     def _judge(self, rate: float, in_flight: float) -> None:
         if not self._rates:
+            if abs(in_flight - self._load) > self._config.load_change * self._load:
+                self._load, self._patience = in_flight, self._config.patience
             self._waited += 1
             neighbour = self._neighbour()
             if self._waited >= self._patience and neighbour is not None:
