@@ -27,7 +27,7 @@ FABRIC = Fabric(intra=LinkProfile(1e-5, 1e12))
 
 
 def by_token(deployment: Deployment, scheduler: dict, sigma: float) -> Results:
-    """Sequences of one prompt token that never end; in the middle of the measurement their context is the deployment's."""
+    """Sequences of one prompt token that never end; halfway through the measurement their context is as deployed."""
     num_devices = deployment.num_devices
     config = SimConfig(
         sizes=deployment.sizes,
