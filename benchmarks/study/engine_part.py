@@ -24,7 +24,7 @@ from benchmarks.study.task import Row, Task
 
 SLOW = 150  # every modelled time is so much longer: 16 processes share two cores
 OUTPUT_TOKENS = 7
-VARIANTS = ("lockstep", "lockstep:2", "flfs", "mtfs", "defrag", "progress", "waves:2", "waves:3", "waves")
+VARIANTS = ("lockstep", "lockstep:2", "flfs", "mtfs", "defrag", "progress", "waves:1", "waves:3")
 MODEL_OF = {8: "mixtral-8x7b-mqa-top1", 16: "mixtral-16x7b-mqa-top1"}
 
 
