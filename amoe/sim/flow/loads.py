@@ -181,7 +181,7 @@ class Loads:
             seconds[layer] = owner_seconds(
                 load[layer], self._owners[layer], self.shares[layer], self._per_token_s, self._reading_s, speed
             )
-        return seconds
+        return np.where(seconds > 0, seconds + self.deployment.device.launch_s / speed, 0.0)
 
     def _level(self, counts: Int64Array, owners: Int16Array) -> FloatArray:
         speed = self.deployment.owner_speed if self._mode == "level-home" else np.ones(len(self.deployment.owners))
