@@ -98,7 +98,10 @@ class Plan:
         if self.best is not None:
             return self.best
         own = [outcome for outcome in self.outcomes if outcome.option.schedule == WAVES.name]
-        return min(own, key=lambda outcome: (not outcome.sustained, outcome.p99_itl, -outcome.throughput))
+        sustained = [outcome for outcome in own if outcome.sustained]
+        if sustained:
+            return min(sustained, key=lambda outcome: outcome.p99_itl)
+        return max(own, key=lambda outcome: outcome.throughput)
 
 
 def search(scenario: Scenario, num_devices: int, goal: Goal, space: Space, run: Runner) -> Plan:

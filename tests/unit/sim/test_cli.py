@@ -218,7 +218,7 @@ def test_a_window_without_tokens_is_shown_as_such(tmp_path, capsys):
     argv = ["--duration", "1", "--warmup", "0", "--stop", "0@0", "--stop", "1@0", "--json", str(path)]
     assert cli.main(["simulate", *SMALL, *argv]) == 0
     assert "no token left" in capsys.readouterr().out
-    assert json.loads(path.read_text())["results"]["progress"]["inter_token_latency"]["mean"] is None
+    assert json.loads(path.read_text())["results"]["waves"]["inter_token_latency"]["mean"] is None
 
 
 def test_measured_profiles_are_of_one_model():

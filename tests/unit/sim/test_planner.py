@@ -335,6 +335,12 @@ def test_an_slo_that_nothing_meets():
     assert line.startswith("no placement keeps up and meets the SLO; the nearest is ")
 
 
+def test_a_rate_that_nothing_sustains():
+    found = plan(scenario(), 4, Goal(rate=1e5), lockstep=())
+    assert found.best is None
+    assert found.nearest.throughput == max(outcome.throughput for outcome in found.outcomes)
+
+
 def test_a_sweep_finds_the_most_tokens_within_the_slo():
     space = {"redundant": (0,), "disaggregated": False, "lockstep": ()}
     free = plan(scenario(), 4, Goal(), **space)
