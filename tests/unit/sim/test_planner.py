@@ -336,7 +336,7 @@ def test_an_slo_that_nothing_meets():
 
 
 def test_a_rate_that_nothing_sustains():
-    found = plan(scenario(), 4, Goal(rate=1e5), lockstep=())
+    found = plan(scenario(), 4, Goal(rate=1e5), redundant=(0,), disaggregated=False, lockstep=())
     assert found.best is None
     assert found.nearest.throughput == max(outcome.throughput for outcome in found.outcomes)
 
