@@ -100,7 +100,9 @@ class HomeWaves:
         at_home: BoolArray = np.any(self._depth, axis=1, keepdims=True).ravel()
         away = self._join.outstanding[: len(self._waves)] > 0
         willing = True
-        for index, wave in enumerate(self._waves):
+        # Whoever is behind goes first, or a wave could be held by the others in turn for ever.
+        for index in sorted(range(len(self._waves)), key=self._passes_of):
+            wave = self._waves[index]
             if away[index] and not at_home[index] and self._is_stuck(wave, core, now):
                 self._let_go(index, core)
             elif at_home[index] or away[index] or core.stepping == index:
@@ -115,6 +117,9 @@ class HomeWaves:
                 outgoing += announced
                 willing &= not takes_part or wave.running  # where nobody can start, the next wave need not try
         return outgoing
+
+    def _passes_of(self, index: int) -> int:
+        return self._waves[index].heard_pass
 
     def _is_close_behind(self, index: int) -> bool:
         """Another wave of this home has only just begun. If a wave that other homes have begun waited for that, they

@@ -183,7 +183,8 @@ class WaveSimulator:
             self._begin(now, home, wave, self._held[home].pop(wave))
 
     def _release(self, now: float, home: int) -> None:
-        for wave, iteration in sorted(self._held[home].items()):
+        # Whoever is behind goes first, or a wave could be held by the others in turn for ever.
+        for wave, iteration in sorted(self._held[home].items(), key=lambda item: (item[1], item[0])):
             del self._held[home][wave]
             self._begin(now, home, wave, iteration)
 
@@ -217,7 +218,7 @@ class WaveSimulator:
                 self._finished[iteration, device, wave] = now
                 self._unfinished -= iteration + 1 == self._num_iterations
             self._position[device][wave] = None
-            self._begin(now, device, wave, iteration + 1)
+            self._held[device][wave] = iteration + 1
             self._release(now, device)
             return
         self._move(now, device, wave, layer)

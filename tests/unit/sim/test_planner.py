@@ -402,3 +402,9 @@ def test_known_models_have_options_on_known_devices():
     what = Scenario(sizes=model_sizes("deepseek-v3"), device=DEVICES["h100"], popularity=even, believed=even)
     assert least_devices(what) == 10
     assert most_sequences(what, Option(num_devices=16)) > 16
+
+
+def test_no_wave_is_held_by_the_others_in_turn_for_ever():
+    """One attention device has so much to do at the beginning of a pass that somebody is always close ahead."""
+    figures = Evaluator(scenario(), 4).closed(Option(num_devices=4, attention_devices=1), 1331)
+    assert figures is not None
