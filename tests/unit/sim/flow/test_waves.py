@@ -111,6 +111,19 @@ def test_a_wave_is_held_only_behind_another(loads):
             stage.pop((device, wave))
 
 
+@settings(max_examples=40)
+@given(loads())
+def test_no_wave_is_left_behind(loads):
+    """Waves of different size and luck make nearly as many passes."""
+    simulator = Recorder(loads)
+    simulator.run(num_iterations=8, num_warmup=1)
+    latest = dict.fromkeys(map(tuple, np.argwhere(loads.tokens > 0).tolist()), 0)
+    for _, device, kind, wave, iteration, _ in simulator.steps:
+        if kind == ATTENTION:
+            latest[device, wave] = iteration
+            assert iteration - min(at for (home, _), at in latest.items() if home == device) <= 3
+
+
 # ---- by hand
 
 
