@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=", ".join(PARTS))
     parser.add_argument("--seeds", type=int, default=2, help="of routing, per point (32 devices: 1)")
     parser.add_argument("--iterations", type=int, default=3, help="measured passes of the token-level parts")
-    parser.add_argument("--fault-seconds", type=float, default=0.9, help="simulated")
+    parser.add_argument("--fault-seconds", type=float, default=1.8, help="simulated")
     parser.add_argument("--serving-seconds", type=float, default=0.6, help="simulated")
     parser.add_argument("--largest", type=int, default=1024, help="devices of the scaling part")
     parser.add_argument("--engine-prompts", type=int, default=256, help="requests per schedule of the real engine")

@@ -195,12 +195,12 @@ def faults_section(rows: list[Row], out: Path) -> str:
     plots.faults(rows, out / "faults.svg")
     lines = []
     for (what, system), members in group(rows, ("what", "system")).items():
-        ordered = sorted(members, key=lambda row: row["second"])
-        third = len(ordered) // 3
-        thirds = [
-            mean(row["throughput"] for row in ordered[i * third + third // 3 : (i + 1) * third]) for i in range(3)
-        ]
-        lines.append((what, system, *(f"{value:.0f}" for value in thirds)))
+        thirds = [[], [], []]  # type: list[list[float]]
+        for row in members:
+            place = 3 * row["second"] / row["of"]
+            if place % 1 >= 0.3 or row["throughput"] == 0:  # the beginning of each third is a transition
+                thirds[min(2, int(place))].append(row["throughput"])
+        lines.append((what, system, *(f"{mean(values):.0f}" if values else "" for values in thirds)))
     header = ("one expert device of 4 + 4", "system", "before", "middle third", "last third")
     return "\n".join(["## Faults\n", "![throughput over time](faults.svg)\n", markdown(header, lines)])
 
