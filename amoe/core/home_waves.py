@@ -25,7 +25,7 @@ class HomeWave:
     Attributes:
         epoch: under way if `running`, else the next.
         running: the home has announced tokens for the epoch, and they are not all through.
-        num_tokens: that it has announced.
+        num_decodes: of the tokens that it has announced; the others are prompts'.
         next_layer: expert workers have been told of all layers before it.
         dispatched_at: when its tokens last went to experts.
         heard_epoch, heard_pass: the latest epoch that any home has announced, and the greatest pass number with it.
@@ -33,7 +33,7 @@ class HomeWave:
 
     epoch: int = 0
     running: bool = False
-    num_tokens: int = 0
+    num_decodes: int = 0
     next_layer: int = 0
     dispatched_at: float = 0.0
     heard_epoch: int = -1
@@ -100,9 +100,9 @@ class HomeWaves:
         at_home: BoolArray = np.any(self._depth, axis=1, keepdims=True).ravel()
         away = self._join.outstanding[: len(self._waves)] > 0
         willing = True
-        # Whoever is behind goes first, or a wave could be held by the others in turn for ever.
-        for index in sorted(range(len(self._waves)), key=self._passes_of):
-            wave = self._waves[index]
+        # In the same order at all homes: where sequences are fewer than a wave each, others would start another wave
+        # than this home, and every wave would march with the sequences of one home alone.
+        for index, wave in enumerate(self._waves):
             if away[index] and not at_home[index] and self._is_stuck(wave, core, now):
                 self._let_go(index, core)
             elif at_home[index] or away[index] or core.stepping == index:
@@ -118,9 +118,6 @@ class HomeWaves:
                 willing &= not takes_part or wave.running  # where nobody can start, the next wave need not try
         return outgoing
 
-    def _passes_of(self, index: int) -> int:
-        return self._waves[index].heard_pass
-
     def _is_close_behind(self, index: int) -> bool:
         """Another wave of this home has only just begun. If a wave that other homes have begun waited for that, they
         would have to do without its tokens."""
@@ -130,16 +127,16 @@ class HomeWaves:
     def _begin(self, index: int, wave: HomeWave, core: AttentionCore, now: float, takes_part: bool) -> list[Outgoing]:
         if self._leads:
             self._gates.set_num_waves(self._controller.num_waves)
-        num_tokens, invited = 0, wave.is_invited
+        num_tokens, num_decodes, invited = 0, 0, wave.is_invited
         epoch = max(wave.epoch, wave.heard_epoch)
         pass_number = self._next_pass(wave, epoch)
         if takes_part:
             entry = core.batcher.start(max_decodes=self._share(core))
-            num_tokens = entry.num_tokens
+            num_tokens, num_decodes = entry.num_tokens, len(entry.decodes)
             core.enter(entry, index, now, pass_number)
         if num_tokens == 0 and not invited:
             return []
-        wave.running, wave.num_tokens, wave.next_layer = num_tokens > 0, num_tokens, 0
+        wave.running, wave.num_decodes, wave.next_layer = num_tokens > 0, num_decodes, 0
         wave.epoch = epoch if wave.running else epoch + 1
         wave.hear(epoch, pass_number)
         self._greatest_pass = max(self._greatest_pass, pass_number)
@@ -150,7 +147,7 @@ class HomeWaves:
         wave.epoch += 1
         if wave.next_layer <= self._last_layer:  # its tokens are gone before they were through
             return self._announce(index, wave.epoch - 1, 0, wave.heard_pass)
-        self._controller.observe(wave.num_tokens, now)
+        self._controller.observe(wave.num_decodes, now)
         return []
 
     def _share(self, core: AttentionCore) -> int | None:

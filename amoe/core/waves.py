@@ -48,7 +48,8 @@ class WaveController(Protocol):
     num_waves: int
 
     def observe(self, tokens: int, now: float) -> None:
-        """A wave of this home has finished an iteration with so many tokens."""
+        """A wave of this home has finished an iteration with so many decode tokens: prompts come in bursts, which would
+        look like a change of load."""
 
 
 @dataclass(slots=True)

@@ -73,8 +73,9 @@ class ProbeConfig:
         settle_passes: of every wave that are not measured after a change.
         least_gain: relative; less is noise.
         patience: measurements between two attempts; doubles with every attempt in vain, up to `most_patience`.
-        load_change: relative change of the tokens in flight that makes measurements incomparable, and what was learnt
-            from attempts in vain worthless.
+        load_change: relative change of the tokens in flight that makes measurements incomparable.
+        load_factor: so many times more or fewer tokens in flight make what attempts in vain have taught worthless; far
+            above the noise of a few sequences, or the attempts would never get rarer.
     """
 
     passes: int = 6
@@ -83,6 +84,7 @@ class ProbeConfig:
     patience: int = 4
     most_patience: int = 64
     load_change: float = 0.15
+    load_factor: float = 2.0
 
 
 class WaveProber:
@@ -135,7 +137,8 @@ class WaveProber:
 
     def _judge(self, rate: float, in_flight: float) -> None:
         if not self._rates:
-            if abs(in_flight - self._load) > self._config.load_change * self._load:
+            factor = self._config.load_factor
+            if in_flight > factor * self._load or in_flight * factor < self._load:
                 self._load, self._patience = in_flight, self._config.patience
             self._waited += 1
             neighbour = self._neighbour()
@@ -151,14 +154,13 @@ class WaveProber:
         (before, load), (tried, tried_load), (after, later_load) = self._rates
         self._rates, self._waited = [], 0
         limit = self._config.load_change * load
-        if abs(tried_load - load) > limit or abs(later_load - load) > limit:
-            return
-        if tried > max(before, after) * (1 + self._config.least_gain):
+        comparable = abs(tried_load - load) <= limit and abs(later_load - load) <= limit
+        if comparable and tried > max(before, after) * (1 + self._config.least_gain):
             self._best = self._tried
             self._patience = self._config.patience
             self._switch(self._best)
         else:
-            self._upwards = not self._upwards
+            self._upwards ^= comparable
             self._patience = min(2 * self._patience, self._config.most_patience)
 
     def _neighbour(self) -> int | None:

@@ -100,7 +100,7 @@ class RestlessWaves:
         self.num_waves = self.random.randint(1, max_waves)
 
     def observe(self, tokens: int, now: float) -> None:
-        assert tokens > 0
+        assert tokens >= 0  # 0: prompts alone
         self.num_waves = self.random.randint(1, self.max_waves)
 
 

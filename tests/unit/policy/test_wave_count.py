@@ -129,6 +129,18 @@ def test_a_change_of_load_is_answered_soon_after_a_long_calm():
     assert history[-1] == 3
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_attempts_get_rarer_though_few_sequences_come_and_go(seed):
+    """A load that differs from measurement to measurement is no other load, nor a reason to try W = 2 for ever."""
+    prober, rng = WaveProber(1, 4), np.random.default_rng(seed)
+    engine = Engine(peak(1))
+    history = []
+    for _ in range(600):
+        engine.tokens = int(rng.integers(8, 15))
+        history += engine.run(prober, 5)
+    assert np.mean(np.array(history[-2000:]) == 1) > 0.9
+
+
 def test_a_drifting_load_speaks_for_nobody():
     """The whole engine gets faster by a little in every pass: W is not the cause."""
     prober = WaveProber(3, 6)
