@@ -32,11 +32,11 @@ from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerCon
 from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, Step
 from amoe.engine.build import build_worker
 from amoe.engine.devices import threads_per_worker
-from amoe.engine.emulated_device import checkpoint_sizes
 from amoe.engine.messages import AddRequest
 from amoe.engine.sampler import SamplingTable
 from amoe.engine.worker import Worker
 from amoe.models.config import ModelConfig, load_model_config
+from amoe.profiles.checkpoints import checkpoint_sizes
 from amoe.profiles.measured import FORMAT, load_measured
 from amoe.transport.shm import ShmFabric
 from amoe.types import BlockId, BlockKind, Int16Array, SamplingParams

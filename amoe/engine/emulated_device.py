@@ -18,11 +18,12 @@ from amoe.config import EngineConfig
 from amoe.engine.memory import KVPlan
 from amoe.errors import ConfigError
 from amoe.models.config import ModelConfig, load_model_config
+from amoe.profiles.checkpoints import checkpoint_sizes
 from amoe.profiles.context import ContextCounter
 from amoe.profiles.costs import BlockCosts, RooflineCosts
 from amoe.profiles.devices import DEVICES, DeviceProfile, device_profile
 from amoe.profiles.measured import ScaledCosts, is_measured, load_measured
-from amoe.profiles.models import ModelSizes, grouped_query_attention, model_sizes
+from amoe.profiles.models import ModelSizes, model_sizes
 from amoe.profiles.routing import RoutingModel, log_normal_routing
 
 PREFIX = "emulated:"
@@ -180,31 +181,6 @@ def served_shape(config: EngineConfig) -> Shape:
     checkpoint = load_model_config(config.model)
     device = emulated_device(config)
     return checkpoint if device is None else device.sizes(checkpoint)
-
-
-def checkpoint_sizes(config: ModelConfig) -> ModelSizes:
-    """A checkpoint's sizes as the cost model sees them, 16 bits per weight.
-
-    Raises:
-        ConfigError: dense layers stand behind sparse ones, which the cost model does not know.
-    """
-    num_dense = config.sparse_layers.index(True) if True in config.sparse_layers else config.num_layers
-    if not all(config.sparse_layers[num_dense:]) or num_dense == config.num_layers:
-        raise ConfigError("only a model whose dense layers come first can be emulated: use model=NAME in --device")
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    return ModelSizes(
-        name=config.architecture,
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        num_experts=config.num_experts,
-        top_k=config.top_k,
-        moe_intermediate_size=config.moe_intermediate_size,
-        vocab_size=config.vocab_size,
-        num_dense_layers=num_dense,
-        dense_intermediate_size=config.intermediate_size,
-        shared_intermediate_size=config.shared_expert_intermediate_size,
-        **grouped_query_attention(config.hidden_size, heads, kv_heads, config.head_dim),
-    )
 
 
 def emulated_length(config: EngineConfig, checkpoint: ModelConfig) -> int:

@@ -50,7 +50,8 @@ def checkpoint_sizes(config: CheckpointConfig) -> ModelSizes:
     num_dense = sparse.index(True) if True in sparse else config.num_layers
     if num_dense == config.num_layers or not all(sparse[num_dense:]):
         raise ConfigError(
-            "the cost model only knows models whose dense layers come first, before at least one with experts"
+            "the cost model only knows models whose dense layers come first, before at least one with experts: name "
+            "another one, by model=NAME in --device where it is emulated"
         )
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     return ModelSizes(

@@ -15,7 +15,6 @@ from amoe.cluster.local import ring_bytes_for
 from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
 from amoe.engine.emulated_device import (
     EmulatedDevice,
-    checkpoint_sizes,
     emulated_device,
     emulated_length,
     plan_emulated_kv,
@@ -23,6 +22,7 @@ from amoe.engine.emulated_device import (
 )
 from amoe.errors import ConfigError
 from amoe.models.config import load_model_config
+from amoe.profiles.checkpoints import checkpoint_sizes
 from amoe.profiles.costs import RooflineCosts
 from amoe.profiles.devices import DEVICES
 from amoe.profiles.models import MODELS
