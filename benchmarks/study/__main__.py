@@ -88,7 +88,8 @@ def parse() -> argparse.Namespace:
 
 def options(args: argparse.Namespace) -> list[tuple[str, object]]:
     """What changes figures."""
-    return [(name, getattr(args, name.replace("-", "_"))) for name in ("seeds", "iterations", "fault-seconds")]
+    names = ("seeds", "iterations", "fault-seconds", "serving-seconds", "largest", "engine-prompts")
+    return [(name, getattr(args, name.replace("-", "_"))) for name in names]
 
 
 def run_part(part: str, tasks: list[Task], processes: int) -> list[Row]:

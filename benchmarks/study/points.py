@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from amoe.profiles.devices import DEVICES
 from amoe.profiles.links import FABRICS
 from amoe.profiles.models import MODELS, ModelSizes
@@ -111,9 +109,3 @@ def measure(point: Point, systems: tuple[System, ...], labels: dict[str, Any], i
             }
         )
     return rows
-
-
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """(mean, least, greatest)."""
-    array = np.array(values)
-    return float(array.mean()), float(array.min()), float(array.max())
