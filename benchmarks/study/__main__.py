@@ -109,6 +109,8 @@ def run_part(part: str, tasks: list[Task], processes: int) -> list[Row]:
                 for future in as_completed(futures):
                     rows[futures[future]] = future.result()
                     progress.advance(bar)
+                    if not progress.console.is_terminal:
+                        progress.console.print(f"{part}: {sum(map(bool, rows))} of {len(tasks)}")
     return [row for part_rows in rows for row in part_rows]
 
 

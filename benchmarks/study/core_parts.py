@@ -83,6 +83,8 @@ def paper(iterations: int) -> list[Task]:
     for top_k, model in (("top-1", "mixtral-8x7b-mqa-top1"), ("top-2", "mixtral-8x7b-mqa")):
         for name, context in WORKLOADS.items():
             for where, placement in (("4 + 4", DISAGGREGATED), ("colocated", COLOCATED)):
+                if where == "colocated" and name != "medium":
+                    continue
                 variants = ("lockstep", "defrag", "progress") if name == "medium" else ("lockstep", "defrag")
                 for variant in variants:
                     labels = {"top_k": top_k, "workload": name, "placement": where, "devices": 8}

@@ -41,7 +41,7 @@ def slow_device(seeds: int) -> list[Task]:
         for sigma in (0.0, 1.0):
             for load in LOADS:
                 labels = {"model": name, "sigma": sigma, "load": load}
-                for seed in range(min(seeds, 2)):
+                for seed in range(max(1, seeds - 1)):
                     point = Point(
                         setting=setting, sequences=load_of(setting, load), sigma=sigma, seed=seed, slow={3: 1.5}
                     )
@@ -65,7 +65,7 @@ def ablations(seeds: int) -> list[Task]:
         setting = SETTINGS[name]
         labels = {"model": name, "sigma": sigma, "load": load, "placement": "stale" if stale else "fresh"}
         fixed = tuple(replace(WAVES, name=f"W = {waves}", waves=waves) for waves in (1, 2, 3, 4, 6, 8))
-        for seed in range(min(seeds, 2)):
+        for seed in range(max(1, seeds - 1)):
             point = Point(setting=setting, sequences=load_of(setting, load), sigma=sigma, stale=stale, seed=seed)
             tasks.append(Task("ablations", measure, (point, (*BASELINES[:6], WAVES, *ABLATIONS, *fixed), labels)))
     return tasks
