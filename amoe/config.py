@@ -104,7 +104,7 @@ class SchedulerConfig:
     max_wait_s: float = 0.5
     max_hold_s: float = 1.0
     num_waves: int | None = None
-    max_waves: int = 4
+    max_waves: int = 8
     micro_batches: int = 1
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
@@ -120,7 +120,7 @@ class SchedulerConfig:
             f"--waves must be auto or a number from 1 to {MAX_WAVES}",
         )
         _require(self.num_waves is None or self.schedule == "waves", "--waves N is for --schedule waves")
-        _require(1 <= self.max_waves <= MAX_WAVES, f"max_waves must be from 1 to {MAX_WAVES}")
+        _require(1 <= self.max_waves <= MAX_WAVES, f"--max-waves must be from 1 to {MAX_WAVES}")
         _require(1 <= self.micro_batches <= 3, "--micro-batches must be 1, 2 or 3")
         _require(
             self.micro_batches == 1 or self.schedule == "lockstep",
@@ -226,5 +226,6 @@ class EngineConfig:
     @property
     def ridge_tokens(self) -> int:
         """As configured, or what is usual on such a device."""
-        usual = CPU_RIDGE_TOKENS if self.device == "cpu" else GPU_RIDGE_TOKENS
+        is_cpu = self.device == "cpu" or ".json" in self.device  # an emulated one that was measured on a CPU
+        usual = CPU_RIDGE_TOKENS if is_cpu else GPU_RIDGE_TOKENS
         return self.steering.ridge_tokens or usual

@@ -126,6 +126,13 @@ def _add_scheduler_flags(parser: argparse.ArgumentParser) -> None:
         help="of waves: a fixed number, or auto: chosen by load and skew (default: auto)",
     )
     group.add_argument(
+        "--max-waves",
+        type=int,
+        default=scheduler.max_waves,
+        metavar="N",
+        help=f"that --waves auto tries (default: {scheduler.max_waves})",
+    )
+    group.add_argument(
         "--max-hold",
         type=float,
         default=scheduler.max_hold_s,
@@ -222,6 +229,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
             max_wait_s=args.max_wait,
             max_hold_s=args.max_hold,
             num_waves=args.waves,
+            max_waves=args.max_waves,
             micro_batches=args.micro_batches,
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -55,6 +56,7 @@ def main() -> int:
         content = {
             "part": part,
             "command": "python -m benchmarks.study " + " ".join(f"--{key} {value}" for key, value in options(args)),
+            "commit": commit(),
             "date": datetime.now(UTC).date().isoformat(),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
             "seconds": round(time.monotonic() - begun, 1),
@@ -73,7 +75,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2, help="of routing, per point (32 devices: 1)")
     parser.add_argument("--iterations", type=int, default=3, help="measured passes of the token-level parts")
     parser.add_argument("--fault-seconds", type=float, default=1.8, help="simulated")
-    parser.add_argument("--serving-seconds", type=float, default=0.6, help="simulated")
+    parser.add_argument("--serving-seconds", type=float, default=0.9, help="simulated")
     parser.add_argument("--largest", type=int, default=1024, help="devices of the scaling part")
     parser.add_argument("--engine-prompts", type=int, default=256, help="requests per schedule of the real engine")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -84,6 +86,12 @@ def parse() -> argparse.Namespace:
     if unknown:
         parser.error(f"there is no part {unknown[0]!r}; known: {', '.join(PARTS)}")
     return args
+
+
+def commit() -> str:
+    """Of the code that is measured."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
 
 
 def options(args: argparse.Namespace) -> list[tuple[str, object]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from amoe.sim.flow.systems import ABLATIONS, BASELINES, WAVES, System
 from amoe.sim.flow.waves import HostModel
-from benchmarks.study.points import LOADS, SETTINGS, Point, Setting, load_of, measure
+from benchmarks.study.points import SETTINGS, Point, Setting, load_of, loads_of, measure
 from benchmarks.study.task import Task
 
 SIGMAS = (0.0, 0.5, 1.0, 1.25)
@@ -20,7 +20,7 @@ def grid(seeds: int) -> list[Task]:
     tasks = []
     for name, setting in SETTINGS.items():
         for sigma in SIGMAS:
-            for load in LOADS:
+            for load in loads_of(setting):
                 for stale in (False, True) if sigma else (False,):
                     labels = {"model": name, "sigma": sigma, "load": load, "placement": "stale" if stale else "fresh"}
                     for seed in range(1 if setting.devices > 8 else seeds):
@@ -39,7 +39,7 @@ def slow_device(seeds: int) -> list[Task]:
         if setting.devices > 8:
             continue
         for sigma in (0.0, 1.0):
-            for load in LOADS:
+            for load in loads_of(setting):
                 labels = {"model": name, "sigma": sigma, "load": load}
                 for seed in range(max(1, seeds - 1)):
                     point = Point(

@@ -25,8 +25,9 @@ def grid(points: dict[tuple[Any, ...], list[Row]], baselines: tuple[str, ...], p
         columns = list(dict.fromkeys((key[1], key[3]) for key in keys))
         loads = list(dict.fromkeys(key[2] for key in keys))
         for index, load in enumerate(loads):
-            values = [ratios(points[model, sigma, load, placement], baselines) for sigma, placement in columns]
-            places = [column + (index - 1.5) * 0.2 for column in range(len(columns))]
+            shown = [column for column, key in enumerate(columns) if (model, key[0], load, key[1]) in points]
+            values = [ratios(points[model, columns[c][0], load, columns[c][1]], baselines) for c in shown]
+            places = [column + (index - 1.5) * 0.2 for column in shown]
             means = [mean(value) for value in values]
             errors = [
                 [middle - min(value) for middle, value in zip(means, values, strict=True)],

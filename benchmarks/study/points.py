@@ -84,11 +84,18 @@ def load_of(setting: Setting, name: str) -> int:
     return min(LOADS[name], most_sequences(MODELS[setting.model], setting)) * setting.devices
 
 
+def loads_of(setting: Setting) -> list[str]:
+    """Named loads that differ: where memory is full at `high` already, that is `saturated`."""
+    different = {load_of(setting, name): name for name in LOADS}
+    return list(different.values())
+
+
 def measure(point: Point, systems: tuple[System, ...], labels: dict[str, Any], iterations: int = 8) -> list[dict]:
     """Rows of one point: each system's figures, and the bound."""
     case = point.case()
     limit = bound(case.deployment, case.popularity, case.owners("anchored"))
-    most, placed = limit.throughput(case.deployment), limit.placed_throughput(case.deployment)
+    most = limit.throughput(case.deployment)
+    placed = limit.placed_throughput(case.deployment) if limit.placement_s > limit.seconds else most
     rows = []
     for system in systems:
         result = simulate(system, case, seed=point.seed, num_iterations=iterations)

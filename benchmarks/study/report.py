@@ -25,8 +25,11 @@ def write(out: Path) -> Path:
     ]
     lines += [
         markdown(
-            ("part", "date", "seconds", "command", "machine"),
-            [(name, p["date"], p["seconds"], f"`{p['command']}`", p["machine"]) for name, p in parts.items()],
+            ("part", "date", "commit", "seconds", "command", "machine"),
+            [
+                (name, p["date"], p.get("commit", ""), p["seconds"], f"`{p['command']}`", p["machine"])
+                for name, p in parts.items()
+            ],
         )
     ]
     path = out / "report.md"
@@ -36,7 +39,14 @@ def write(out: Path) -> Path:
 
 def grid_section(rows: list[Row], out: Path) -> str:
     """Goal by goal, then every point."""
+    # Where memory is full at `high` already, `saturated` is the same point: it counts once.
     points = group(rows, POINT)
+    full = {(key[0], members[0]["sequences"]) for key, members in points.items() if key[2] == "saturated"}
+    points = {
+        key: members
+        for key, members in points.items()
+        if key[2] == "saturated" or (key[0], members[0]["sequences"]) not in full
+    }
     plots.grid(points, NAMES, out / "grid.svg")
     lines = []
     for (model, sigma, load, placement), members in points.items():

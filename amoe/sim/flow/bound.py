@@ -7,7 +7,8 @@ Every iteration of C sequences, whoever schedules it, has to
    (splitting n over steps or devices only adds readings);
 2. run attention on every device that has sequences: per device and layer one launch at least, the weights once, its
    sequences' projections and KV. Sequences are pinned to N devices (attention is data-parallel), and the cost is convex
-   in their number, so the division that is as even as whole numbers are is the cheapest;
+   in their number from one on: where every device has some, the division that is as even as whole numbers are is the
+   cheapest;
 3. run the head likewise.
 
 The sum divided by the devices' speeds is the *work bound*: perfect balance, perfect overlap, one batch per expert and
