@@ -19,7 +19,7 @@ from amoe.types import Int16Array
 
 FloatArray = npt.NDArray[np.float64]
 ShareMode = Literal["primary", "even", "planned"]
-DEFAULT_WAVES = 2  # where the engine chooses them
+DEFAULT_WAVES = 2  # to plan shares for, where the engine chooses the number while it runs
 
 
 def read_loads(path: Path, sizes: ModelSizes) -> FloatArray:

@@ -11,6 +11,7 @@ import numpy as np
 
 from amoe.policy.placement import place_experts, replicate_experts
 from amoe.policy.replicas import home_shares
+from amoe.policy.steering import COUPLING
 from amoe.policy.wave_count import WaveEstimate, choose_num_waves
 from amoe.policy.wave_order import WaveOrder
 from amoe.sim.flow.deployment import Deployment, FloatArray
@@ -20,7 +21,6 @@ from amoe.sim.flow.result import FlowResult
 from amoe.sim.flow.waves import HostModel, WaveSimulator
 from amoe.types import Int16Array
 
-COUPLING = 0.05  # of layers in `plan_layers` where waves are in flight; one wave has every layer for itself
 WAVE_COUNTS = (1, 2, 3, 4, 6, 8)
 SPARE_HOST = HostModel()
 PROBE_WITHIN = 0.12  # of the shortest predicted pass
