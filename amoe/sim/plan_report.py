@@ -98,7 +98,8 @@ def assumptions(scenario: Scenario, plan: Plan) -> list[str]:
         )
     return [
         "placement A + D: attention workers + expert workers; W: waves; ITL in milliseconds; of bound: share of what "
-        "no schedule could beat in decoding with all devices colocated. Simulated, not measured; nothing is counted for the host.",
+        "no schedule could beat in decoding with all devices colocated. Simulated, not measured; nothing is counted "
+        "for the host.",
         f"{prefill}. TTFT is not estimated: it depends on arrivals and chunks, which `amoe simulate` has.",
     ]
 
