@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 
+from benchmarks.study.points import LOADS
 from benchmarks.study.tables import OURS, group, mean, ratios
 from benchmarks.study.task import Row
 
@@ -23,8 +24,7 @@ def grid(points: dict[tuple[Any, ...], list[Row]], baselines: tuple[str, ...], p
     for axis, model in zip(axes[0], models, strict=True):
         keys = [key for key in points if key[0] == model]
         columns = list(dict.fromkeys((key[1], key[3]) for key in keys))
-        loads = list(dict.fromkeys(key[2] for key in keys))
-        for index, load in enumerate(loads):
+        for index, load in enumerate(LOADS):
             shown = [column for column, key in enumerate(columns) if (model, key[0], load, key[1]) in points]
             values = [ratios(points[model, columns[c][0], load, columns[c][1]], baselines) for c in shown]
             places = [column + (index - 1.5) * 0.2 for column in shown]
@@ -41,7 +41,7 @@ def grid(points: dict[tuple[Any, ...], list[Row]], baselines: tuple[str, ...], p
         axis.set_title(model)
         axis.set_ylim(bottom=0.8)
     axes[0][0].set_ylabel("throughput, waves / best baseline")
-    axes[0][-1].legend(title="load", fontsize=7)
+    axes[0][0].legend(title="load", fontsize=7, loc="upper left")
     _save(figure, path)
 
 
@@ -72,7 +72,7 @@ def faults(rows: list[Row], path: Path) -> None:
             )
         axis.set_title(f"one expert device {what}" if what != "slower by half" else "one expert device 1.5 × slower")
         axis.set_xlabel("seconds")
-        axis.set_ylim(bottom=0)
+    axes[0][0].set_ylim(bottom=0)  # for all: they share the axis
     axes[0][0].set_ylabel("tok/s per device")
     axes[0][-1].legend()
     _save(figure, path)
