@@ -22,9 +22,9 @@ from amoe.types import SamplingParams
 from benchmarks.study.points import STALE_SEED
 from benchmarks.study.task import Row, Task
 
-SLOW = 250  # every modelled time is so much longer, and host time weighs so much less: 16 processes share two cores
+SLOW = 100  # every modelled time is so much longer, and host time weighs so much less: many processes share two cores
 OUTPUT_TOKENS = 6
-VARIANTS = ("lockstep", "lockstep:2", "mtfs", "flfs", "defrag", "progress", "waves:3")
+VARIANTS = ("lockstep", "lockstep:2", "mtfs", "flfs", "defrag", "progress", "waves:1", "waves:2", "waves:3")
 MODEL_OF = {8: "mixtral-8x7b-mqa-top1", 16: "mixtral-16x7b-mqa-top1"}
 
 
@@ -74,7 +74,7 @@ async def _measure(config: EngineConfig, workers: int, variant: str, sequences: 
 
 def tasks(per_worker: int) -> list[Task]:
     """8 and 16 workers."""
-    few = ("lockstep", "progress", "waves:3")
+    few = ("lockstep", "progress", "waves:1", "waves:2")
     return [
         Task("engine", run_engine, (workers, variant, per_worker * workers))
         for workers, variants in ((8, VARIANTS), (16, few))
