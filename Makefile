@@ -42,7 +42,7 @@ format: $(VENV)/installed-dev  ## Format the code and fix what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-study: $(VENV)/installed-dev  ## Run the study of schedules, tables and plots in benchmarks/results/study (about half an hour)
+study: $(VENV)/installed-dev  ## Run the study of schedules, tables and plots in benchmarks/results/study (about half an hour on two quiet cores)
 	$(BIN)/python -m benchmarks.study --again $(ARGS)
 
 # On a GPU machine the environment is often a given one: whichever python has a torch that sees the GPU is taken.
