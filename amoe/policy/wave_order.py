@@ -8,7 +8,7 @@ the devices that are idle meanwhile. Two things decide whether they do.
 late attention share holds up the experts of *all* devices, since strict waves are complete only when every home has
 spoken; a late expert step holds up only the homes that have tokens there, and while an expert step runs for long on a
 hot device, the attention of the other waves that it delays would have given everybody else work. In simulation this
-is worth up to 15 % where the placement is stale and costs at most 1 % elsewhere.
+is worth up to 12 % where the placement is stale, and nothing measurable elsewhere.
 
 **Apart.** Among steps of one kind the least κ + j·δ runs: κ = S·pass + stage is the progress of wave j, S = 2L + 1. δ
 puts wave j behind wave 0 by a part of the model, so that different waves meet *different* hot devices; with δ = 0 they
