@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amoe.errors import ConfigError
-from amoe.types import Int16Array, Int64Array
+from amoe.types import BoolArray, Int16Array, Int64Array
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -72,14 +72,11 @@ def replicate_experts(
             f"{slots_per_owner} slots per expert worker cannot hold {num_experts} experts on {num_owners} workers"
         )
     slots = min(slots_per_owner, num_experts)
-    holders = [_packed_layer(load[layer], num_owners, slots) for layer in range(num_layers)]
-    if anchored:
-        holders = [
-            _with_primaries(holders[layer], _even_room(primary[layer], num_owners))
-            or _with_primaries(holders[layer], _even_room(primary[layer], num_owners) + _spare_room(primary[layer]))
-            or _anchored_layer(load[layer], primary[layer], num_owners, slots)
-            for layer in range(num_layers)
-        ]
+    room = np.bincount(primary[0], minlength=num_owners) if anchored else None
+    holders = [
+        _packed_layer(weights, num_owners, slots) if room is None else _anchored_layer(weights, room, slots - room)
+        for weights in load
+    ]
     width = max(len(places) for layer in holders for places in layer)
     owners = np.full((num_layers, num_experts, width), -1, np.int16)
     for layer, places_of in enumerate(holders):
@@ -88,80 +85,84 @@ def replicate_experts(
     return owners
 
 
-def _anchored_layer(load: Float64Array, primary: Int16Array, num_owners: int, slots: int) -> list[list[int]]:
-    """Again and again, a copy of what weighs most on the owner that is busiest goes to the one that is least busy."""
-    places = [[int(owner)] for owner in primary]
-    holds = np.zeros((len(load), num_owners), np.bool_)
-    holds[np.arange(len(load)), primary] = True
-    for _ in range(num_owners * slots - len(load)):
-        parts = load / holds.sum(axis=1)
-        busy = parts @ holds
-        free = holds.sum(axis=0) < slots
-        # An expert that all owners with a free slot hold already cannot be relieved further.
-        useful = (free & ~holds).any(axis=1)
-        hot = [owner for owner in np.argsort(-busy) if (holds[:, owner] & useful).any()]
-        if not hot:
-            break
-        candidates = np.flatnonzero(holds[:, hot[0]] & useful)
-        expert = int(candidates[parts[candidates].argmax()])
-        owner = int(np.where(free & ~holds[expert], busy, np.inf).argmin())
-        holds[expert, owner] = True
-        places[expert].append(owner)
+def _anchored_layer(load: Float64Array, room: Int64Array, spare: Int64Array) -> list[list[int]]:
+    """Owners of each expert; owner d has exactly room[d] first replicas and at most spare[d] further ones [D].
+
+    The heaviest copies first, each to the least busy owner that has room for its kind; then copies of one kind change
+    places while that relieves the busiest owner. Since the two kinds never mix, the first replicas stay even.
+    """
+    copies = _count_copies(load, len(room), int((room + spare).sum()))
+    copies_of, owners, first = _deal(load, copies, room.copy(), spare.copy())
+    _exchange(load, copies_of, owners, first, len(room))
+    places: list[list[int]] = [[] for _ in load]
+    for index in np.argsort(~first, kind="stable"):
+        places[copies_of[index]].append(int(owners[index]))
     return places
 
 
-_FEW_PRIMARIES = 8
+def _deal(
+    load: Float64Array, copies: Int64Array, room: Int64Array, spare: Int64Array
+) -> tuple[Int64Array, Int64Array, BoolArray]:
+    """(expert, owner, whether it is the first replica) of every copy that found a place; uses up `room` and `spare`."""
+    busy = np.zeros(len(room))
+    holds = np.zeros((len(load), len(room)), np.bool_)
+    dealt: list[tuple[int, int, bool]] = []
+
+    def put(expert: int, owner: int, free: Int64Array) -> None:
+        holds[expert, owner] = True
+        free[owner] -= 1
+        busy[owner] += load[expert] / copies[expert]
+        dealt.append((expert, owner, free is room))
+
+    for expert in np.argsort(-load / copies, kind="stable").tolist():
+        for free in [room] + [spare] * int(copies[expert] - 1):
+            if (open_owners := (free > 0) & ~holds[expert]).any():
+                put(expert, int(np.where(open_owners, busy, np.inf).argmin()), free)
+    # Room that is left: whoever has it holds already what was to go there.
+    for owner in np.repeat(np.arange(len(spare)), spare).tolist():
+        if (missing := ~holds[:, owner]).any():
+            put(int(np.where(missing, load / holds.sum(axis=1), -1.0).argmax()), owner, spare)
+    experts, owners, first = (np.array(column) for column in zip(*dealt, strict=True))
+    return experts, owners, first
 
 
-def _even_room(primary: Int16Array, num_owners: int) -> Int64Array:
-    """[D] experts whose replica 0 an owner has if they are spread evenly."""
-    return np.bincount(primary, minlength=num_owners)
+def _exchange(load: Float64Array, experts: Int64Array, owners: Int64Array, first: BoolArray, num_owners: int) -> None:
+    """Changes `owners`: copies of the busiest one change places with lighter ones of their kind, best pair first."""
+    parts = (load / np.bincount(experts, minlength=len(load)))[experts]
+    holds = np.zeros((len(load), num_owners), np.bool_)
+    holds[experts, owners] = True
+    busy = np.bincount(owners, weights=parts, minlength=num_owners)
+    for _ in range(_EXCHANGES_PER_OWNER * num_owners):
+        top = int(busy.argmax())
+        mine = np.flatnonzero(owners == top)
+        relief = parts[mine, None] - parts  # [copies of top, all copies]
+        allowed = (first[mine, None] == first) & (relief > 0) & ~holds[experts[mine]][:, owners] & ~holds[experts, top]
+        busier = np.where(allowed, np.maximum(busy[top] - relief, busy[owners] + relief), np.inf)
+        here, there = np.unravel_index(int(busier.argmin()), busier.shape)
+        if busier[here, there] >= busy[top] * (1 - 1e-9):
+            return
+        pair = np.array([mine[here], there])
+        holds[experts[pair], owners[pair]] = False
+        busy[owners[pair]] += np.array([-1, 1]) * relief[here, there]
+        owners[pair] = owners[pair[::-1]]
+        holds[experts[pair], owners[pair]] = True
 
 
-def _spare_room(primary: Int16Array) -> int:
-    """One more than even is nearly even where an owner has many."""
-    return int(np.bincount(primary).min() >= _FEW_PRIMARIES)
+_EXCHANGES_PER_OWNER = 4
 
 
-def _with_primaries(places: list[list[int]], room: Int64Array) -> list[list[int]] | None:
-    """The same places with replica 0 chosen so that owner d has at most room[d] [D] of them; None: impossible.
-
-    A matching of experts with owners' shares: an owner that is full hands one of its experts on, if that one can go on
-    elsewhere (augmenting paths).
-    """
-    kept: list[list[int]] = [[] for _ in room]
-
-    def place(expert: int, visited: set[int]) -> bool:
-        for owner in places[expert]:
-            if owner in visited:
-                continue
-            visited.add(owner)
-            if len(kept[owner]) < room[owner]:
-                kept[owner].append(expert)
-                return True
-            for other in kept[owner]:
-                if place(other, visited):
-                    kept[owner].remove(other)
-                    kept[owner].append(expert)
-                    return True
-        return False
-
-    for expert in sorted(range(len(places)), key=lambda index: len(places[index])):
-        if not place(expert, set()):
-            return None
-    owner_of = {expert: owner for owner, experts in enumerate(kept) for expert in experts}
-    return [
-        [owner_of[expert], *(owner for owner in places[expert] if owner != owner_of[expert])]
-        for expert in range(len(places))
-    ]
+def _count_copies(load: Float64Array, num_owners: int, num_slots: int) -> Int64Array:
+    """[E] copies: one each, then always one more of what weighs most per copy, up to one per owner."""
+    copies = np.ones(len(load), np.int64)
+    for _ in range(num_slots - len(load)):
+        weight = np.where(copies < num_owners, load / copies, -1.0)
+        copies[int(weight.argmax())] += 1
+    return copies
 
 
 def _packed_layer(load: Float64Array, num_owners: int, slots: int) -> list[list[int]]:
     """Copies for whoever weighs most per copy; then the heaviest copy first, to the least busy owner with room."""
-    copies = np.ones(len(load), np.int64)
-    for _ in range(num_owners * slots - len(load)):
-        weight = np.where(copies < num_owners, load / copies, -1.0)
-        copies[int(weight.argmax())] += 1
+    copies = _count_copies(load, num_owners, num_owners * slots)
     parts = load / copies
     places: list[list[int]] = [[] for _ in load]
     busy, used = np.zeros(num_owners), np.zeros(num_owners, np.int64)

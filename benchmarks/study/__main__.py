@@ -36,7 +36,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Sequence[Task]]] = {
     "faults": lambda args: core_parts.faults(args.fault_seconds),
     "scaling": lambda args: flow_parts.scaling(args.largest),
     # Real processes: the machine must be theirs alone, so this part runs by itself and last.
-    "engine": lambda args: engine_part.tasks(args.engine_prompts),
+    "engine": lambda args: engine_part.tasks(args.engine_rounds),
 }
 ALONE = {"engine"}
 
@@ -77,7 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fault-seconds", type=float, default=1.8, help="simulated")
     parser.add_argument("--serving-seconds", type=float, default=0.9, help="simulated")
     parser.add_argument("--largest", type=int, default=256, help="devices to scale to; 1024: 15 min")
-    parser.add_argument("--engine-prompts", type=int, default=256, help="requests per schedule of the real engine")
+    parser.add_argument("--engine-rounds", type=int, default=1, help="of the real engine; one: half an hour")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/study"))
     parser.add_argument("--again", action="store_true", help="measure parts whose results are there already")
@@ -96,7 +96,7 @@ def commit() -> str:
 
 def options(args: argparse.Namespace) -> list[tuple[str, object]]:
     """What changes figures."""
-    names = ("seeds", "iterations", "fault-seconds", "serving-seconds", "largest", "engine-prompts")
+    names = ("seeds", "iterations", "fault-seconds", "serving-seconds", "largest", "engine-rounds")
     return [(name, getattr(args, name.replace("-", "_"))) for name in names]
 
 
