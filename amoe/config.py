@@ -9,6 +9,10 @@ from amoe.errors import ConfigError
 
 ScheduleName = Literal["fcfs", "flfs", "mtfs", "defrag", "progress", "waves", "lockstep"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
+CapacityMode = Literal["drop", "reroute", "expanded"]
+CapacityMetric = Literal["score", "order", "reverse", "random"]
+CapacityScope = Literal["expert", "device"]
+CapacityPhase = Literal["prefill", "decode", "both"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 DTYPES: tuple[str, ...] = get_args(DTypeName)
 CPU_RIDGE_TOKENS, GPU_RIDGE_TOKENS = 32, 222
@@ -188,6 +192,71 @@ class SteeringConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CapacityConfig:
+    """Whether, and how, (token, expert) pairs are dropped or rerouted; off by default, which is lossless.
+
+    On as soon as there is a `factor` (a cap per micro-batch, `amoe.policy.capacity`) or a `slack_s` (a cap on waiting,
+    `amoe.policy.backlog`).
+
+    Attributes:
+        factor: γ: an expert takes at most γ times its even share of a micro-batch's pairs.
+        slack_s: a pair is touched where its worker is expected to answer later than all others of the token by more
+            than this many seconds.
+        mode: `drop`, `reroute` or `expanded`, see `amoe.policy.capacity`.
+        metric: of `drop`: who stays.
+        scope: the cap is each expert's, or on the sum of all experts of a worker.
+        phase: prompt tokens, generated tokens, or both.
+        keep_best: a token's best pair is never touched.
+        exceed_top_k: of `expanded`: a token may end with more pairs than the model's top-k.
+    """
+
+    factor: float | None = None
+    slack_s: float | None = None
+    mode: CapacityMode = "drop"
+    metric: CapacityMetric = "score"
+    scope: CapacityScope = "expert"
+    phase: CapacityPhase = "prefill"
+    keep_best: bool = True
+    exceed_top_k: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {"mode": CapacityMode, "metric": CapacityMetric, "scope": CapacityScope, "phase": CapacityPhase}
+        for name, choice in choices.items():
+            value, known = getattr(self, name), get_args(choice)
+            _require(value in known, f"--capacity-{name} must be one of {', '.join(known)}, not {value!r}")
+        _require(
+            self.factor is None or 0 < self.factor < float("inf"), "--capacity-factor must be greater than 0, as in 1.5"
+        )
+        _require(
+            self.slack_s is None or 0 <= self.slack_s < float("inf"), "--capacity-slack must be at least 0 seconds"
+        )
+        _require(
+            self.factor is None or self.slack_s is None,
+            "--capacity-factor caps a batch, --capacity-slack caps waiting: choose one",
+        )
+        _require(
+            self.slack_s is None or self.mode != "expanded",
+            "--capacity-slack goes with --capacity-mode drop or reroute: expanded fills experts up to a cap",
+        )
+        _require(
+            self.metric == "score" or (self.mode == "drop" and self.slack_s is None),
+            "--capacity-metric is for --capacity-mode drop with --capacity-factor: the other ways go by score",
+        )
+        _require(
+            not self.exceed_top_k or self.mode == "expanded",
+            "--capacity-exceed-top-k is for --capacity-mode expanded: the other modes add no pair",
+        )
+
+    @property
+    def is_on(self) -> bool:
+        return self.factor is not None or self.slack_s is not None
+
+    def pairs_per_token(self, top_k: int, num_experts: int) -> int:
+        """P: columns of pairs in a dispatch. All have the same: batches meet in one queue."""
+        return num_experts if self.is_on and self.exceed_top_k else top_k
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """All that a worker needs to know to serve a model.
 
@@ -199,7 +268,7 @@ class EngineConfig:
         max_model_len: prompt + generated tokens of a sequence; None: what the model was trained for.
         threads_per_worker: intra-op threads; None: the cores divided by the workers, at least one.
         max_waiting: requests that may wait beside the running ones before the engine refuses.
-        seed: base of the seeds of requests that bring none.
+        seed: base of the seeds of requests that bring none, and of random drops.
     """
 
     model: str
@@ -213,6 +282,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     steering: SteeringConfig = field(default_factory=SteeringConfig)
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "MODEL must name a checkpoint directory")

@@ -25,6 +25,7 @@ Float32Array = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+CapacityChoice = Literal["best_effort", "exact"]
 
 
 class BlockKind(IntEnum):
@@ -111,6 +112,8 @@ class SamplingParams:
         stop_token_ids: ids that end the sequence.
         ignore_eos: go on after the end-of-sequence token.
         logprobs: None is off; k >= 0 gives the sampled token's and the k best.
+        capacity: `exact`: no pair of this sequence is dropped or rerouted, whatever the server may do to others.
+        droppable_spans: (start, end) positions of the prompt whose tokens lose pairs before all others do.
     """
 
     max_tokens: int = 16
@@ -129,9 +132,12 @@ class SamplingParams:
     skip_special_tokens: bool = True
     ignore_eos: bool = False
     logprobs: int | None = None
+    capacity: CapacityChoice = "best_effort"
+    droppable_spans: tuple[tuple[int, int], ...] = ()
 
     MAX_LOGPROBS: ClassVar[int] = 20
     MAX_STOP_IDS: ClassVar[int] = 64
+    MAX_SPANS: ClassVar[int] = 64
 
     def __post_init__(self) -> None:
         if self.top_k == -1:
@@ -157,6 +163,12 @@ class SamplingParams:
                 self.logprobs is None or 0 <= self.logprobs <= self.MAX_LOGPROBS,
                 f"must be between 0 and {self.MAX_LOGPROBS}",
             ),
+            ("capacity", self.capacity in ("best_effort", "exact"), "must be 'best_effort' or 'exact'"),
+            (
+                "droppable_spans",
+                len(self.droppable_spans) <= self.MAX_SPANS and all(0 <= a < b for a, b in self.droppable_spans),
+                f"must hold at most {self.MAX_SPANS} pairs [start, end) of token positions, 0 <= start < end",
+            ),
         )
         for name, holds, rule in checks:
             if not holds:
@@ -178,6 +190,22 @@ class TokenLogprobs:
 
 
 @dataclass(slots=True)
+class CapacityUsage:
+    """What capacity has done to one sequence so far, over all its tokens and layers.
+
+    Attributes:
+        pairs: (token, expert) pairs that the router wanted.
+        pairs_dropped, pairs_rerouted: of those, computed nowhere, and by another expert than the router's.
+        gate_mass_lost: part of the routers' weight, in [0, 1], that is missing in what was computed.
+    """
+
+    pairs: int = 0
+    pairs_dropped: int = 0
+    pairs_rerouted: int = 0
+    gate_mass_lost: float = 0.0
+
+
+@dataclass(slots=True)
 class SequenceOutput:
     """What a worker has to say about one sequence after one head step.
 
@@ -188,6 +216,7 @@ class SequenceOutput:
         finish_reason: set exactly once, in the sequence's one terminal event.
         stop_token: the stop id that ended it, where one did.
         num_cached_tokens: prompt tokens that the prefix cache spared.
+        capacity: None where capacity is off.
     """
 
     request_id: int
@@ -196,3 +225,4 @@ class SequenceOutput:
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     num_cached_tokens: int = 0
+    capacity: CapacityUsage | None = None

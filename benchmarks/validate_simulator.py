@@ -199,7 +199,7 @@ def record_routing(config: EngineConfig, num_sequences: int, num_new: int) -> Re
 
     def recording(step: Any) -> Any:
         out = attention(step)
-        seen[step.block.layer].append(out[0])
+        seen[step.block.layer].append(None if out is None else out.topk_ids)
         return out
 
     executor.attention = recording  # type: ignore[method-assign]

@@ -38,7 +38,8 @@ def ring_bytes_for(config: EngineConfig, model: Shape) -> int:
     """
     num_tokens = config.scheduler.num_token_slots
     item_bytes = _LARGEST_ITEM_BYTES if emulated_device(config) is None else _EMULATED_ITEM_BYTES
-    return max_record_bytes(num_tokens, model.hidden_size, model.top_k, item_bytes)
+    pairs = config.capacity.pairs_per_token(model.top_k, model.num_experts)
+    return max_record_bytes(num_tokens, model.hidden_size, pairs, item_bytes)
 
 
 class LocalCluster:

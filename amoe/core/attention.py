@@ -8,13 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from amoe.core.batcher import Batcher, Entry
+from amoe.core.capacity import HomeCapacity, Pairs
 from amoe.core.home_waves import HomeWaves
 from amoe.core.lockstep import HomeBarrier
 from amoe.core.micro_queue import MicroQueues
 from amoe.core.replica_shares import ReplicaShares
 from amoe.core.steps import NO_SLOTS, AttentionStep, ChunkSpan, HeadStep, Outgoing
 from amoe.stats import JOIN_WAIT_EDGES, LayerHistograms
-from amoe.types import Batch, BatchKind, BlockId, BlockKind, BoolArray, Float32Array, Int16Array, Int32Array
+from amoe.types import Batch, BatchKind, BlockId, BlockKind, BoolArray, Float32Array, Int32Array
 
 
 class AttentionCore:
@@ -23,10 +24,11 @@ class AttentionCore:
     Args:
         rank: of this worker.
         owner_ranks: [D] ranks of the expert workers; an *owner* is an index into it.
-        owners: [num_layers, num_experts, R] owners of each expert's replicas, -1 where there is none.
+        replicas: who computes which pair.
         sparse_layers: [L] the layer has experts; a dense layer's MLP runs in its attention block.
         barrier: lockstep only.
         waves: schedule `waves` only.
+        capacity: what may be dropped or rerouted; None: nothing.
 
     Attributes:
         stepping: lane of the step that runs now; -1: none.
@@ -37,19 +39,21 @@ class AttentionCore:
         *,
         rank: int,
         owner_ranks: Sequence[int],
-        owners: Int16Array,
+        replicas: ReplicaShares,
         sparse_layers: Sequence[bool],
         batcher: Batcher,
         queues: MicroQueues,
         barrier: HomeBarrier | None = None,
         waves: HomeWaves | None = None,
+        capacity: HomeCapacity | None = None,
     ) -> None:
         self.rank = rank
         self.batcher = batcher
         self.join_waits = LayerHistograms(len(sparse_layers), JOIN_WAIT_EDGES)
         self._owner_ranks = tuple(owner_ranks)
         self._owner_of_rank = {owner_rank: owner for owner, owner_rank in enumerate(owner_ranks)}
-        self._replicas = ReplicaShares(owners, rank)
+        self.capacity = capacity
+        self._replicas = replicas
         self._sparse = tuple(sparse_layers)
         self._num_layers = len(sparse_layers)
         self._queues = queues
@@ -142,8 +146,12 @@ class AttentionCore:
         topk_ids: npt.NDArray[np.int64] | None,
         topk_weights: Float32Array | None,
         now: float,
+        scores: Float32Array | None = None,
     ) -> list[Outgoing]:
         """attention(l) has run on `step`; the router says `topk_ids`, `topk_weights` [n, K] (None at a dense layer).
+
+        Args:
+            scores: [n, E] softmax over all experts, which capacity needs; None: nothing is dropped or rerouted.
 
         Returns:
             One dispatch per expert worker that has something to do, with the rows of the step that it gets.
@@ -161,20 +169,19 @@ class AttentionCore:
         if not self._sparse[layer] or topk_ids is None or topk_weights is None:
             self._advance(layer, wave, slots, now, dense=True)
             return []
-        return self._dispatch(step.block, slots, rows, topk_ids[rows], topk_weights[rows], now)
+        topk_ids, topk_weights = topk_ids[rows], topk_weights[rows]
+        if self.capacity is not None and scores is not None and len(rows):
+            is_prefill = rows >= step.num_decodes
+            pairs = self.capacity.decide(layer, slots, is_prefill, topk_ids, topk_weights, scores[rows])
+        else:
+            pairs = Pairs(topk_ids, topk_weights, self._replicas.choose(layer, topk_ids))
+        return self._dispatch(step.block, slots, rows, pairs, now)
 
     def _dispatch(
-        self,
-        block: BlockId,
-        slots: Int32Array,
-        rows: npt.NDArray[np.int64],
-        topk_ids: npt.NDArray[np.int64],
-        topk_weights: Float32Array,
-        now: float,
+        self, block: BlockId, slots: Int32Array, rows: npt.NDArray[np.int64], pairs: Pairs, now: float
     ) -> list[Outgoing]:
         tokens = self.batcher.tokens
-        expert_ids = topk_ids.astype(np.int16)
-        owner_of_pair = self._replicas.choose(block.layer, topk_ids)
+        expert_ids, owner_of_pair = pairs.expert_ids.astype(np.int16), pairs.owners
         dispatched = np.empty((len(slots), len(self._owner_ranks)), np.bool_)
         for owner in range(len(self._owner_ranks)):
             dispatched[:, owner] = (owner_of_pair == owner).any(axis=1)
@@ -202,10 +209,20 @@ class AttentionCore:
                 generations=generations[chosen],
                 iterations=iterations[chosen],
                 expert_ids=np.where(here, expert_ids[chosen], np.int16(-1)),
-                expert_weights=topk_weights[chosen],
+                expert_weights=pairs.weights[chosen],
             )
             outgoing.append(Outgoing(batch, rows[chosen].astype(np.int32)))
+        if self.capacity is not None and not dispatched.all(axis=None):
+            self._pass_over(block, slots, leaders, dispatched, now)
         return outgoing
+
+    def _pass_over(
+        self, block: BlockId, slots: Int32Array, leaders: Int32Array, dispatched: BoolArray, now: float
+    ) -> None:
+        """Groups of which no token has any expert left wait for nobody: they go on with their residuals."""
+        idle = self.batcher.join.idle(leaders[~dispatched.any(axis=1)])
+        if len(idle):
+            self._advance(block.layer, block.wave, idle, now)
 
     def _epoch_of_dispatch(self, block: BlockId, now: float) -> int | None:
         """For the headers; None: nobody waits for these tokens, so nobody needs to hear that there are none for him."""

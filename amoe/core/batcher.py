@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from amoe.config import CacheConfig, SchedulerConfig
-from amoe.core.block_manager import ROOT_HASH, BlockManager
+from amoe.core.block_manager import BEST_EFFORT_ROOT, ROOT_HASH, BlockManager
 from amoe.core.join import Join
 from amoe.core.sequence import Sequence, SequenceStatus, SequenceTable
 from amoe.core.token_slots import TokenSlots
@@ -43,6 +43,7 @@ class TokenTable:
         leader: slot that names the token's group (see `Join`).
         in_chunk: the token belongs to a prefill chunk (of one token perhaps).
         wants_logits: the head must sample after this token.
+        drop_first: the user has marked it as the first to lose pairs.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -52,14 +53,27 @@ class TokenTable:
         self.leader: Int32Array = np.arange(num_slots, dtype=np.int32)
         self.in_chunk: BoolArray = np.zeros(num_slots, np.bool_)
         self.wants_logits: BoolArray = np.zeros(num_slots, np.bool_)
+        self.drop_first: BoolArray = np.zeros(num_slots, np.bool_)
 
 
 class Batcher:
-    """Owns the sequences of one attention worker, their rows, token slots and KV blocks."""
+    """Owns the sequences of one attention worker, their rows, token slots and KV blocks.
+
+    Args:
+        has_capacity: best-effort sequences may lose pairs, so that their KV is of no use to exact ones.
+    """
 
     def __init__(
-        self, scheduler: SchedulerConfig, cache: CacheConfig, num_blocks: int, max_model_len: int, num_owners: int
+        self,
+        scheduler: SchedulerConfig,
+        cache: CacheConfig,
+        num_blocks: int,
+        max_model_len: int,
+        num_owners: int,
+        *,
+        has_capacity: bool = False,
     ) -> None:
+        self._has_capacity = has_capacity
         self._max_prefill_tokens = scheduler.max_num_batched_tokens
         self.max_model_len = max_model_len
         self.blocks = BlockManager(num_blocks, cache.block_size, cache.enable_prefix_caching)
@@ -212,7 +226,7 @@ class Batcher:
         if attempt == self._refused:  # hashing a long prompt again would cost every turn of the loop
             return False
         count = len(sequence.token_ids)
-        found, hashes = self.blocks.match_prefix(sequence.token_ids)
+        found, hashes = self.blocks.match_prefix(sequence.token_ids, self._root_of(sequence))
         missing = self.blocks.blocks_for(count) - len(found)
         if missing > self.blocks.num_available_beside(found):
             self._refused = attempt
@@ -234,6 +248,11 @@ class Batcher:
         self.admitted.append(sequence)
         return True
 
+    def _root_of(self, sequence: Sequence) -> bytes:
+        """Under which KV blocks are found again."""
+        is_best_effort = self._has_capacity and sequence.params.capacity != "exact"
+        return BEST_EFFORT_ROOT if is_best_effort else ROOT_HASH
+
     def _start_chunk(self, sequence: Sequence) -> Int32Array:
         row = sequence.row
         start, end = int(self.table.num_computed[row]), int(self.table.num_tokens[row])
@@ -247,6 +266,9 @@ class Batcher:
         # The last token leads: it is the one that may go on to the head alone.
         tokens.leader[slots] = slots[-1]
         tokens.in_chunk[slots] = True
+        tokens.drop_first[slots] = False
+        for first, last in sequence.params.droppable_spans:
+            tokens.drop_first[slots[max(0, first - start) : max(0, last - start)]] = True
         tokens.wants_logits[slots] = False
         tokens.wants_logits[slots[-1]] = start + count == end
         self.members[int(slots[-1])] = slots
@@ -274,6 +296,7 @@ class Batcher:
         sequence.status = SequenceStatus.DECODE
         self.table.slot[row] = leader
         self.tokens.in_chunk[leader] = False
+        self.tokens.drop_first[leader] = False
 
     def extend(self, slots: Int32Array, token_ids: Int64Array, finished: BoolArray) -> None:
         """The head has sampled `token_ids` [n] for the tokens in `slots` [n]; sequences `finished` [n] end here."""
@@ -293,6 +316,6 @@ class Batcher:
         size = self.blocks.block_size
         full = int(self.table.num_computed[sequence.row]) // size
         for index in range(len(sequence.hashes), full):
-            parent = sequence.hashes[-1] if sequence.hashes else ROOT_HASH
+            parent = sequence.hashes[-1] if sequence.hashes else self._root_of(sequence)
             token_ids = self.table.tokens[sequence.row, index * size : (index + 1) * size]
             sequence.hashes.append(self.blocks.commit(sequence.blocks[index], parent, token_ids))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from amoe.types import Int32Array
 
 ROOT_HASH = b""
+BEST_EFFORT_ROOT = b"capacity"  # of KV that may lack experts: it must not be found by those who asked for exactness
 
 
 def hash_block(parent: bytes, token_ids: Int32Array) -> bytes:
@@ -53,10 +54,13 @@ class BlockManager:
         """Blocks that `num_tokens` tokens fill, the last one perhaps in part."""
         return -(-num_tokens // self.block_size)
 
-    def match_prefix(self, token_ids: Int32Array) -> tuple[list[int], list[bytes]]:
+    def match_prefix(self, token_ids: Int32Array, root: bytes = ROOT_HASH) -> tuple[list[int], list[bytes]]:
         """Longest cached prefix of `token_ids` [n] in full blocks, at least one token short of n.
 
         The last token is never matched: somebody has to compute its logits. References nothing yet: see `acquire`.
+
+        Args:
+            root: the parent of first blocks. What was committed under another root is not found.
 
         Returns:
             The blocks and their hashes.
@@ -65,7 +69,7 @@ class BlockManager:
         hashes: list[bytes] = []
         if not self._caching:
             return blocks, hashes
-        parent = ROOT_HASH
+        parent = root
         for start in range(0, len(token_ids) - self.block_size, self.block_size):
             parent = hash_block(parent, token_ids[start : start + self.block_size])
             block = self._block_of.get(parent)

@@ -65,6 +65,10 @@ class Join:
         self._awaiting[slots, owner] = False
         np.subtract.at(self._pending, leaders, 1)
         self.outstanding -= np.bincount(self.lane[slots], minlength=len(self.outstanding))
+        return self.idle(leaders)
+
+    def idle(self, leaders: Int32Array) -> Int32Array:
+        """[m] of the groups of `leaders` [n] that wait for nothing, each once, ascending."""
         return np.unique(leaders[self._pending[leaders] == 0])
 
     def waits(self, leaders: Int32Array, now: float) -> npt.NDArray[np.float64]:

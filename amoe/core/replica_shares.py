@@ -21,10 +21,12 @@ class ReplicaShares:
 
     Attributes:
         shares: [num_layers, num_experts, R] in force.
+        num_owners: D.
     """
 
     def __init__(self, owners: Int16Array, rank: int) -> None:
         self.owners = owners
+        self.num_owners = int(owners.max()) + 1
         self._phases = _GOLDEN * (rank + np.arange(owners.shape[1]))
         self._batches = [0] * len(owners)
         self.set(primary_shares(owners))
@@ -39,8 +41,9 @@ class ReplicaShares:
         self._upper = cumulative_shares(self.shares, self.owners)
         self._is_split: BoolArray = (self.shares > 0).sum(axis=-1) > 1
         # Where every expert has one replica with a share, the choice is a table.
-        awake = np.take_along_axis(self.owners, self.shares.argmax(axis=-1)[..., None], axis=-1)[..., 0]
-        self._tables = [None if split.any() else table for split, table in zip(self._is_split, awake, strict=True)]
+        greatest = self.shares.argmax(axis=-1)[..., None]
+        self._main: Int16Array = np.take_along_axis(self.owners, greatest, axis=-1)[..., 0]
+        self._tables = [None if split.any() else table for split, table in zip(self._is_split, self._main, strict=True)]
 
     def choose(self, layer: int, topk_ids: npt.NDArray[np.int64]) -> Int16Array:
         """[n, K] owners of the pairs `topk_ids` [n, K]."""
@@ -50,3 +53,21 @@ class ReplicaShares:
         self._batches[layer] += 1
         phase = np.minimum((self._phases + _GOLDEN * self._batches[layer]) % 1.0, _LAST_PHASE)
         return choose_replicas(topk_ids, self.owners[layer], self._upper[layer], self._is_split[layer], phase)
+
+    def main_owner(self, layer: int) -> npt.NDArray[np.int64]:
+        """[E] owner of the replica that has the greatest share of each expert."""
+        return self._main[layer].astype(np.int64)
+
+    def experts_held(self, layer: int) -> npt.NDArray[np.float64]:
+        """[D] experts of a layer at each owner: the sum of the shares that it has of them."""
+        owners, shares = self.owners[layer], self.shares[layer]
+        exists = owners >= 0
+        return np.bincount(owners[exists], weights=shares[exists], minlength=self.num_owners).astype(np.float64)
+
+    def holds(self, layer: int) -> BoolArray:
+        """[E, D]: the owner has a replica of the expert."""
+        owners = self.owners[layer]
+        experts, copies = np.nonzero(owners >= 0)
+        holds: BoolArray = np.zeros((len(owners), self.num_owners), np.bool_)
+        holds[experts, owners[experts, copies]] = True
+        return holds

@@ -6,8 +6,22 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
+import numpy.typing as npt
 
-from amoe.types import Int32Array, Int64Array, SamplingParams
+from amoe.types import BoolArray, Int32Array, Int64Array, SamplingParams
+
+
+class UsageColumn(IntEnum):
+    """Columns of `SequenceTable.usage`."""
+
+    PAIRS = 0  # that the routers wanted
+    DROPPED = 1
+    REROUTED = 2
+    MASS_LOST = 3  # sum over tokens and layers of the lost part of each
+    TOKENS = 4  # once per layer
+
+
+NUM_USAGE_COLUMNS = len(UsageColumn)
 
 
 class SequenceStatus(IntEnum):
@@ -32,6 +46,7 @@ class Sequence:
         blocks: blocks of the KV cache, in order.
         hashes: names of the leading blocks that are committed to the prefix cache.
         num_cached_tokens: prompt tokens that the prefix cache spared at the first admission; None before it.
+        usage: see `UsageColumn`; only while WAITING.
     """
 
     request_id: int
@@ -45,6 +60,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     num_cached_tokens: int | None = None
+    usage: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(NUM_USAGE_COLUMNS))
 
 
 class SequenceTable:
@@ -55,6 +71,8 @@ class SequenceTable:
         num_tokens, num_computed, prompt_len: [R]; `num_computed` tokens have their KV in every layer.
         block_table: [R, max_blocks] blocks of the KV cache.
         slot: [R] slot of the decode token.
+        request_id, is_exact: [R] of the sequence.
+        usage: [R, NUM_USAGE_COLUMNS] what capacity has done to it.
     """
 
     def __init__(self, num_rows: int, max_model_len: int, block_size: int) -> None:
@@ -64,6 +82,9 @@ class SequenceTable:
         self.prompt_len: Int64Array = np.zeros(num_rows, np.int64)
         self.block_table: Int32Array = np.zeros((num_rows, -(-max_model_len // block_size)), np.int32)
         self.slot: Int32Array = np.full(num_rows, -1, np.int32)
+        self.request_id: Int64Array = np.zeros(num_rows, np.int64)
+        self.is_exact: BoolArray = np.zeros(num_rows, np.bool_)
+        self.usage: npt.NDArray[np.float64] = np.zeros((num_rows, NUM_USAGE_COLUMNS))
         self.sequences: list[Sequence | None] = [None] * num_rows
         self._free_rows = list(range(num_rows - 1, -1, -1))
 
@@ -81,6 +102,9 @@ class SequenceTable:
         self.num_tokens[row] = count
         self.prompt_len[row] = sequence.prompt_len
         self.num_computed[row] = 0
+        self.request_id[row] = sequence.request_id
+        self.is_exact[row] = sequence.params.capacity == "exact"
+        self.usage[row] = sequence.usage
         self.block_table[row, : len(sequence.blocks)] = sequence.blocks
         sequence.token_ids = np.empty(0, np.int32)
 
@@ -89,6 +113,7 @@ class SequenceTable:
         row = sequence.row
         token_ids = self.tokens[row, : self.num_tokens[row]].copy()
         self.sequences[row] = None
+        sequence.usage = self.usage[row].copy()
         self._free_rows.append(row)
         self.slot[row] = -1
         sequence.row = -1

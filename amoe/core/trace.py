@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig, SteeringConfig
+from amoe.config import CacheConfig, CapacityConfig, EngineConfig, PlacementConfig, SchedulerConfig, SteeringConfig
 from amoe.core.steps import AttentionStep, ExpertsStep, Outgoing, Step
 from amoe.core.worker import ModelShape, WorkerCore
 from amoe.types import Batch, BatchKind, Int16Array, Int32Array, SamplingParams
 
-FORMAT = 1
+FORMAT = 2
 _COLUMNS: dict[str, Any] = {
     "slots": np.int32,
     "generations": np.int32,
@@ -85,6 +85,7 @@ class Trace:
                 "config": asdict(origin.config),
                 "sparse_layers": list(origin.shape.sparse_layers),
                 "num_experts": origin.shape.num_experts,
+                "renormalises": origin.shape.renormalises,
                 "rank": origin.rank,
                 "num_kv_blocks": origin.num_kv_blocks,
                 "max_model_len": origin.max_model_len,
@@ -111,7 +112,8 @@ class Trace:
             config["scheduler"] = SchedulerConfig(**config["scheduler"])
             config["cache"] = CacheConfig(**config["cache"])
             config["steering"] = SteeringConfig(**config["steering"])
-            shape = ModelShape(tuple(head["sparse_layers"]), head["num_experts"])
+            config["capacity"] = CapacityConfig(**config["capacity"])
+            shape = ModelShape(tuple(head["sparse_layers"]), head["num_experts"], head["renormalises"])
             sizes = (head["num_kv_blocks"], head["max_model_len"])
             origin = Origin(EngineConfig(**config), shape, head["rank"], *sizes, head["owners"])
             return cls(origin, [Entry(*json.loads(line)) for line in rest if line.strip()])
@@ -195,11 +197,17 @@ def _as_list(array: Any) -> Any:
 
 
 def _encode_request(request_id: int, token_ids: Int32Array, params: SamplingParams) -> tuple[None, Any]:
-    return None, {"request_id": request_id, "token_ids": token_ids.tolist(), "max_tokens": params.max_tokens}
+    """Of the parameters, what a core looks at."""
+    spans = [list(span) for span in params.droppable_spans]
+    seen = {"max_tokens": params.max_tokens, "capacity": params.capacity, "droppable_spans": spans}
+    return None, {"request_id": request_id, "token_ids": token_ids.tolist(), "params": seen}
 
 
-def _encode_routing(step: AttentionStep, topk_ids: Any, topk_weights: Any, now: float) -> tuple[float, Any]:
-    return now, {"topk_ids": _as_list(topk_ids), "topk_weights": _as_list(topk_weights)}
+def _encode_routing(
+    step: AttentionStep, topk_ids: Any, topk_weights: Any, now: float, scores: Any = None
+) -> tuple[float, Any]:
+    routing = {"topk_ids": _as_list(topk_ids), "topk_weights": _as_list(topk_weights)}
+    return now, routing | ({} if scores is None else {"scores": _as_list(scores)})
 
 
 def _encode_outgoing(outgoing: Sequence[Outgoing]) -> list[Any]:

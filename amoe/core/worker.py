@@ -19,11 +19,13 @@ import numpy as np
 from amoe.config import EngineConfig
 from amoe.core.attention import AttentionCore
 from amoe.core.batcher import Batcher
+from amoe.core.capacity import HomeCapacity
 from amoe.core.expert_waves import ExpertWaves
 from amoe.core.experts import ExpertsCore
 from amoe.core.home_waves import HomeWaves
 from amoe.core.lockstep import ExpertsBarrier, HomeBarrier
 from amoe.core.micro_queue import MicroQueues
+from amoe.core.replica_shares import ReplicaShares
 from amoe.core.steps import Outgoing, Step
 from amoe.core.waves import WaveController, WaveGates, make_controller
 from amoe.errors import TransportError
@@ -34,10 +36,15 @@ from amoe.types import Batch, BatchKind, BlockKind, BoolArray, Int16Array
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What the core has to know of a model."""
+    """What the core has to know of a model.
+
+    Attributes:
+        renormalises: its routers give the top-k weights that sum to one.
+    """
 
     sparse_layers: Sequence[bool]
     num_experts: int
+    renormalises: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -69,10 +76,12 @@ class WorkerCore:
         owners: Int16Array | None = None,
     ) -> None:
         scheduler, placement = config.scheduler, config.placement
-        homes, owner_ranks = placement.attention_ranks, placement.expert_ranks
+        homes = placement.attention_ranks
         self.rank = rank
         self.max_wait_s = scheduler.max_wait_s
         self.queues = MicroQueues(shape.num_layers, scheduler.num_lanes)
+        self._config = config
+        self._shape = shape
         self._num_stages = num_stages(shape.num_layers)
         self._policy = make_policy(scheduler, shape.num_layers)
         self._home_barrier: HomeBarrier | None = None
@@ -87,45 +96,79 @@ class WorkerCore:
             initial = wave_controller.num_waves
             self._gates = WaveGates(shape.num_layers, scheduler.num_lanes, homes[0], initial, scheduler.max_hold_s)
         if rank in homes:
-            batcher = Batcher(scheduler, config.cache, num_kv_blocks, max_model_len, len(owner_ranks))
-            if scheduler.schedule == "lockstep":
-                self._home_barrier = HomeBarrier(rank, homes, owner_ranks, shape.num_layers, scheduler.num_lanes)
-            if self._gates is not None and wave_controller is not None:
-                self._home_waves = HomeWaves(
-                    rank,
-                    homes,
-                    owner_ranks,
-                    shape.last_sparse_layer,
-                    join=batcher.join,
-                    queues=self.queues,
-                    gates=self._gates,
-                    controller=wave_controller,
-                )
             if owners is None:
-                owners = place_experts(shape.num_layers, shape.num_experts, len(owner_ranks))
-            self.attention = AttentionCore(
-                rank=rank,
-                owner_ranks=owner_ranks,
-                owners=owners,
-                sparse_layers=shape.sparse_layers,
-                batcher=batcher,
+                owners = place_experts(shape.num_layers, shape.num_experts, len(placement.expert_ranks))
+            self.attention = self._make_attention(num_kv_blocks, max_model_len, owners, wave_controller)
+        if rank in placement.expert_ranks:
+            self.experts = self._make_experts()
+
+    def _make_attention(
+        self, num_kv_blocks: int, max_model_len: int, owners: Int16Array, wave_controller: WaveController | None
+    ) -> AttentionCore:
+        config, shape, rank = self._config, self._shape, self.rank
+        scheduler, homes = config.scheduler, config.placement.attention_ranks
+        owner_ranks = config.placement.expert_ranks
+        batcher = Batcher(
+            scheduler,
+            config.cache,
+            num_kv_blocks,
+            max_model_len,
+            len(owner_ranks),
+            has_capacity=config.capacity.is_on,
+        )
+        if scheduler.schedule == "lockstep":
+            self._home_barrier = HomeBarrier(rank, homes, owner_ranks, shape.num_layers, scheduler.num_lanes)
+        if self._gates is not None and wave_controller is not None:
+            self._home_waves = HomeWaves(
+                rank,
+                homes,
+                owner_ranks,
+                shape.last_sparse_layer,
+                join=batcher.join,
                 queues=self.queues,
-                barrier=self._home_barrier,
-                waves=self._home_waves,
+                gates=self._gates,
+                controller=wave_controller,
             )
-        if rank in owner_ranks:
-            if scheduler.schedule == "lockstep":
-                self._experts_barrier = ExpertsBarrier(homes)
-            if self._gates is not None:
-                self._expert_waves = ExpertWaves(homes, shape.num_layers, self.queues, self._gates)
-            self.experts = ExpertsCore(
-                rank=rank,
-                home_ranks=homes,
-                slots_per_home=scheduler.num_token_slots,
-                queues=self.queues,
-                barrier=self._experts_barrier,
-                waves=self._expert_waves,
-            )
+        replicas = ReplicaShares(owners, rank)
+        return AttentionCore(
+            rank=rank,
+            owner_ranks=owner_ranks,
+            replicas=replicas,
+            sparse_layers=shape.sparse_layers,
+            batcher=batcher,
+            queues=self.queues,
+            barrier=self._home_barrier,
+            waves=self._home_waves,
+            capacity=self._make_capacity(replicas, batcher),
+        )
+
+    def _make_capacity(self, replicas: ReplicaShares, batcher: Batcher) -> HomeCapacity | None:
+        config, owner_ranks = self._config, self._config.placement.expert_ranks
+        if not config.capacity.is_on:
+            return None
+        return HomeCapacity(
+            config.capacity,
+            replicas,
+            batcher,
+            seed=config.seed,
+            renormalise=self._shape.renormalises,
+            local_owner=owner_ranks.index(self.rank) if self.rank in owner_ranks else None,
+        )
+
+    def _make_experts(self) -> ExpertsCore:
+        scheduler, homes = self._config.scheduler, self._config.placement.attention_ranks
+        if scheduler.schedule == "lockstep":
+            self._experts_barrier = ExpertsBarrier(homes)
+        if self._gates is not None:
+            self._expert_waves = ExpertWaves(homes, self._shape.num_layers, self.queues, self._gates)
+        return ExpertsCore(
+            rank=self.rank,
+            home_ranks=homes,
+            slots_per_home=scheduler.num_token_slots,
+            queues=self.queues,
+            barrier=self._experts_barrier,
+            waves=self._expert_waves,
+        )
 
     @property
     def num_waves(self) -> int:

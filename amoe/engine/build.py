@@ -96,7 +96,7 @@ def _wire(
     plan: KVPlan,
     ports: Ports,
 ) -> Worker:
-    shape = ModelShape(model_config.sparse_layers, model_config.num_experts)
+    shape = ModelShape(model_config.sparse_layers, model_config.num_experts, model_config.norm_topk_prob)
     core = WorkerCore(
         config, shape, rank, num_kv_blocks=plan.num_blocks, max_model_len=plan.max_model_len, owners=owners
     )
@@ -110,7 +110,13 @@ def _wire(
             local_slab = experts.slab[index * slots : (index + 1) * slots]
         num_owners = len(placement.expert_ranks)
         attention = AttentionExecutor(
-            model, kv, core.attention.batcher, num_owners, model_config.sparse_layers, local_slab
+            model,
+            kv,
+            core.attention.batcher,
+            num_owners,
+            model_config.sparse_layers,
+            local_slab,
+            with_scores=config.capacity.is_on,
         )
     sizes = (model_config.num_layers, model_config.num_experts)
     return assemble(config, model_config, core, attention, experts, sizes, ports)

@@ -52,7 +52,7 @@ def build_emulated_worker(
     if core.attention is not None:
         rng = np.random.default_rng((device.seed, rank))
         vocabulary = valid_vocabulary(checkpoint.vocab_size, checkpoint.eos_token_ids)
-        router = RouterPool(device.routing(sizes), rng)
+        router = RouterPool(device.routing(sizes), rng, with_scores=config.capacity.is_on)
         attention = EmulatedAttention(
             sizes, costs, device.context(sizes), router, core.attention.batcher, vocabulary, rng, waiter
         )

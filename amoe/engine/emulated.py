@@ -21,11 +21,12 @@ import torch
 from amoe.core.batcher import Batcher
 from amoe.core.experts import count_pairs
 from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
+from amoe.engine.executor import Routed
 from amoe.engine.sampler import SampledTokens, SamplingTable
 from amoe.profiles.context import ContextCounter
 from amoe.profiles.costs import BlockCosts
 from amoe.profiles.models import ModelSizes
-from amoe.profiles.routing import RoutingModel
+from amoe.profiles.routing import RoutingModel, scores_of
 from amoe.types import Batch, BoolArray, Float32Array, Int16Array, Int32Array, Int64Array
 
 _PR_SET_TIMERSLACK = 29
@@ -70,21 +71,40 @@ def sleep_precisely() -> None:
 
 
 class RouterPool:
-    """Experts of tokens, drawn from a pool of each layer that is filled once: drawing anew costs more than a step."""
+    """Experts of tokens, drawn from a pool of each layer that is filled once: drawing anew costs more than a step.
 
-    def __init__(self, routing: RoutingModel, rng: np.random.Generator, pool_tokens: int = _POOL_TOKENS) -> None:
+    Args:
+        with_scores: make up the router's scores of all experts too, for capacity.
+    """
+
+    def __init__(
+        self,
+        routing: RoutingModel,
+        rng: np.random.Generator,
+        pool_tokens: int = _POOL_TOKENS,
+        *,
+        with_scores: bool = False,
+    ) -> None:
         self._routing = routing
         self._rng = rng
         self._pool_tokens = pool_tokens
+        self._with_scores = with_scores
         self._pools: dict[int, Int16Array] = {}
+        self._scores: dict[int, Float32Array] = {}
 
-    def draw(self, layer: int, num_tokens: int) -> npt.NDArray[np.int64]:
-        """[n, K] experts of `num_tokens` tokens."""
-        pool = self._pools.get(layer)
-        if pool is None:
-            pool = self._routing.draw(self._rng, layer, self._pool_tokens).astype(np.int16)
-            self._pools[layer] = pool
-        return pool[self._rng.integers(len(pool), size=num_tokens)].astype(np.int64)
+    def draw(self, layer: int, num_tokens: int) -> tuple[npt.NDArray[np.int64], Float32Array | None]:
+        """Experts [n, K] of `num_tokens` tokens, and scores [n, E]."""
+        if layer not in self._pools:
+            self._fill(layer)
+        pool = self._pools[layer]
+        chosen = self._rng.integers(len(pool), size=num_tokens)
+        return pool[chosen].astype(np.int64), self._scores[layer][chosen] if self._with_scores else None
+
+    def _fill(self, layer: int) -> None:
+        topk_ids = self._routing.draw(self._rng, layer, self._pool_tokens)
+        self._pools[layer] = topk_ids.astype(np.int16)
+        if self._with_scores:
+            self._scores[layer] = scores_of(self._rng, topk_ids, self._routing.popularity()[layer])
 
 
 class EmulatedAttention:
@@ -117,15 +137,16 @@ class EmulatedAttention:
         self._rows = _empty_rows(batcher.slots.num_slots, sizes.hidden_size)
         self._weights = np.full((batcher.slots.num_slots, sizes.top_k), 1.0 / sizes.top_k, np.float32)
 
-    def attention(
-        self, step: AttentionStep
-    ) -> tuple[npt.NDArray[np.int64] | None, Float32Array | None, torch.Tensor | None]:
+    def attention(self, step: AttentionStep) -> Routed | None:
         """See `AttentionBlocks`."""
         self.waiter.start()
         layer, count = step.block.layer, step.num_tokens
-        topk_ids = self._router.draw(layer, count) if self._sparse[layer] else None
+        drawn = self._router.draw(layer, count) if self._sparse[layer] else None
         self.waiter.finish(self._costs.attention(layer, count, round(self._context.count(step))))
-        return (None, None, None) if topk_ids is None else (topk_ids, self._weights[:count], self._rows[:count])
+        if drawn is None:
+            return None
+        topk_ids, scores = drawn
+        return Routed(topk_ids, self._weights[:count], self._rows[:count], scores)
 
     def sample(self, step: HeadStep, sampling: SamplingTable, num_generated: Int64Array) -> SampledTokens:
         """See `AttentionBlocks`. Any ids will do, but none that ends a sequence; log-probabilities are zeros."""

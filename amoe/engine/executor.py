@@ -6,7 +6,7 @@ Everything is addressed by token slot: S slots at each home, H hidden size, D ex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,17 +23,26 @@ from amoe.types import Batch, BoolArray, Float32Array, Int32Array, Int64Array
 IntArray = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
+class Routed(NamedTuple):
+    """What an MoE layer's router says of n tokens.
+
+    Attributes:
+        topk_ids, topk_weights: [n, K], on the host.
+        moe_input: [n, H].
+        scores: [n, E] softmax over all experts, on the host; None: nobody has asked for it.
+    """
+
+    topk_ids: npt.NDArray[np.int64]
+    topk_weights: Float32Array
+    moe_input: torch.Tensor
+    scores: Float32Array | None = None
+
+
 class AttentionBlocks(Protocol):
     """Attention blocks and head of one home."""
 
-    def attention(
-        self, step: AttentionStep
-    ) -> tuple[npt.NDArray[np.int64] | None, Float32Array | None, torch.Tensor | None]:
-        """Run attention(layer).
-
-        Returns:
-            topk_ids [n, K], topk_weights [n, K] on the host, and the MoE inputs [n, H]; None at a dense layer.
-        """
+    def attention(self, step: AttentionStep) -> Routed | None:
+        """Run attention(layer). None at a dense layer."""
         ...
 
     def sample(self, step: HeadStep, sampling: SamplingTable, num_generated: Int64Array) -> SampledTokens:
@@ -84,6 +93,7 @@ class AttentionExecutor:
         num_owners: D.
         moe_inputs: [S, H] this home's part of the slab, if the worker holds experts too: local experts read a token's
             MoE input where attention has written it.
+        with_scores: fetch the router's scores of all experts, for capacity.
     """
 
     def __init__(
@@ -94,7 +104,10 @@ class AttentionExecutor:
         num_owners: int,
         sparse_layers: Sequence[bool],
         moe_inputs: torch.Tensor | None,
+        *,
+        with_scores: bool = False,
     ) -> None:
+        self._with_scores = with_scores
         self._model = model
         self._kv = kv
         self._batcher = batcher
@@ -104,9 +117,7 @@ class AttentionExecutor:
         self._residual = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self._partials = torch.zeros((num_owners, *shape), dtype=model.dtype, device=model.device)
 
-    def attention(
-        self, step: AttentionStep
-    ) -> tuple[npt.NDArray[np.int64] | None, Float32Array | None, torch.Tensor | None]:
+    def attention(self, step: AttentionStep) -> Routed | None:
         """See `AttentionBlocks`."""
         layer, device = step.block.layer, self._model.device
         slots = to_device(step.slots, device)
@@ -115,10 +126,11 @@ class AttentionExecutor:
         out = self._model.attention(layer, residual, positions, self._kv, self._attention_batch(step))
         self._residual.index_copy_(0, slots, out.residual)
         if out.topk_ids is None or out.topk_weights is None or out.moe_input is None:
-            return None, None, None
+            return None
         if self._moe_inputs is not None:
             self._moe_inputs.index_copy_(0, slots, out.moe_input)
-        return out.topk_ids.cpu().numpy(), out.topk_weights.cpu().numpy(), out.moe_input
+        scores = out.scores.cpu().numpy() if self._with_scores and out.scores is not None else None
+        return Routed(out.topk_ids.cpu().numpy(), out.topk_weights.cpu().numpy(), out.moe_input, scores)
 
     def head(self, step: HeadStep) -> torch.Tensor:
         """Logits [n, V] float32 of tokens that have passed the last layer."""

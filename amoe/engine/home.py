@@ -9,14 +9,26 @@ import numpy.typing as npt
 import torch
 
 from amoe.core.attention import AttentionCore
+from amoe.core.sequence import UsageColumn
 from amoe.core.steps import AttentionStep, HeadStep, Outgoing
 from amoe.engine.executor import AttentionBlocks
 from amoe.engine.messages import AddRequest, ControlPort, Outputs, Steer
 from amoe.engine.sampler import FINISH_LENGTH, FINISH_STOP, GO_ON, SampledTokens, SamplingTable, finish_reasons
-from amoe.types import Batch, BoolArray, FinishReason, Int64Array, SequenceOutput, TokenLogprobs
+from amoe.types import Batch, BoolArray, CapacityUsage, FinishReason, Int64Array, SequenceOutput, TokenLogprobs
 
 _FINISH: dict[int, FinishReason | None] = {GO_ON: None, FINISH_STOP: "stop", FINISH_LENGTH: "length"}
 _SEED_STRIDE = 0x9E3779B9  # so that neighbouring base seeds do not share the seeds of neighbouring requests
+
+
+def capacity_usage(columns: npt.NDArray[np.float64]) -> CapacityUsage:
+    """A row of `SequenceTable.usage`, as it is told to the user."""
+    tokens = columns[UsageColumn.TOKENS]
+    return CapacityUsage(
+        int(columns[UsageColumn.PAIRS]),
+        int(columns[UsageColumn.DROPPED]),
+        int(columns[UsageColumn.REROUTED]),
+        float(columns[UsageColumn.MASS_LOST] / tokens) if tokens else 0.0,
+    )
 
 
 class Home:
@@ -86,8 +98,11 @@ class Home:
         if step.num_tokens == 0:  # a wave marches on although its tokens are gone
             nothing = np.empty((0, 1))
             return self.core.on_attention(step, nothing.astype(np.int64), nothing.astype(np.float32), now), None
-        topk_ids, topk_weights, moe_input = self._executor.attention(step)
-        return self.core.on_attention(step, topk_ids, topk_weights, now), moe_input
+        routed = self._executor.attention(step)
+        if routed is None:
+            return self.core.on_attention(step, None, None, now), None
+        outgoing = self.core.on_attention(step, routed.topk_ids, routed.topk_weights, now, routed.scores)
+        return outgoing, routed.moe_input
 
     def run_head(self, step: HeadStep) -> None:
         """Run the head, sample, and tell the server."""
@@ -117,6 +132,8 @@ class Home:
             assert sequence is not None
             output = SequenceOutput(sequence.request_id, [token], finish_reason=_FINISH[code])
             output.num_cached_tokens = sequence.num_cached_tokens or 0
+            if self.core.capacity is not None:
+                output.capacity = capacity_usage(self.core.batcher.table.usage[row])
             if code == FINISH_STOP:
                 output.stop_token = token
             outputs.append(output)

@@ -33,7 +33,9 @@ def gated_mlp(x: torch.Tensor, weights: MlpWeights) -> torch.Tensor:
     return F.linear(F.silu(gate).mul_(up), weights.down)
 
 
-def route(x: torch.Tensor, router: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    x: torch.Tensor, router: torch.Tensor, config: ModelConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The experts of each token: softmax over all experts in float32, then the best k.
 
     Args:
@@ -41,7 +43,7 @@ def route(x: torch.Tensor, router: torch.Tensor, config: ModelConfig) -> tuple[t
         router: [E, H].
 
     Returns:
-        ids [n, K] int64, best first, and weights [n, K] float32.
+        ids [n, K] int64, best first, weights [n, K] float32, and the softmax [n, E] float32 itself.
     """
     probabilities = torch.softmax(F.linear(x, router), dim=-1, dtype=torch.float32)
     weights, ids = torch.topk(probabilities, config.top_k, dim=-1)
@@ -49,7 +51,7 @@ def route(x: torch.Tensor, router: torch.Tensor, config: ModelConfig) -> tuple[t
         weights /= weights.sum(dim=-1, keepdim=True)
     if config.round_topk_weights:
         weights = weights.to(x.dtype).float()
-    return ids, weights
+    return ids, weights, probabilities
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:

@@ -103,15 +103,17 @@ class AttentionOutput(NamedTuple):
 
     Attributes:
         residual: [n, H], with the shared expert's output (MoE layer) or the MLP's (dense layer) in it.
-        moe_input: [n, H]; None for a dense layer, as are the next two.
+        moe_input: [n, H]; None for a dense layer, as are the next three.
         topk_ids: [n, K] int64, best first.
         topk_weights: [n, K] float32.
+        scores: [n, num_experts] float32, softmax over all experts.
     """
 
     residual: torch.Tensor
     moe_input: torch.Tensor | None
     topk_ids: torch.Tensor | None
     topk_weights: torch.Tensor | None
+    scores: torch.Tensor | None
 
 
 class Model:
@@ -169,13 +171,12 @@ class Model:
         residual = torch.addmm(residual, attended.view(len(residual), -1), weights.out.t())
         hidden = rms_norm(residual, weights.post_norm, config.rms_norm_eps)
         if weights.mlp is not None:
-            return AttentionOutput(residual + gated_mlp(hidden, weights.mlp), None, None, None)
+            return AttentionOutput(residual + gated_mlp(hidden, weights.mlp), None, None, None, None)
         assert weights.router is not None
         if weights.shared is not None and weights.shared_gate is not None:
             gate = torch.sigmoid(F.linear(hidden, weights.shared_gate))
             residual = torch.addcmul(residual, gate, gated_mlp(hidden, weights.shared))
-        topk_ids, topk_weights = route(hidden, weights.router, config)
-        return AttentionOutput(residual, hidden, topk_ids, topk_weights)
+        return AttentionOutput(residual, hidden, *route(hidden, weights.router, config))
 
     def _project(
         self, layer: int, x: torch.Tensor, positions: torch.Tensor

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from amoe.errors import ConfigError
 from amoe.profiles.models import ModelSizes
+from amoe.types import Float32Array
 
 FloatArray = npt.NDArray[np.float64]
 _POPULARITY_TOKENS = 4096
@@ -39,6 +40,24 @@ class RoutingModel(Protocol):
     def popularity(self, now: float = 0.0) -> FloatArray:
         """[L, E] expected share of the pairs of each layer; rows sum to one (rows of dense layers too)."""
         ...
+
+
+def scores_of(rng: np.random.Generator, topk_ids: npt.NDArray[np.int64], popularity: FloatArray) -> Float32Array:
+    """[n, E] softmax scores of a router that would choose `topk_ids` [n, K]: best first, all others below.
+
+    Args:
+        popularity: [E] of the experts: the others' scores follow it.
+    """
+    n, top_k = topk_ids.shape
+    logits = rng.gumbel(size=(n, len(popularity))) + np.log(np.maximum(popularity, 1e-9))
+    best_first = -np.sort(-logits, axis=1)
+    ranks = logits.copy()
+    np.put_along_axis(ranks, topk_ids, np.inf, axis=1)
+    order = np.argsort(-ranks, axis=1, kind="stable")
+    order[:, :top_k] = topk_ids
+    scores = np.empty(logits.shape)
+    np.put_along_axis(scores, order, np.exp(best_first - best_first[:, :1]), axis=1)
+    return (scores / scores.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 class WeightedRouting:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from amoe.core.batcher import Batcher
 from amoe.core.steps import AttentionStep, HeadStep
 from amoe.profiles.routing import RoutingModel
+from amoe.sim.worker import Routing
 from amoe.types import BoolArray, Float32Array, Int64Array
 
 OnTokens = Callable[[npt.NDArray[np.int64], BoolArray, float], None]
@@ -43,13 +44,13 @@ class ModelledAnswers:
         self._weights: Float32Array = np.full((batcher.slots.num_slots, top_k), 1.0 / top_k, np.float32)
         self._token_ids: Int64Array = np.zeros(num_rows, np.int64)
 
-    def route(self, step: AttentionStep, now: float) -> tuple[Int64Array | None, Float32Array | None]:
+    def route(self, step: AttentionStep, now: float) -> Routing | None:
         """Experts by the routing model, of equal weight."""
         layer = step.block.layer
         if not self._sparse[layer]:
-            return None, None
+            return None
         count = step.num_tokens
-        return self._routing.draw(self._rng, layer, count, now), self._weights[:count]
+        return Routing(self._routing.draw(self._rng, layer, count, now), self._weights[:count])
 
     def sample(self, step: HeadStep, now: float) -> tuple[Int64Array, BoolArray]:
         """Token 0 for everybody."""

@@ -14,8 +14,8 @@ from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, Step
 from amoe.core.trace import Entry, Trace, decode_batch, record
 from amoe.core.worker import WorkerCore
 from amoe.errors import ConfigError
-from amoe.sim.worker import NewRequest, VirtualWorker
-from amoe.types import Batch, BoolArray, Float32Array, Int64Array, SamplingParams
+from amoe.sim.worker import NewRequest, Routing, VirtualWorker
+from amoe.types import Batch, BoolArray, Int64Array, SamplingParams
 
 SHOWN = 160  # characters of a value in a report
 _MESSAGES = {"add", "abort", "set_shares"}
@@ -126,14 +126,15 @@ class RecordedAnswers:
             first = given[0] if self.entry.call == "on_head" else []
         return first is None or len(first) == step.num_tokens
 
-    def route(self, step: AttentionStep, now: float) -> tuple[Int64Array | None, Float32Array | None]:
+    def route(self, step: AttentionStep, now: float) -> Routing | None:
         """As recorded."""
         assert self.entry is not None
         given, num_tokens = self.entry.given, step.num_tokens
         if given["topk_ids"] is None:
-            return None, None
+            return None
         topk_ids = np.array(given["topk_ids"], np.int64).reshape(num_tokens, -1 if num_tokens else 1)
-        return topk_ids, np.array(given["topk_weights"], np.float32).reshape(topk_ids.shape)
+        scores = np.array(given["scores"], np.float32) if "scores" in given else None
+        return Routing(topk_ids, np.array(given["topk_weights"], np.float32).reshape(topk_ids.shape), scores)
 
     def sample(self, step: HeadStep, now: float) -> tuple[Int64Array, BoolArray]:
         """As recorded."""
@@ -172,7 +173,9 @@ class VirtualShell:
 def new_request(entry: Entry) -> NewRequest:
     """The request of an `add`."""
     given = entry.given
-    params = SamplingParams(max_tokens=given["max_tokens"])
+    seen = given["params"]
+    spans = tuple((start, end) for start, end in seen["droppable_spans"])
+    params = SamplingParams(**seen | {"droppable_spans": spans})
     return NewRequest(given["request_id"], np.array(given["token_ids"], np.int32), params)
 
 

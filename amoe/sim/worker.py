@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,19 @@ class NewRequest:
     params: SamplingParams
 
 
+class Routing(NamedTuple):
+    """What the router says of n tokens: topk_ids, topk_weights [n, K], and scores [n, E] where capacity is on."""
+
+    topk_ids: Int64Array
+    topk_weights: Float32Array
+    scores: Float32Array | None = None
+
+
 class Answers(Protocol):
     """What the kernels of attention workers would say: drawn from a model, or read from a record."""
 
-    def route(self, step: AttentionStep, now: float) -> tuple[Int64Array | None, Float32Array | None]:
-        """topk_ids, topk_weights [n, K]; None, None at a dense layer."""
+    def route(self, step: AttentionStep, now: float) -> Routing | None:
+        """What the router says; None at a dense layer."""
         ...
 
     def sample(self, step: HeadStep, now: float) -> tuple[Int64Array, BoolArray]:
@@ -86,8 +94,11 @@ class VirtualWorker:
         attention, answers = self.core.attention, self.answers
         assert attention is not None and answers is not None, "only attention workers run attention and head"
         if isinstance(step, AttentionStep):
-            topk_ids, topk_weights = answers.route(step, now)
-            self._send(attention.on_attention(step, topk_ids, topk_weights, now))
+            routing = answers.route(step, now)
+            if routing is None:
+                self._send(attention.on_attention(step, None, None, now))
+            else:
+                self._send(attention.on_attention(step, routing.topk_ids, routing.topk_weights, now, routing.scores))
         else:
             attention.on_head(step, *answers.sample(step, now))
 

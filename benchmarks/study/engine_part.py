@@ -55,7 +55,8 @@ def run_engine(workers: int, variant: str, sequences: int, tokens: int) -> list[
 
 async def _measure(config: EngineConfig, workers: int, variant: str, sequences: int, tokens: int) -> list[Row]:
     rng = np.random.default_rng(0)
-    specs = [RequestSpec(prompt=rng.integers(100, 200, size=4).tolist(), max_tokens=tokens) for _ in range(sequences)]
+    # Prompts of one token: all sequences fit into the first pass, and march together from then on.
+    specs = [RequestSpec(prompt=rng.integers(100, 200, size=1).tolist(), max_tokens=tokens) for _ in range(sequences)]
     plan = OfflinePlan(warmup=[], specs=specs, concurrency=sequences, params=SamplingParams(ignore_eos=True))
     async with running_engine(config) as (engine, _):
         result = await measure(engine, plan, MonotonicClock())

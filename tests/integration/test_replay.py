@@ -188,7 +188,11 @@ class FakeHome:
     def run_attention(self, step, now):
         assert self.answers.is_for(step)
         # The simulator tells the core when the step has ended, the engine when it has begun.
-        return self.core.on_attention(step, *self.answers.route(step, now), self.answers.entry.now), None
+        at = self.answers.entry.now
+        routing = self.answers.route(step, now)
+        if routing is None:
+            return self.core.on_attention(step, None, None, at), None
+        return self.core.on_attention(step, routing.topk_ids, routing.topk_weights, at, routing.scores), None
 
     def run_head(self, step) -> None:
         assert self.answers.is_for(step)

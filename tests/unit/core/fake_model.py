@@ -73,6 +73,16 @@ def route(hidden, layer, spec):
     return topk_ids, weights.astype(np.float32) + np.float32(1)
 
 
+def scores(hidden, layer, spec):
+    """[n, E] float32 softmax of the router, so to speak: halves, in the order in which it prefers experts."""
+    raw = mix(mix(hidden, GATE + 1000 * layer)[:, None], np.arange(spec.num_experts, dtype=np.uint64)[None])
+    raw = (raw >> np.uint64(64 - SPREAD_BITS)).astype(np.int64) + np.asarray(spec.bias)
+    order = np.argsort(-raw, axis=1, kind="stable")
+    halves = np.empty(raw.shape, np.float32)
+    np.put_along_axis(halves, order, np.broadcast_to(0.5 ** np.arange(1, spec.num_experts + 1), raw.shape), axis=1)
+    return halves
+
+
 def run_experts(inputs, layer, expert_ids, weights):
     """[n] sum over the experts of a token; id -1 is none."""
     pairs = mix(mix(inputs[:, None], as_words(expert_ids.astype(np.int64) + 1000 * layer)), as_words(weights))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from amoe.clock import ManualClock
-from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.config import CacheConfig, CapacityConfig, EngineConfig, PlacementConfig, SchedulerConfig
 from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
 from amoe.core.worker import ModelShape, WorkerCore
 from amoe.policy.placement import place_experts, replicate_experts
@@ -28,7 +28,11 @@ COLUMNS = ("slots", "generations", "iterations", "expert_ids", "expert_weights")
 
 @dataclass(frozen=True)
 class Request:
-    """One request of a scenario; `arrive` and `abort` are turns of the adversary."""
+    """One request of a scenario; `arrive` and `abort` are turns of the adversary.
+
+    Attributes:
+        exact: its tokens must be the oracle's. Others may lose pairs where the scenario has a capacity.
+    """
 
     request_id: int
     home: int
@@ -36,6 +40,13 @@ class Request:
     max_tokens: int
     arrive: int = 0
     abort: int | None = None
+    exact: bool = True
+
+    @property
+    def params(self) -> SamplingParams:
+        spans = () if self.exact or len(self.prompt) < 3 else ((1, 3),)
+        choice = "exact" if self.exact else "best_effort"
+        return SamplingParams(max_tokens=self.max_tokens, capacity=choice, droppable_spans=spans)
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class Scenario:
         fickle: the shares of the replicas change at any time, and each home has its own.
         stopped: (rank, turn) of a worker that stops as a process does.
         resumes: turn at which it goes on; None: when nothing else moves any more.
+        capacity: what may be taken from requests that are not exact.
     """
 
     requests: tuple[Request, ...]
@@ -64,6 +76,7 @@ class Scenario:
     fickle: bool = False
     stopped: tuple[int, int] | None = None
     resumes: int | None = None
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)
     seed: int = 0
 
     @property
@@ -111,7 +124,12 @@ class VirtualWorker:
         placement, slots = scenario.placement, scenario.scheduler.num_token_slots
         spec, blocks = scenario.spec, scenario.num_blocks
         config = EngineConfig(
-            model="fake", placement=placement, scheduler=scenario.scheduler, cache=scenario.cache, max_waiting=0
+            model="fake",
+            placement=placement,
+            scheduler=scenario.scheduler,
+            cache=scenario.cache,
+            capacity=scenario.capacity,
+            max_waiting=0,
         )
         shape = ModelShape(spec.sparse_layers, spec.num_experts)
         length = scenario.max_model_len
@@ -127,6 +145,8 @@ class VirtualWorker:
             owners=self.owners if scenario.spare_slots else None,
         )
         self.spec, self.rank, self.oracles = spec, rank, oracles
+        self.max_tokens = {request.request_id: request.max_tokens for request in scenario.requests}
+        self.unchecked = {r.request_id for r in scenario.requests if not r.exact and scenario.capacity.is_on}
         self.owner_of_rank = {owner: index for index, owner in enumerate(placement.expert_ranks)}
         self.block_size = scenario.cache.block_size
         self.keys = np.zeros((spec.num_layers, blocks * self.block_size), np.uint64)
@@ -143,8 +163,7 @@ class VirtualWorker:
 
     def add(self, request: Request) -> None:
         self.streamed[request.request_id] = []
-        params = SamplingParams(max_tokens=request.max_tokens)
-        self.batcher.add(request.request_id, np.asarray(request.prompt, np.int32), params)
+        self.batcher.add(request.request_id, np.asarray(request.prompt, np.int32), request.params)
 
     def abort(self, request_id: int) -> None:
         if self.batcher.abort(request_id) is not None:
@@ -180,7 +199,8 @@ class VirtualWorker:
         self.residual[step.slots] = residual
         moe_input = fake_model.mix(residual, fake_model.NORM)
         topk_ids, topk_weights = fake_model.route(moe_input, layer, self.spec)
-        outgoing = self.core.attention.on_attention(step, topk_ids, topk_weights, now)
+        scores = fake_model.scores(moe_input, layer, self.spec)
+        outgoing = self.core.attention.on_attention(step, topk_ids, topk_weights, now, scores)
         return [self._packed(out, moe_input) for out in outgoing]
 
     def _combined(self, step):
@@ -214,7 +234,9 @@ class VirtualWorker:
                 assert other is sequence or written.isdisjoint(other.blocks), "a shared block is written to"
             self.keys[layer, places[positions[0] :]] = fake_model.key(hidden[start:end], layer)
             oracle = self.oracles[sequence.request_id]
-            assert self.keys[layer, places].tolist() == oracle.keys[layer][:upto], "somebody else's KV, or a wrong one"
+            if sequence.request_id not in self.unchecked:
+                known = oracle.keys[layer][:upto]
+                assert self.keys[layer, places].tolist() == known, "somebody else's KV, or a wrong one"
             sums[start:end] = self.keys[layer, places].cumsum(dtype=np.uint64)[positions[0] :]
         return sums
 
@@ -227,9 +249,13 @@ class VirtualWorker:
             assert self.sampling[row] == sequence.request_id, "sampled with somebody else's parameters"
             streamed = self.streamed[sequence.request_id]
             streamed.append(int(token_ids[index]))
-            generated = self.oracles[sequence.request_id].generated
-            assert streamed == generated[: len(streamed)], f"request {sequence.request_id} got wrong tokens"
-            if len(streamed) == len(generated):
+            if sequence.request_id in self.unchecked:
+                is_last = len(streamed) == self.max_tokens[sequence.request_id]
+            else:
+                generated = self.oracles[sequence.request_id].generated
+                assert streamed == generated[: len(streamed)], f"request {sequence.request_id} got wrong tokens"
+                is_last = len(streamed) == len(generated)
+            if is_last:
                 finished[index] = True
                 self.terminal[sequence.request_id] += 1
         self.core.attention.on_head(step, token_ids, finished)
@@ -417,6 +443,8 @@ class Cluster:
             worker, generated = self.home_of(request), self.oracles[request.request_id].generated
             assert worker.terminal[request.request_id] == 1, f"request {request.request_id} has not one end"
             streamed = worker.streamed[request.request_id]
+            if request.request_id in worker.unchecked:
+                generated = streamed if len(streamed) == request.max_tokens else []
             assert streamed == generated or request.request_id in aborted, f"request {request.request_id} stopped early"
         self.check()
         for worker in self.homes:

@@ -246,7 +246,9 @@ def test_a_refused_prompt_is_looked_up_again_only_when_something_has_changed(mon
     second = add(batcher, 2, 12)
     lookups = []
     match_prefix = batcher.blocks.match_prefix
-    monkeypatch.setattr(batcher.blocks, "match_prefix", lambda ids: lookups.append(len(ids)) or match_prefix(ids))
+    monkeypatch.setattr(
+        batcher.blocks, "match_prefix", lambda ids, root: lookups.append(len(ids)) or match_prefix(ids, root)
+    )
     for _ in range(3):
         assert batcher.start().num_tokens == 0
     assert lookups == [12]

@@ -128,6 +128,6 @@ def test_sampled_tokens_never_end_a_sequence(fake: FakeTime, waiter: Waiter) -> 
 
 def test_pool_follows_the_popularity() -> None:
     routing = log_normal_routing(MODELS["mixtral-8x7b"], 1.25, 1)
-    drawn = RouterPool(routing, np.random.default_rng(0)).draw(2, 20_000)
+    drawn = RouterPool(routing, np.random.default_rng(0)).draw(2, 20_000)[0]
     shares = np.bincount(drawn.ravel(), minlength=8) / drawn.size
     assert np.abs(shares - routing.popularity()[2]).max() < 0.02
