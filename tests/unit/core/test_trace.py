@@ -69,6 +69,7 @@ def test_all_calls_of_a_shell_are_recorded():
     trace = make_trace()
     calls = [(entry.call, entry.now) for entry in trace.entries]
     assert calls == [("add", None), ("on_batch", 0.25), ("start", 0.25), ("next_step", 0.25), ("on_attention", 0.5)]
+    seen = {"max_tokens": 4, "capacity": "best_effort", "droppable_spans": []}
     assert trace.entries[0].given == {
         "request_id": 5,
         "token_ids": [1, 2, 3],
@@ -102,7 +103,7 @@ def test_a_trace_survives_its_lines():
         (["nonsense"], "not a trace"),
         (["{}"], "not a trace"),
         (['{"format": 99}'], "format 99"),
-        (['{"format": 1, "config": {"model": "m"}}'], "not a trace"),
+        (['{"format": 2, "config": {"model": "m"}}'], "not a trace"),
     ],
 )
 def test_other_files_are_refused(lines, message):
