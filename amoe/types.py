@@ -100,7 +100,7 @@ class SamplingParams:
     """How to choose the tokens of one sequence, validated at construction.
 
     Attributes:
-        max_tokens: tokens to generate at most (>= 1).
+        max_tokens: tokens to generate at most (>= 1; or 0 with `prompt_logprobs`: those alone are wanted).
         min_tokens: no end of sequence and no stop id before this many tokens.
         temperature: 0 is greedy.
         top_p, min_p: in (0, 1] and [0, 1].
@@ -116,6 +116,7 @@ class SamplingParams:
         droppable_spans: (start, end) positions of the prompt whose tokens lose pairs before all others do.
     """
 
+        prompt_logprobs: the same for the tokens of the prompt, each given those before it.
     max_tokens: int = 16
     min_tokens: int = 0
     temperature: float = 1.0
@@ -136,6 +137,7 @@ class SamplingParams:
     droppable_spans: tuple[tuple[int, int], ...] = ()
 
     MAX_LOGPROBS: ClassVar[int] = 20
+    prompt_logprobs: int | None = None
     MAX_STOP_IDS: ClassVar[int] = 64
     MAX_SPANS: ClassVar[int] = 64
 
@@ -143,7 +145,11 @@ class SamplingParams:
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         checks = (
-            ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
+            (
+                "max_tokens",
+                self.max_tokens >= 1 or (self.max_tokens == 0 and self.prompt_logprobs is not None),
+                "must be at least 1 (0 goes with log-probabilities of the prompt only: echo and logprobs)",
+            ),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "must be between 0 and max_tokens"),
             ("temperature", 0.0 <= self.temperature < float("inf"), "must be a finite number of at least 0"),
             ("top_p", 0.0 < self.top_p <= 1.0, "must be in (0, 1]"),
@@ -167,6 +173,11 @@ class SamplingParams:
             (
                 "droppable_spans",
                 len(self.droppable_spans) <= self.MAX_SPANS and all(0 <= a < b for a, b in self.droppable_spans),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= self.MAX_LOGPROBS,
+                f"must be between 0 and {self.MAX_LOGPROBS}",
+            ),
                 f"must hold at most {self.MAX_SPANS} pairs [start, end) of token positions, 0 <= start < end",
             ),
         )
@@ -180,7 +191,7 @@ class TokenLogprobs:
     """Log-probabilities at one position, of the model's distribution before temperature and truncation.
 
     Attributes:
-        logprob: of the sampled token.
+        logprob: of the token that is there: sampled, or of the prompt.
         top_ids, top_logprobs: of the k best tokens, best first.
     """
 
@@ -217,6 +228,8 @@ class SequenceOutput:
         stop_token: the stop id that ended it, where one did.
         num_cached_tokens: prompt tokens that the prefix cache spared.
         capacity: None where capacity is off.
+        prompt_logprobs: the next ones, if asked for: one per prompt token but the first, in order, over several outputs
+            that come before the first new token.
     """
 
     request_id: int
@@ -226,3 +239,4 @@ class SequenceOutput:
     stop_token: int | None = None
     num_cached_tokens: int = 0
     capacity: CapacityUsage | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

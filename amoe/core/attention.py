@@ -13,7 +13,7 @@ from amoe.core.home_waves import HomeWaves
 from amoe.core.lockstep import HomeBarrier
 from amoe.core.micro_queue import MicroQueues
 from amoe.core.replica_shares import ReplicaShares
-from amoe.core.steps import NO_SLOTS, AttentionStep, ChunkSpan, HeadStep, Outgoing
+from amoe.core.steps import NO_SLOTS, AttentionStep, ChunkSpan, HeadStep, Outgoing, PromptTokens
 from amoe.stats import JOIN_WAIT_EDGES, LayerHistograms
 from amoe.types import Batch, BatchKind, BlockId, BlockKind, BoolArray, Float32Array, Int32Array
 
@@ -131,7 +131,13 @@ class AttentionCore:
         """Take all tokens that wait for the head."""
         block = self._begin(index)
         slots = self._drain(index)
-        return HeadStep(block, slots, self.batcher.tokens.row[slots])
+        tokens = self.batcher.tokens
+        scored = tokens.is_scored[slots]
+        if not scored.any():
+            return HeadStep(block, slots, tokens.row[slots])
+        slots, prompt = slots[~scored], slots[scored]  # a chunk joins a queue as a whole
+        positions = tokens.position[prompt]
+        return HeadStep(block, slots, tokens.row[slots], PromptTokens(prompt, tokens.row[prompt], positions))
 
     def _begin(self, index: int) -> BlockId:
         block = self._queues.block(index)
@@ -161,7 +167,7 @@ class AttentionCore:
         self.stepping = -1
         rows = np.arange(len(slots))
         if layer == self._num_layers - 1 and step.chunks:
-            # Only tokens that will be sampled after need the experts of the last layer.
+            # Only tokens that the head wants to see need the experts of the last layer.
             wanted = self.batcher.tokens.wants_logits[slots]
             for leader in self.batcher.tokens.leader[slots[[span.start for span in step.chunks]]].tolist():
                 self.batcher.finish_chunk(leader)
@@ -265,10 +271,8 @@ class AttentionCore:
         """Tokens go on to the block behind `layer`: leaders of complete groups, or (`dense`) all tokens of a step."""
         if dense and self._barrier is not None:
             self._barrier.passed(wave)
-        if layer == self._num_layers - 1:
-            self._push(BlockId(BlockKind.HEAD, self._num_layers, wave), slots, now)
-            return
-        block = BlockId(BlockKind.ATTENTION, layer + 1, wave)
+        is_last = layer == self._num_layers - 1
+        block = BlockId(BlockKind.HEAD if is_last else BlockKind.ATTENTION, layer + 1, wave)
         in_chunk = self.batcher.tokens.in_chunk[slots]
         if dense or not in_chunk.any():
             self._push(block, slots, now)
@@ -278,8 +282,10 @@ class AttentionCore:
             self._push(block, self.batcher.members[leader], now)
 
     def on_head(self, step: HeadStep, token_ids: npt.NDArray[np.int64], finished: BoolArray) -> None:
-        """The head has sampled `token_ids` [n]; the sequences `finished` [n] end."""
+        """The head has sampled `token_ids` [n], and seen the step's prompts; the sequences `finished` [n] end."""
         self.stepping = -1
         if self._barrier is not None:
             self._barrier.finish(step.block.wave)
         self.batcher.extend(step.slots, token_ids, finished)
+        if step.prompt is not None:
+            self.batcher.finish_scoring(step.prompt.slots)

@@ -42,7 +42,8 @@ class TokenTable:
         iteration: major part of the progress key.
         leader: slot that names the token's group (see `Join`).
         in_chunk: the token belongs to a prefill chunk (of one token perhaps).
-        wants_logits: the head must sample after this token.
+        wants_logits: the token goes through the experts of the last layer and the head.
+        is_scored: ... not to sample after it, but for the log-probability of the prompt token behind it.
         drop_first: the user has marked it as the first to lose pairs.
     """
 
@@ -53,6 +54,7 @@ class TokenTable:
         self.leader: Int32Array = np.arange(num_slots, dtype=np.int32)
         self.in_chunk: BoolArray = np.zeros(num_slots, np.bool_)
         self.wants_logits: BoolArray = np.zeros(num_slots, np.bool_)
+        self.is_scored: BoolArray = np.zeros(num_slots, np.bool_)
         self.drop_first: BoolArray = np.zeros(num_slots, np.bool_)
 
 
@@ -226,7 +228,7 @@ class Batcher:
         if attempt == self._refused:  # hashing a long prompt again would cost every turn of the loop
             return False
         count = len(sequence.token_ids)
-        found, hashes = self.blocks.match_prefix(sequence.token_ids, self._root_of(sequence))
+        found, hashes = self._match_prefix(sequence)
         missing = self.blocks.blocks_for(count) - len(found)
         if missing > self.blocks.num_available_beside(found):
             self._refused = attempt
@@ -237,7 +239,8 @@ class Batcher:
         sequence.hashes = hashes
         self.table.enter(sequence)
         num_found = len(found) * self.blocks.block_size
-        self.blocks.count_lookup(count, num_found)
+        if not sequence.unscored:
+            self.blocks.count_lookup(count, num_found)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = num_found
         self.table.num_computed[sequence.row] = num_found
@@ -247,6 +250,12 @@ class Batcher:
         self._prefilling.append(sequence)
         self.admitted.append(sequence)
         return True
+
+    def _match_prefix(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
+        """Blocks that hold KV of its first tokens, and their names. None where the head has to see those tokens."""
+        if sequence.unscored:
+            return [], []
+        return self.blocks.match_prefix(sequence.token_ids, self._root_of(sequence))
 
     def _root_of(self, sequence: Sequence) -> bytes:
         """Under which KV blocks are found again."""
@@ -269,8 +278,11 @@ class Batcher:
         tokens.drop_first[slots] = False
         for first, last in sequence.params.droppable_spans:
             tokens.drop_first[slots[max(0, first - start) : max(0, last - start)]] = True
-        tokens.wants_logits[slots] = False
-        tokens.wants_logits[slots[-1]] = start + count == end
+        unscored = sequence.unscored
+        tokens.is_scored[slots] = False
+        tokens.is_scored[slots[max(0, unscored.start - start) : max(0, unscored.stop - start)]] = True
+        tokens.wants_logits[slots] = tokens.is_scored[slots]
+        tokens.wants_logits[slots[-1]] |= start + count == end
         self.members[int(slots[-1])] = slots
         sequence.slots = slots
         self._prefill_in_flight += count
@@ -279,14 +291,34 @@ class Batcher:
     # ---- iterations end
 
     def finish_chunk(self, leader: int) -> None:
-        """The chunk has passed the last attention block: its KV is complete, and only a last prompt token goes on."""
+        """The chunk has passed the last attention block: its KV is complete, and only tokens that want logits go on."""
+        slots = self.members[leader]
+        row = int(self.tokens.row[leader])
+        sequence = self._sequence_at(row)
+        self.table.num_computed[row] = self.tokens.position[leader] + 1
+        self._commit(sequence)
+        if not self.tokens.is_scored[slots].any():
+            self._end_chunk(leader)
+            return
+        wanted = self.tokens.wants_logits[slots]
+        self._release_slots(slots[~wanted])
+        self._prefill_in_flight -= len(slots) - int(wanted.sum())
+        self.members[leader] = sequence.slots = slots[wanted]
+
+    def finish_scoring(self, slots: Int32Array) -> None:
+        """The head has given the log-probabilities behind the tokens in `slots` [n]: their chunks are through."""
+        for leader in np.unique(self.tokens.leader[slots]).tolist():
+            sequence = self._sequence_at(int(self.tokens.row[leader]))
+            sequence.num_scored = int(self.tokens.position[leader]) + 1
+            self._end_chunk(leader)
+
+    def _end_chunk(self, leader: int) -> None:
+        """Of a chunk's slots, only that of a last prompt token is needed any more."""
         slots = self.members.pop(leader)
         row = int(self.tokens.row[leader])
         sequence = self._sequence_at(row)
         self._prefill_in_flight -= len(slots)
-        self.table.num_computed[row] = self.tokens.position[leader] + 1
-        self._commit(sequence)
-        if not self.tokens.wants_logits[leader]:
+        if self.tokens.is_scored[leader] or not self.tokens.wants_logits[leader]:
             self._release_slots(slots)
             sequence.slots = np.empty(0, np.int32)
             self._prefilling.append(sequence)

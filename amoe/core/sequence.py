@@ -46,6 +46,7 @@ class Sequence:
         blocks: blocks of the KV cache, in order.
         hashes: names of the leading blocks that are committed to the prefix cache.
         num_cached_tokens: prompt tokens that the prefix cache spared at the first admission; None before it.
+        num_scored: leading prompt tokens whose successors' log-probabilities have been told, if they are wanted.
         usage: see `UsageColumn`; only while WAITING.
     """
 
@@ -60,7 +61,13 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     num_cached_tokens: int | None = None
+    num_scored: int = 0
     usage: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(NUM_USAGE_COLUMNS))
+
+    @property
+    def unscored(self) -> range:
+        """Positions of the prompt tokens whose successors' log-probabilities are wanted, and have not been told."""
+        return range(self.num_scored, 0 if self.params.prompt_logprobs is None else self.prompt_len - 1)
 
 
 class SequenceTable:

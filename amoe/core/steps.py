@@ -40,16 +40,26 @@ class AttentionStep:
 
 
 @dataclass(slots=True)
+class PromptTokens:
+    """Tokens [m] of prompts whose successors' log-probabilities are wanted; those of a sequence are neighbours."""
+
+    slots: Int32Array
+    rows: Int32Array
+    positions: Int32Array
+
+
+@dataclass(slots=True)
 class HeadStep:
-    """Run the head on n tokens, one per sequence."""
+    """Run the head on n tokens, one per sequence, and sample; and on `prompt`, where nothing is sampled."""
 
     block: BlockId
     slots: Int32Array
     rows: Int32Array
+    prompt: PromptTokens | None = None
 
     @property
     def num_tokens(self) -> int:
-        return len(self.slots)
+        return len(self.slots) + (0 if self.prompt is None else len(self.prompt.slots))
 
 
 @dataclass(slots=True)

@@ -199,7 +199,12 @@ def _as_list(array: Any) -> Any:
 def _encode_request(request_id: int, token_ids: Int32Array, params: SamplingParams) -> tuple[None, Any]:
     """Of the parameters, what a core looks at."""
     spans = [list(span) for span in params.droppable_spans]
-    seen = {"max_tokens": params.max_tokens, "capacity": params.capacity, "droppable_spans": spans}
+    seen = {
+        "max_tokens": params.max_tokens,
+        "prompt_logprobs": params.prompt_logprobs,
+        "capacity": params.capacity,
+        "droppable_spans": spans,
+    }
     return None, {"request_id": request_id, "token_ids": token_ids.tolist(), "params": seen}
 
 
@@ -240,6 +245,8 @@ def _encode_step(step: Step | None) -> Any:
 def _usage(core: WorkerCore) -> dict[str, int] | None:
     if core.attention is None:
         return None
+    elif step.prompt is not None:
+        encoded["prompt"] = [step.prompt.slots.tolist(), step.prompt.positions.tolist()]
     batcher = core.attention.batcher
     return {
         "kv_blocks": batcher.blocks.num_used,

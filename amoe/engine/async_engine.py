@@ -350,9 +350,9 @@ class AsyncEngine:
 
     def _on_output(self, output: SequenceOutput) -> None:
         generation = self._open.get(output.request_id)
-        if generation is None:
-            return  # aborted, or ended by a stop string, while the worker was still at it
-        delta = generation.state.advance(output)
+        # No generation: aborted, or ended by a stop string, while the worker was still at it.
+        if generation is None or (delta := generation.state.advance(output)) is None:
+            return
         if delta.token_ids:
             self._num_tokens[generation.rank] += len(delta.token_ids)
             self._count_tokens(generation, delta)

@@ -20,7 +20,7 @@ import torch
 
 from amoe.core.batcher import Batcher
 from amoe.core.experts import count_pairs
-from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
+from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, PromptTokens
 from amoe.engine.executor import Routed
 from amoe.engine.sampler import SampledTokens, SamplingTable
 from amoe.profiles.context import ContextCounter
@@ -151,19 +151,32 @@ class EmulatedAttention:
     def sample(self, step: HeadStep, sampling: SamplingTable, num_generated: Int64Array) -> SampledTokens:
         """See `AttentionBlocks`. Any ids will do, but none that ends a sequence; log-probabilities are zeros."""
         self.waiter.start()
-        token_ids = self._vocabulary[self._rng.integers(len(self._vocabulary), size=step.num_tokens)]
+        count = len(step.slots)
+        token_ids = self._vocabulary[self._rng.integers(len(self._vocabulary), size=count)]
         sampled = SampledTokens(token_ids)
         num_logprobs = int(sampling.num_logprobs[step.rows].max(initial=-1))
         if num_logprobs >= 0:
-            shape = (step.num_tokens, num_logprobs)
-            sampled.logprobs = np.zeros(step.num_tokens, np.float32)
-            sampled.top_ids = np.broadcast_to(token_ids[:, None], shape)
-            sampled.top_logprobs = np.zeros(shape, np.float32)
-        self.waiter.finish(self._costs.head(step.num_tokens))
+            _attach_zeros(sampled, num_logprobs)
+        self.waiter.finish(self._costs.head(count))
         return sampled
+
+    def score(self, prompt: PromptTokens, token_ids: Int64Array, num_top: int) -> SampledTokens:
+        """See `AttentionBlocks`. Log-probabilities are zeros."""
+        self.waiter.start()
+        scored = SampledTokens(token_ids)
+        _attach_zeros(scored, num_top)
+        self.waiter.finish(self._costs.head(len(token_ids)))
+        return scored
 
     def keep(self, batch: Batch, owner: int, kept: BoolArray) -> None:
         """Nothing: the rows say nothing."""
+
+
+def _attach_zeros(sampled: SampledTokens, num_top: int) -> None:
+    count = len(sampled.token_ids)
+    sampled.logprobs = np.zeros(count, np.float32)
+    sampled.top_ids = np.broadcast_to(sampled.token_ids[:, None], (count, num_top))
+    sampled.top_logprobs = np.zeros((count, num_top), np.float32)
 
 
 class EmulatedExperts:

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 
 from amoe.core.batcher import Batcher
-from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
-from amoe.engine.sampler import SampledTokens, SamplingTable, sample
+from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, PromptTokens
+from amoe.engine.sampler import SampledTokens, SamplingTable, sample, score
 from amoe.kernels.attention import AttentionBatch, ChunkSpan, KVCache
 from amoe.kernels.permute import plan_pairs
 from amoe.models.model import Model
@@ -50,6 +50,13 @@ class AttentionBlocks(Protocol):
 
         Args:
             num_generated: [n] tokens that their sequences have generated so far.
+        """
+        ...
+
+    def score(self, prompt: PromptTokens, token_ids: Int64Array, num_top: int) -> SampledTokens:
+        """Log-probabilities of the tokens `token_ids` [m] that follow the prompt tokens [m], and of the `num_top` best.
+
+        The prompt tokens have passed the last layer.
         """
         ...
 
@@ -132,16 +139,20 @@ class AttentionExecutor:
         scores = out.scores.cpu().numpy() if self._with_scores and out.scores is not None else None
         return Routed(out.topk_ids.cpu().numpy(), out.topk_weights.cpu().numpy(), out.moe_input, scores)
 
-    def head(self, step: HeadStep) -> torch.Tensor:
-        """Logits [n, V] float32 of tokens that have passed the last layer."""
-        slots = to_device(step.slots, self._model.device)
-        return self._model.head(self._combine(len(self._sparse) - 1, step.slots, slots))
+    def head(self, slots: Int32Array) -> torch.Tensor:
+        """Logits [n, V] float32 of the tokens in `slots` [n], which have passed the last layer."""
+        return self._model.head(self._combine(len(self._sparse) - 1, slots, to_device(slots, self._model.device)))
 
     def sample(self, step: HeadStep, sampling: SamplingTable, num_generated: Int64Array) -> SampledTokens:
         """See `AttentionBlocks`."""
         table, rows = self._batcher.table, step.rows.astype(np.int64)
-        logits = self.head(step)
+        logits = self.head(step.slots)
         return sample(logits, sampling, rows, num_generated, table.tokens, table.prompt_len, table.num_tokens)
+
+    def score(self, prompt: PromptTokens, token_ids: Int64Array, num_top: int) -> SampledTokens:
+        """See `AttentionBlocks`."""
+        vocab_size = self._model.config.vocab_size
+        return score(lambda where: self.head(prompt.slots[where]), token_ids, num_top, vocab_size)
 
     def keep(self, batch: Batch, owner: int, kept: BoolArray) -> None:
         """See `AttentionBlocks`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from amoe.engine.detokenizer import Detokenizer
-from amoe.types import FinishReason, SamplingParams, SequenceOutput, TokenLogprobs
+from amoe.types import CapacityUsage, FinishReason, SamplingParams, SequenceOutput, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -16,30 +16,36 @@ class GenerationDelta:
         text: new text, which may lag behind the tokens (half a character, the start of a stop string).
         token_ids: new tokens, the one that ended the sequence included.
         logprobs: one per new token, if asked for.
+        prompt_logprobs: one per token of the prompt but the first, if asked for, all of them in the first delta.
         finish_reason: set in the last delta only.
         stop_reason: the stop string or stop token id of the request that ended it; None for end of sequence.
         num_prompt_tokens, num_cached_tokens: of the whole request.
         num_generated_tokens: up to and including this delta.
+        capacity: what capacity has done to the sequence so far; None where it is off.
     """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
+    capacity: CapacityUsage | None = None
 
     def merge(self, later: GenerationDelta) -> None:
         """Append `later`: a consumer that is slower than the engine gets larger deltas, not more of them."""
         self.text += later.text
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
+        self.prompt_logprobs += later.prompt_logprobs
         self.finish_reason = later.finish_reason
         self.stop_reason = later.stop_reason
         self.num_cached_tokens = later.num_cached_tokens
         self.num_generated_tokens = later.num_generated_tokens
+        self.capacity = later.capacity
 
 
 class GenerationState:
@@ -51,10 +57,20 @@ class GenerationState:
         self.num_prompt_tokens = num_prompt_tokens
         self.num_generated_tokens = 0
         self.num_cached_tokens = 0
+        self._capacity: CapacityUsage | None = None
+        self._prompt_logprobs: list[TokenLogprobs] = []
 
-    def advance(self, output: SequenceOutput) -> GenerationDelta:
-        """The delta that `output` brings. A stop string in it ends the sequence, whatever the worker says."""
+    def advance(self, output: SequenceOutput) -> GenerationDelta | None:
+        """The delta that `output` brings. A stop string in it ends the sequence, whatever the worker says.
+
+        Returns:
+            None: it brings a part of the prompt's log-probabilities, which are told with the first token.
+        """
+        self._prompt_logprobs += output.prompt_logprobs
+        if not output.token_ids and output.finish_reason is None:
+            return None
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        self._capacity = output.capacity or self._capacity
         pieces: list[str] = []
         count = 0
         for token_id in output.token_ids:
@@ -77,13 +93,16 @@ class GenerationState:
             finish_reason, stop_reason = "stop", self._detokenizer.stop_string
         elif output.stop_token in self._params.stop_token_ids:
             stop_reason = output.stop_token
+        prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, []
         return GenerationDelta(
             text=text,
             token_ids=output.token_ids[:count],
             logprobs=output.logprobs[:count],
+            prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens,
             num_generated_tokens=self.num_generated_tokens,
+            capacity=self._capacity,
         )

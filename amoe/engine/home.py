@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from amoe.core.attention import AttentionCore
-from amoe.core.sequence import UsageColumn
-from amoe.core.steps import AttentionStep, HeadStep, Outgoing
+from amoe.core.sequence import Sequence, UsageColumn
+from amoe.core.steps import AttentionStep, HeadStep, Outgoing, PromptTokens
 from amoe.engine.executor import AttentionBlocks
 from amoe.engine.messages import AddRequest, ControlPort, Outputs, Steer
 from amoe.engine.sampler import FINISH_LENGTH, FINISH_STOP, GO_ON, SampledTokens, SamplingTable, finish_reasons
@@ -29,6 +29,14 @@ def capacity_usage(columns: npt.NDArray[np.float64]) -> CapacityUsage:
         int(columns[UsageColumn.REROUTED]),
         float(columns[UsageColumn.MASS_LOST] / tokens) if tokens else 0.0,
     )
+
+
+def _logprobs(sampled: SampledTokens, indices: range, num_top: int) -> list[TokenLogprobs]:
+    """Of some of the tokens, each with the `num_top` best."""
+    assert sampled.logprobs is not None and sampled.top_ids is not None and sampled.top_logprobs is not None
+    where = slice(indices.start, indices.stop)
+    columns = (sampled.logprobs[where], sampled.top_ids[where, :num_top], sampled.top_logprobs[where, :num_top])
+    return [TokenLogprobs(*entry) for entry in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 class Home:
@@ -63,12 +71,12 @@ class Home:
     def add(self, message: AddRequest) -> None:
         """A request waits. One that the server should have refused still ends."""
         batcher, count = self.core.batcher, len(message.prompt_token_ids)
-        if count == 0 or count + message.params.max_tokens > batcher.max_model_len:
+        if count == 0 or count + max(1, message.params.max_tokens) > batcher.max_model_len:
             self._control.send(Outputs([SequenceOutput(message.request_id, [], finish_reason="error")]))
             return
         batcher.add(message.request_id, np.asarray(message.prompt_token_ids, np.int32), message.params)
 
-    def abort(self, request_ids: Sequence[int]) -> None:
+    def abort(self, request_ids: Iterable[int]) -> None:
         """Free sequences at any stage. One that has just ended is none of our business any more."""
         aborted = [
             SequenceOutput(request_id, [], finish_reason="abort")
@@ -106,7 +114,9 @@ class Home:
 
     def run_head(self, step: HeadStep) -> None:
         """Run the head, sample, and tell the server."""
-        if step.num_tokens == 0:
+        if step.prompt is not None:
+            self._control.send(Outputs(self._score(step.prompt)))
+        if len(step.slots) == 0:
             self.core.on_head(step, np.empty(0, np.int64), np.empty(0, np.bool_))
             return
         self._set_sampling_rows()
@@ -118,6 +128,24 @@ class Home:
         self.core.on_head(step, sampled.token_ids, codes != GO_ON)
         self._control.send(Outputs(outputs))
 
+    def _score(self, prompt: PromptTokens) -> list[SequenceOutput]:
+        """What the model thought of prompts: an output for each of their chunks."""
+        table, rows = self.core.batcher.table, prompt.rows
+        token_ids = table.tokens[rows, prompt.positions + 1].astype(np.int64)
+        starts = np.flatnonzero(np.diff(rows, prepend=-1)).tolist()
+        sequences = [self._sequence_at(int(rows[start])) for start in starts]
+        num_top = [sequence.params.prompt_logprobs or 0 for sequence in sequences]
+        scored = self._executor.score(prompt, token_ids, max(num_top))
+        return [
+            SequenceOutput(sequence.request_id, [], prompt_logprobs=_logprobs(scored, range(start, end), count))
+            for sequence, count, start, end in zip(sequences, num_top, starts, [*starts[1:], len(rows)], strict=True)
+        ]
+
+    def _sequence_at(self, row: int) -> Sequence:
+        sequence = self.core.batcher.table.sequences[row]
+        assert sequence is not None, f"row {row} holds no sequence"
+        return sequence
+
     def _set_sampling_rows(self) -> None:
         for sequence in self.core.batcher.take_admitted():
             if sequence.row >= 0:
@@ -125,16 +153,16 @@ class Home:
                 self._sampling.set(sequence.row, sequence.params, default_seed, self._eos_token_ids)
 
     def _outputs(self, rows: Int64Array, sampled: SampledTokens, codes: npt.NDArray[np.int8]) -> list[SequenceOutput]:
-        sequences = self.core.batcher.table.sequences
         outputs = []
         for row, token, code in zip(rows.tolist(), sampled.token_ids.tolist(), codes.tolist(), strict=True):
-            sequence = sequences[row]
-            assert sequence is not None
+            sequence = self._sequence_at(row)
             output = SequenceOutput(sequence.request_id, [token], finish_reason=_FINISH[code])
             output.num_cached_tokens = sequence.num_cached_tokens or 0
             if self.core.capacity is not None:
                 output.capacity = capacity_usage(self.core.batcher.table.usage[row])
-            if code == FINISH_STOP:
+            if sequence.params.max_tokens == 0:  # nobody has asked for this token
+                output.token_ids, output.finish_reason = [], "length"
+            elif code == FINISH_STOP:
                 output.stop_token = token
             outputs.append(output)
         if sampled.logprobs is not None:
@@ -142,14 +170,7 @@ class Home:
         return outputs
 
     def _attach_logprobs(self, outputs: list[SequenceOutput], rows: Int64Array, sampled: SampledTokens) -> None:
-        assert sampled.logprobs is not None and sampled.top_ids is not None and sampled.top_logprobs is not None
         wanted = self._sampling.num_logprobs[rows]
         for index in np.flatnonzero(wanted >= 0).tolist():
-            count = int(wanted[index])
-            outputs[index].logprobs = [
-                TokenLogprobs(
-                    float(sampled.logprobs[index]),
-                    sampled.top_ids[index, :count].tolist(),
-                    sampled.top_logprobs[index, :count].tolist(),
-                )
-            ]
+            if outputs[index].token_ids:
+                outputs[index].logprobs = _logprobs(sampled, range(index, index + 1), int(wanted[index]))

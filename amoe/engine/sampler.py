@@ -19,6 +19,7 @@ Shape letters: n rows of this step, V vocabulary, S stop ids, m top log-probabil
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,7 @@ MIN_TEMPERATURE = 1e-5  # below it, sampling is greedy: dividing by less says no
 WEIGHT_SCALE = 2.0**45  # a total stays under 2^46, so float64 sums of weights are exact with bits to spare
 _CPU_CHUNK = 1 << 19  # elements at a time: the float64 sums (4 MiB) stay in cache and in the allocator's pool
 _DEVICE_CHUNK = 1 << 26  # elements at a time: bounds the scratch memory to a few 100 MiB
+_SCORE_CHUNK = 1 << 25  # logits at a time (128 MiB) of prompts: few enough for memory, enough rows for the matmul
 
 
 # What a row asks for beyond an argmax: bits of `SamplingTable.needs`. Plain integers: `IntFlag` costs 1 µs per test.
@@ -120,7 +122,7 @@ class SampledTokens:
 
     Attributes:
         token_ids: [n] int64.
-        logprobs: [n] float32 of the sampled tokens; NaN in rows that did not ask; None if none did.
+        logprobs: [n] float32 of those tokens; NaN in rows that did not ask; None if none did.
         top_ids: [n, m] int64, best first, -1 in rows that did not ask; a row uses its first `num_logprobs`.
         top_logprobs: [n, m] float32 of those.
     """
@@ -180,6 +182,34 @@ def sample(
     if raw_logprobs is not None:
         _attach_logprobs(sampled, raw_logprobs, asking, int(table.num_logprobs[rows].max()))
     return sampled
+
+
+def score(
+    logits: Callable[[slice], torch.Tensor], token_ids: Int64Array, num_top: int, vocab_size: int
+) -> SampledTokens:
+    """Log-probabilities of tokens that are known, and the best ones beside each: nothing is sampled.
+
+    Args:
+        logits: of a slice of the n rows, [c, V] float32. It is asked for a few at a time: n rows may not fit.
+        token_ids: [n] the tokens that are there.
+        num_top: m.
+    """
+    chunk = max(1, _SCORE_CHUNK // vocab_size)
+    num_top = min(num_top, vocab_size)
+    scored = SampledTokens(
+        token_ids,
+        np.empty(len(token_ids), np.float32),
+        np.empty((len(token_ids), num_top), np.int64),
+        np.empty((len(token_ids), num_top), np.float32),
+    )
+    for start in range(0, len(token_ids), chunk):
+        where = slice(start, min(start + chunk, len(token_ids)))
+        part = SampledTokens(token_ids[where])
+        logprobs = torch.log_softmax(logits(where), dim=-1)
+        _attach_logprobs(part, logprobs, np.arange(len(logprobs)), num_top)
+        for name in ("logprobs", "top_ids", "top_logprobs"):
+            getattr(scored, name)[where] = getattr(part, name)
+    return scored
 
 
 def finish_reasons(

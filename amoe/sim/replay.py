@@ -124,7 +124,7 @@ class RecordedAnswers:
             first = given["topk_ids"] if self.entry.call == "on_attention" else []
         else:
             first = given[0] if self.entry.call == "on_head" else []
-        return first is None or len(first) == step.num_tokens
+        return first is None or len(first) == len(step.slots)
 
     def route(self, step: AttentionStep, now: float) -> Routing | None:
         """As recorded."""

@@ -107,6 +107,7 @@ class Oracle:
         token_ids: prompt and generated tokens.
         generated: the tokens that the engine must stream.
         keys: [layer][position] of the KV cache.
+        hidden: [position] hidden states that enter the head, were it asked about every token.
         experts: (layer, expert) that any of its tokens needs.
     """
 
@@ -115,11 +116,13 @@ class Oracle:
         self.token_ids = list(prompt)
         self.generated: list[int] = []
         self.keys: list[list[int]] = [[] for _ in spec.sparse_layers]
+        self.hidden: list[int] = []
         self.experts: set[tuple[int, int]] = set()
         self._sums = [0] * spec.num_layers
         position = 0
         while len(self.generated) < max_tokens and spec.eos not in self.generated[-1:]:
             hidden = self._forward(self.token_ids[position], position)
+            self.hidden.append(hidden)
             position += 1
             if position == len(self.token_ids):
                 token = _mix(hidden, HEAD) % spec.vocab

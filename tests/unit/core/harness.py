@@ -32,6 +32,7 @@ class Request:
 
     Attributes:
         exact: its tokens must be the oracle's. Others may lose pairs where the scenario has a capacity.
+        scored: the log-probabilities of its prompt are wanted.
     """
 
     request_id: int
@@ -41,12 +42,18 @@ class Request:
     arrive: int = 0
     abort: int | None = None
     exact: bool = True
+    scored: bool = False
 
     @property
     def params(self) -> SamplingParams:
         spans = () if self.exact or len(self.prompt) < 3 else ((1, 3),)
         choice = "exact" if self.exact else "best_effort"
-        return SamplingParams(max_tokens=self.max_tokens, capacity=choice, droppable_spans=spans)
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            prompt_logprobs=0 if self.scored else None,
+            capacity=choice,
+            droppable_spans=spans,
+        )
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,7 @@ class VirtualWorker:
         self.partials = np.zeros((len(placement.expert_ranks), slots), np.uint64)
         self.slab = np.zeros(len(placement.attention_ranks) * slots, np.uint64)
         self.streamed: dict[int, list[int]] = {}
+        self.scored: dict[int, list[int]] = {}  # positions of the prompt that the head has seen, by request
         self.terminal: Counter[int] = Counter()
         self.sampling: dict[int, int] = {}  # request by row, as the engine keeps the sampling parameters
 
@@ -163,6 +171,7 @@ class VirtualWorker:
 
     def add(self, request: Request) -> None:
         self.streamed[request.request_id] = []
+        self.scored[request.request_id] = []
         self.batcher.add(request.request_id, np.asarray(request.prompt, np.int32), request.params)
 
     def abort(self, request_id: int) -> None:
@@ -187,10 +196,11 @@ class VirtualWorker:
             assert held[step.expert_ids[step.expert_ids >= 0]].all(), "the expert does not live here"
             output = fake_model.run_experts(inputs, step.block.layer, step.expert_ids, step.expert_weights)
             return [self._packed(reply, output) for reply in step.replies]
-        hidden = self._combined(step)
         if isinstance(step, HeadStep):
-            self._run_head(step, hidden)
+            self._score(step)
+            self._run_head(step)
             return []
+        hidden = self._combined(step.block.layer, step.slots, step.rows, step.positions)
         layer = step.block.layer
         residual = fake_model.mix(hidden, self._attend(step, hidden))
         if not self.spec.sparse_layers[layer]:
@@ -203,11 +213,10 @@ class VirtualWorker:
         outgoing = self.core.attention.on_attention(step, topk_ids, topk_weights, now, scores)
         return [self._packed(out, moe_input) for out in outgoing]
 
-    def _combined(self, step):
+    def _combined(self, layer, slots, rows=None, positions=None):
         """Hidden states [n] that enter a block: embeddings, or residuals with what the experts have said."""
-        slots, layer = step.slots, step.block.layer
         if layer == 0:
-            return fake_model.embed(self.batcher.table.tokens[step.rows, step.positions], step.positions)
+            return fake_model.embed(self.batcher.table.tokens[rows, positions], positions)
         if not self.spec.sparse_layers[layer - 1]:
             return self.residual[slots]
         answered = self.batcher.join.dispatched[slots].T
@@ -240,13 +249,29 @@ class VirtualWorker:
             sums[start:end] = self.keys[layer, places].cumsum(dtype=np.uint64)[positions[0] :]
         return sums
 
-    def _run_head(self, step: HeadStep, hidden) -> None:
+    def _score(self, step: HeadStep) -> None:
+        """Every prompt token but the last comes once, in order, and before anything is sampled."""
+        if step.prompt is None:
+            return
+        hidden = self._combined(step.block.layer, step.prompt.slots)
+        places = zip(step.prompt.rows.tolist(), step.prompt.positions.tolist(), hidden.tolist(), strict=True)
+        for row, position, value in places:
+            sequence = self.batcher.table.sequences[row]
+            assert sequence.params.prompt_logprobs is not None, "nobody has asked"
+            assert len(self.scored[sequence.request_id]) == position < sequence.prompt_len - 1
+            self.scored[sequence.request_id].append(position)
+            if sequence.request_id not in self.unchecked:
+                assert value == self.oracles[sequence.request_id].hidden[position], "a wrong hidden state"
+
+    def _run_head(self, step: HeadStep) -> None:
         self.sampling |= {s.row: s.request_id for s in self.batcher.take_admitted() if s.row >= 0}
-        token_ids = fake_model.sample(hidden, self.spec)
-        finished = np.zeros(step.num_tokens, np.bool_)
+        token_ids = fake_model.sample(self._combined(step.block.layer, step.slots), self.spec)
+        finished = np.zeros(len(step.slots), np.bool_)
         for index, row in enumerate(step.rows.tolist()):
             sequence = self.batcher.table.sequences[row]
             assert self.sampling[row] == sequence.request_id, "sampled with somebody else's parameters"
+            if sequence.params.prompt_logprobs is not None:
+                assert len(self.scored[sequence.request_id]) == sequence.prompt_len - 1, "sampled before it was scored"
             streamed = self.streamed[sequence.request_id]
             streamed.append(int(token_ids[index]))
             if sequence.request_id in self.unchecked:

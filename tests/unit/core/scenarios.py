@@ -56,7 +56,8 @@ def request_lists(draw, *, max_requests, max_prompt, max_tokens, aborts):
         prompt = rng.choice(stems)[:shared] + [rng.randrange(VOCAB) for _ in range(length - shared)]
         arrive = rng.randint(0, spread)
         abort = arrive + rng.randint(0, rng.choice([20, 300, 2000])) if aborts and rng.random() < 0.5 else None
-        requests.append(Request(request_id, rng.randrange(3), tuple(prompt), rng.randint(1, max_tokens), arrive, abort))
+        home, count, scored = rng.randrange(3), rng.randint(1, max_tokens), rng.random() < 0.3
+        requests.append(Request(request_id, home, tuple(prompt), count, arrive, abort, scored=scored))
     return tuple(requests)
 
 

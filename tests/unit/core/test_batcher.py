@@ -11,6 +11,7 @@ from amoe.core.sequence import SequenceStatus
 from amoe.types import SamplingParams
 
 PARAMS = SamplingParams(max_tokens=32)
+SCORED = SamplingParams(max_tokens=32, prompt_logprobs=0)
 
 
 def make(*, rows=4, budget=16, blocks=8, block_size=4, caching=False):
@@ -18,8 +19,8 @@ def make(*, rows=4, budget=16, blocks=8, block_size=4, caching=False):
     return Batcher(scheduler, CacheConfig(block_size=block_size, enable_prefix_caching=caching), blocks, 64, 1)
 
 
-def add(batcher, request_id, length, first=0):
-    return batcher.add(request_id, np.arange(first, first + length, dtype=np.int32), PARAMS)
+def add(batcher, request_id, length, first=0, params=PARAMS):
+    return batcher.add(request_id, np.arange(first, first + length, dtype=np.int32), params)
 
 
 def finish_chunks(batcher, entry):
@@ -283,3 +284,73 @@ def test_iterations_advance_by_one_where_nobody_is_ahead():
         batcher.extend(slots, np.array([7]), np.array([False]))
         batcher.start()
         assert batcher.tokens.iteration[slots[0]] == before + step
+
+
+def score(batcher, entry):
+    """The head has seen the chunks of an entry. Returns the positions whose successors it was asked about."""
+    seen = []
+    for chunk in entry.chunks:
+        scored = chunk[batcher.tokens.is_scored[chunk]]
+        seen += positions(batcher, scored)
+        batcher.finish_scoring(scored)
+    return seen
+
+
+def test_a_scored_prompt_holds_its_chunks_until_the_head_has_seen_them():
+    batcher = make(budget=4)
+    sequence = add(batcher, 1, 10, params=SCORED)
+    seen = []
+    for _ in range(3):
+        entry = batcher.start()
+        finish_chunks(batcher, entry)
+        assert sequence.status is SequenceStatus.PREFILL
+        assert batcher.start().num_tokens == 0, "its slots are in use"
+        seen += score(batcher, entry)
+    assert seen == list(range(9)), "what follows the last token is sampled"
+    assert sequence.status is SequenceStatus.DECODE
+    sample(batcher, sequence)
+    assert positions(batcher, batcher.start().decodes) == [10]
+
+
+def test_a_scored_prompt_does_not_use_the_prefix_cache_but_fills_it():
+    batcher = make(caching=True, budget=32)
+    for request_id in range(2):
+        sequence = add(batcher, request_id, 9, params=SCORED)
+        entry = batcher.start()
+        assert positions(batcher, entry.chunks[0]) == list(range(9))
+        finish_chunks(batcher, entry)
+        score(batcher, entry)
+        sample(batcher, sequence)
+        assert sequence.num_cached_tokens == 0
+    assert batcher.blocks.num_queries == 0
+    add(batcher, 2, 9)
+    assert positions(batcher, batcher.start().chunks[0]) == [8]
+
+
+def test_what_has_been_scored_is_not_scored_again_after_a_preemption():
+    batcher = make(budget=4, blocks=8, caching=True)
+    sequence = add(batcher, 1, 10, params=SCORED)
+    seen = []
+    for _ in range(2):
+        entry = batcher.start()
+        finish_chunks(batcher, entry)
+        seen += score(batcher, entry)
+    batcher._preempt(sequence)
+    while sequence.status is not SequenceStatus.DECODE:
+        entry = batcher.start()
+        finish_chunks(batcher, entry)
+        seen += score(batcher, entry)
+    assert seen == list(range(9))
+    sample(batcher, sequence)
+    batcher._preempt(sequence)
+    entry = batcher.start()
+    assert positions(batcher, entry.chunks[0]) == [8, 9, 10], "and all can be taken from the cache"
+    assert score(batcher, entry) == []
+
+
+def test_a_scored_prompt_is_aborted_while_it_waits_for_the_head():
+    batcher = make(budget=4)
+    add(batcher, 1, 10, params=SCORED)
+    finish_chunks(batcher, batcher.start())
+    batcher.abort(1)
+    assert_empty(batcher)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,3 +68,15 @@ SEVERAL_OWNERS = [placement for placement in PLACEMENTS if len(placement.expert_
 def test_replicas_whose_shares_change_at_any_time(scenario):
     """An expert that is missed, or that two replicas compute for one token, makes a wrong token."""
     run_scenario(scenario)
+
+
+@clusters(30)
+@given(scenarios(aborts=True, duplicates=0.3, max_prompt=40))
+def test_prompts_whose_log_probabilities_are_wanted(scenario):
+    """All of them; chunks and preemptions, last layers with experts and without."""
+    requests = tuple(replace(request, scored=True) for request in scenario.requests)
+    cluster = run_scenario(replace(scenario, requests=requests))
+    for request in requests:
+        if request.abort is None:
+            scored = cluster.home_of(request).scored[request.request_id]
+            assert scored == list(range(len(request.prompt) - 1))

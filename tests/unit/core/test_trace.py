@@ -69,11 +69,10 @@ def test_all_calls_of_a_shell_are_recorded():
     trace = make_trace()
     calls = [(entry.call, entry.now) for entry in trace.entries]
     assert calls == [("add", None), ("on_batch", 0.25), ("start", 0.25), ("next_step", 0.25), ("on_attention", 0.5)]
-    seen = {"max_tokens": 4, "capacity": "best_effort", "droppable_spans": []}
     assert trace.entries[0].given == {
         "request_id": 5,
         "token_ids": [1, 2, 3],
-        "params": {"max_tokens": 4, "capacity": "best_effort", "droppable_spans": []},
+        "params": {"max_tokens": 4, "prompt_logprobs": None, "capacity": "best_effort", "droppable_spans": []},
     }
     assert trace.entries[1].said == [True, True]
     assert trace.entries[3].said["block"] == ["ATTENTION", 0, 0]

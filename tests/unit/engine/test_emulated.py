@@ -7,7 +7,7 @@ import pytest
 
 from amoe.config import CacheConfig, SchedulerConfig
 from amoe.core.batcher import Batcher
-from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
+from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, PromptTokens
 from amoe.engine.emulated import EmulatedAttention, EmulatedExperts, RouterPool, Waiter, valid_vocabulary
 from amoe.engine.sampler import SamplingTable
 from amoe.profiles.context import ContextCounter
@@ -80,11 +80,11 @@ def step_at(layer: int, positions: list[int]) -> AttentionStep:
 
 
 def test_attention_takes_its_modelled_time(fake: FakeTime, waiter: Waiter) -> None:
-    topk_ids, weights, rows = attention_of(waiter).attention(step_at(3, [9, 19]))
+    routed = attention_of(waiter).attention(step_at(3, [9, 19]))
     assert fake.now - 100.0 == pytest.approx(COSTS.attention(3, 2, 10 + 20))
-    assert topk_ids is not None
-    assert weights is not None
-    assert rows is not None
+    assert routed is not None
+    topk_ids, weights, rows, scores = routed
+    assert scores is None
     assert topk_ids.shape == (2, SIZES.top_k)
     assert topk_ids.dtype == np.int64
     assert all(len(set(ids)) == SIZES.top_k for ids in topk_ids.tolist())
@@ -94,7 +94,7 @@ def test_attention_takes_its_modelled_time(fake: FakeTime, waiter: Waiter) -> No
 
 
 def test_dense_layers_route_nothing(fake: FakeTime, waiter: Waiter) -> None:
-    assert attention_of(waiter).attention(step_at(0, [0])) == (None, None, None)
+    assert attention_of(waiter).attention(step_at(0, [0])) is None
     assert fake.now - 100.0 == pytest.approx(COSTS.attention(0, 1, 1))
 
 
@@ -124,6 +124,16 @@ def test_sampled_tokens_never_end_a_sequence(fake: FakeTime, waiter: Waiter) -> 
     assert sampled.logprobs is not None
     assert sampled.top_ids is not None
     assert sampled.top_ids.shape == (8, 2)
+
+
+def test_prompts_are_scored_with_zeros_in_the_time_of_a_head(fake: FakeTime, waiter: Waiter) -> None:
+    slots = np.arange(5, dtype=np.int32)
+    scored = attention_of(waiter).score(PromptTokens(slots, slots, slots), np.arange(10, 15), 3)
+    assert fake.now - 100.0 == pytest.approx(COSTS.head(5))
+    assert scored.token_ids.tolist() == [10, 11, 12, 13, 14]
+    assert scored.logprobs is not None and scored.top_ids is not None and scored.top_logprobs is not None
+    assert not scored.logprobs.any()
+    assert scored.top_ids.shape == scored.top_logprobs.shape == (5, 3)
 
 
 def test_pool_follows_the_popularity() -> None:

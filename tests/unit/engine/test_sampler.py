@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from amoe.engine import sampler
 from amoe.engine.sampler import (
     FINISH_LENGTH,
     FINISH_STOP,
@@ -14,6 +15,7 @@ from amoe.engine.sampler import (
     SamplingTable,
     finish_reasons,
     sample,
+    score,
     uniforms,
 )
 from amoe.engine.sampler_reference import (
@@ -339,3 +341,28 @@ def test_a_sequence_draws_the_same_tokens_after_a_restart():
         crowd = torch.cat([torch.randn(5, 64), logits[i : i + 1]])
         assert batch.sample(crowd).token_ids[-1] == first[i]
     assert len(set(first)) > 10
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 3, 100])
+def test_known_tokens_are_scored_slice_by_slice(monkeypatch, rows_at_a_time):
+    logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(0)) * 3
+    token_ids = np.arange(7, dtype=np.int64)
+    asked = []
+
+    def part(where):
+        asked.append(where.stop - where.start)
+        return logits[where].clone()
+
+    monkeypatch.setattr(sampler, "_SCORE_CHUNK", 11 * rows_at_a_time + 5)
+    scored = score(part, token_ids, 4, 11)
+    expected = torch.log_softmax(logits, dim=-1)
+    assert sum(asked) == 7
+    assert max(asked) == min(7, rows_at_a_time)
+    np.testing.assert_allclose(scored.logprobs, expected[range(7), range(7)].numpy(), rtol=1e-6)
+    np.testing.assert_allclose(scored.top_logprobs, expected.topk(4).values.numpy(), rtol=1e-6)
+    assert scored.top_ids.tolist() == expected.topk(4).indices.tolist()
+
+
+def test_no_more_best_tokens_than_there_are():
+    scored = score(lambda where: torch.zeros(2, 3), np.zeros(2, np.int64), 20, 3)
+    assert scored.top_ids.shape == (2, 3)
