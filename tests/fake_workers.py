@@ -18,7 +18,7 @@ from amoe.engine.async_engine import AsyncEngine, ModelInfo
 from amoe.engine.messages import AbortRequests, AddRequest, Heartbeat, Outputs, ToServer, ToWorker
 from amoe.engine.tokenizer import Tokenizer
 from amoe.stats import WorkerStats
-from amoe.types import SequenceOutput, TokenLogprobs
+from amoe.types import CapacityUsage, SequenceOutput, TokenLogprobs
 
 EOS = "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -64,12 +64,14 @@ class FakeWorker:
         script: answer of a request. Token 0 (end of text) ends it, unless it says `ignore_eos`.
         runs: cleared, nobody gets a token.
         received: all messages, in order.
+        capacity: what every output says that capacity has done; None: it is off.
         open: requests that have not ended here: what would hold slots and KV cache.
     """
 
     def __init__(self, rank: int = 0, role: str = "colocated") -> None:
         self.stats = WorkerStats(rank=rank, role=role)
         self.script: Script = repeat_prompt
+        self.capacity: CapacityUsage | None = None
         self.runs = asyncio.Event()
         self.runs.set()
         self.received: list[ToWorker] = []
@@ -120,12 +122,27 @@ class FakeWorker:
         """Requests that the server has sent."""
         return [message for message in self.received if isinstance(message, AddRequest)]
 
+    def _say_prompt_logprobs(self, request: AddRequest) -> None:
+        """In two parts, as of a prompt of two chunks. A request that wants nothing else ends here."""
+        k = request.params.prompt_logprobs
+        if k is None:
+            return
+        tokens = request.prompt_token_ids[1:]
+        logprobs = [TokenLogprobs(-2.5, [token, 5, 6][:k], [-2.5, -3.5, -4.5][:k]) for token in tokens]
+        half = len(logprobs) // 2
+        self.say(Outputs([SequenceOutput(request.request_id, [], prompt_logprobs=logprobs[:half])]))
+        self.say(Outputs([SequenceOutput(request.request_id, [], prompt_logprobs=logprobs[half:])]))
+        if request.params.max_tokens == 0:
+            del self.open[request.request_id]
+            self.say(Outputs([SequenceOutput(request.request_id, [], finish_reason="length")]))
+
     async def _serve(self, request: AddRequest) -> None:
         tokens = list(self.script(request))[: request.params.max_tokens]
+        self._say_prompt_logprobs(request)
         for index, token in enumerate(tokens):
             await asyncio.sleep(0)
             await self.runs.wait()
-            output = SequenceOutput(request.request_id, [token])
+            output = SequenceOutput(request.request_id, [token], capacity=self.capacity)
             k = request.params.logprobs
             if k is not None:
                 output.logprobs = [TokenLogprobs(-0.5, [token, 5, 6][:k], [-0.5, -1.5, float("-inf")][:k])]

@@ -19,7 +19,7 @@ from amoe.server import fields
 from amoe.server.context import ServerContext, new_id
 from amoe.server.encoding import event, json_response
 from amoe.server.logprobs import chat_logprobs
-from amoe.server.sampling import sampling_params
+from amoe.server.sampling import check_spans, sampling_params
 from amoe.server.schemas import ChatCompletionRequest, ChatMessage
 from amoe.server.streaming import EventStream, UsageCounter, collect, interleave, unless_disconnected
 
@@ -108,6 +108,7 @@ async def _start(context: ServerContext, body: ChatCompletionRequest) -> _Job:
     variables.update(body.chat_template_kwargs or {})
     text = engine.tokenizer.render_chat(template_messages(body.messages), variables)
     prompt = await context.tokenize(text, body.add_special_tokens, "messages")
+    check_spans(body, [len(prompt)])
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if max_tokens is None:
         max_tokens = fitting_max_tokens(len(prompt), engine.model.max_model_len, "messages")

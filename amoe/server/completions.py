@@ -12,13 +12,12 @@ from fastapi import APIRouter, Request, Response
 
 from amoe.engine.async_engine import Generation
 from amoe.engine.generation import GenerationDelta
-from amoe.errors import RequestError
 from amoe.policy.admission import fitting_max_tokens
 from amoe.server import fields
 from amoe.server.context import ServerContext, new_id
 from amoe.server.encoding import event, json_response
 from amoe.server.logprobs import CompletionLogprobs
-from amoe.server.sampling import sampling_params
+from amoe.server.sampling import check_spans, sampling_params
 from amoe.server.schemas import CompletionRequest
 from amoe.server.streaming import EventStream, UsageCounter, collect, interleave, unless_disconnected
 
@@ -36,20 +35,25 @@ class _Job:
     generations: list[Generation]
     formatters: list[CompletionLogprobs | None]
 
-    def choice(self, index: int, delta: GenerationDelta, echo: str) -> dict[str, Any]:
-        """`choices[index]`, whole or in part."""
-        formatter = self.formatters[index]
+    def choice(self, index: int, delta: GenerationDelta, *, is_first: bool = True) -> dict[str, Any]:
+        """`choices[index]`, whole or in part. The prompt, if it is echoed, comes with the first part."""
+        has_echo = is_first and self.request.echo
         return {
             "index": index,
-            "text": echo + delta.text,
-            "logprobs": formatter.format(delta.token_ids, delta.logprobs) if formatter else None,
+            "text": (self.echoes[index // self.request.n] if has_echo else "") + delta.text,
+            "logprobs": self._logprobs(index, delta, has_echo=has_echo),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
 
-    def echo(self, index: int) -> str:
-        """Text that goes before the answer of choice `index`."""
-        return self.echoes[index // self.request.n] if self.request.echo else ""
+    def _logprobs(self, index: int, delta: GenerationDelta, *, has_echo: bool) -> dict[str, Any] | None:
+        formatter = self.formatters[index]
+        if formatter is None:
+            return None
+        if not has_echo:
+            return formatter.format(delta.token_ids, delta.logprobs)
+        prompt = self.prompts[index // self.request.n]
+        return formatter.format([*prompt, *delta.token_ids], [None, *delta.prompt_logprobs, *delta.logprobs])
 
 
 def completions_router(context: ServerContext) -> APIRouter:
@@ -61,8 +65,6 @@ def completions_router(context: ServerContext) -> APIRouter:
         """Continue one prompt or several."""
         fields.refuse_unsupported(body.model_extra or {}, fields.COMPLETIONS)
         fields.refuse_best_of(body.model_extra or {}, body.n)
-        if body.echo and body.logprobs is not None:
-            raise RequestError("echo together with logprobs needs prompt logprobs, which are not supported", "logprobs")
         if body.stream:
             job = await _start(context, body)
             return EventStream(_events(job), job.generations)
@@ -78,6 +80,8 @@ async def _start(context: ServerContext, body: CompletionRequest) -> _Job:
         await context.tokenize(prompt, body.add_special_tokens, "prompt") if isinstance(prompt, str) else prompt
         for prompt in body.prompt
     ]
+    check_spans(body, [len(prompt) for prompt in prompts])
+    prompt_logprobs = body.logprobs if body.echo else None
     starts = []
     for prompt in prompts:
         max_tokens = body.max_tokens
@@ -85,7 +89,8 @@ async def _start(context: ServerContext, body: CompletionRequest) -> _Job:
             room = fitting_max_tokens(len(prompt), engine.model.max_model_len, "prompt")
             max_tokens = min(DEFAULT_MAX_TOKENS, room)
         for choice in range(body.n):
-            starts.append((prompt, sampling_params(body, context.defaults, max_tokens, body.logprobs, choice)))
+            params = sampling_params(body, context.defaults, max_tokens, body.logprobs, choice, prompt_logprobs)
+            starts.append((prompt, params))
     generations = engine.start(starts)
     echoes = []
     if body.echo:
@@ -109,22 +114,22 @@ async def _complete(context: ServerContext, body: CompletionRequest) -> Response
     choices = []
     for index, total in enumerate(totals):
         usage.update(index, total)
-        choices.append(job.choice(index, total, job.echo(index)))
+        choices.append(job.choice(index, total))
     return json_response({**job.head, "choices": choices, "usage": usage.as_json()})
 
 
 async def _events(job: _Job) -> AsyncGenerator[bytes]:
     body = job.request
     usage = UsageCounter(len(job.generations), body.n)
-    echoed: set[int] = set()
+    begun: set[int] = set()
     async with contextlib.aclosing(interleave(job.generations)) as deltas:
         async for index, delta in deltas:
             usage.update(index, delta)
-            echo = "" if index in echoed else job.echo(index)
-            echoed.add(index)
-            if not (echo or delta.text or delta.finish_reason or job.formatters[index]):
+            choice = job.choice(index, delta, is_first=index not in begun)
+            begun.add(index)
+            if not (choice["text"] or delta.finish_reason or choice["logprobs"]):
                 continue  # half a character, or what may become a stop string
-            chunk = {**job.head, "choices": [job.choice(index, delta, echo)]}
+            chunk = {**job.head, "choices": [choice]}
             if body.include_usage:
                 chunk["usage"] = usage.as_json() if body.continuous_usage else None
             yield event(chunk)

@@ -53,16 +53,20 @@ class CompletionLogprobs:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
-    def format(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """The next tokens."""
+    def format(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> dict[str, Any]:
+        """The next tokens. None is told as null: nothing comes before the first token of a prompt."""
         tokens, values, tops, offsets = [], [], [], []
         for token_id, position in zip(token_ids, logprobs, strict=True):
-            best = list(zip(position.top_ids, position.top_logprobs, strict=True))[: self._num_top]
-            top = {self._name(top_id): _finite(logprob) for top_id, logprob in reversed(best)}  # the better one stays
-            top[self._name(token_id)] = _finite(position.logprob)
             tokens.append(self._name(token_id))
-            values.append(_finite(position.logprob))
-            tops.append(dict(sorted(top.items(), key=lambda item: -item[1])))
+            values.append(None if position is None else _finite(position.logprob))
+            tops.append(None if position is None else self._top(token_id, position))
             offsets.append(self._text_offset)
             self._text_offset += len(self._token_bytes(token_id).decode("utf-8", "replace"))
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _top(self, token_id: int, position: TokenLogprobs) -> dict[str, float]:
+        """The best tokens and the one that is there, by name, best first."""
+        best = list(zip(position.top_ids, position.top_logprobs, strict=True))[: self._num_top]
+        top = {self._name(top_id): _finite(logprob) for top_id, logprob in reversed(best)}  # the better one stays
+        top[self._name(token_id)] = _finite(position.logprob)
+        return dict(sorted(top.items(), key=lambda item: -item[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,8 +54,37 @@ class SamplingDefaults:
         return {name: value for name, value in asdict(self).items() if value != plain[name]}
 
 
+def check_spans(request: GenerationRequest, prompt_lens: Sequence[int]) -> None:
+    """Refuse spans that no tokenized prompt has.
+
+    Args:
+        prompt_lens: tokens of each prompt of `request`.
+
+    Raises:
+        RequestError: naming the field.
+    """
+    if not request.droppable_spans:
+        return
+    if len(prompt_lens) > 1:
+        raise RequestError(
+            "droppable_spans count the tokens of one prompt: send each prompt in a request of its own",
+            param="droppable_spans",
+        )
+    end = max(end for _, end in request.droppable_spans)
+    if end > prompt_lens[0]:
+        raise RequestError(
+            f"droppable_spans reach to token {end}, but the prompt has only {prompt_lens[0]} tokens",
+            param="droppable_spans",
+        )
+
+
 def sampling_params(
-    request: GenerationRequest, defaults: SamplingDefaults, max_tokens: int, logprobs: int | None, choice: int
+    request: GenerationRequest,
+    defaults: SamplingDefaults,
+    max_tokens: int,
+    logprobs: int | None,
+    choice: int,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """Parameters of the sequence for choice number `choice` of `request`.
 
@@ -83,4 +113,7 @@ def sampling_params(
         skip_special_tokens=request.skip_special_tokens,
         ignore_eos=request.ignore_eos,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        capacity=request.capacity,
+        droppable_spans=request.droppable_spans,
     )

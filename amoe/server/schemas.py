@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from amoe.errors import RequestError
-from amoe.types import SamplingParams
+from amoe.types import CapacityChoice, SamplingParams
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 32
@@ -50,12 +50,22 @@ def _parse_prompts(value: Any) -> list[str | list[int]]:
     raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
 
 
+def _parse_spans(value: Any) -> tuple[tuple[int, int], ...]:
+    spans = [] if value is None else value
+    if not isinstance(spans, list) or not all(_is_ids(span) and len(span) == 2 for span in spans):
+        raise ValueError("must be a list of [start, end] pairs of token positions, such as [[0, 16], [20, 24]]")
+    return tuple((start, end) for start, end in spans)
+
+
 Stop = Annotated[tuple[str, ...], PlainValidator(_parse_stop, json_schema_input_type=str | list[str] | None)]
 Prompts = Annotated[
     list[str | list[int]],
     PlainValidator(_parse_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]
 StopTokenIds = Annotated[tuple[int, ...], _default(())]
+Spans = Annotated[
+    tuple[tuple[int, int], ...], PlainValidator(_parse_spans, json_schema_input_type=list[list[int]] | None)
+]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
@@ -95,6 +105,13 @@ class GenerationRequest(BaseModel):
         True, description="Without effect: fast tokenizers, the only ones here, put no spaces there."
     )
     ignore_eos: Annotated[bool, _default(False)] = False
+    capacity: Annotated[CapacityChoice, _default("best_effort")] = Field(
+        "best_effort",
+        description="exact: no pair of this request is dropped or rerouted, whatever the server is set to.",
+    )
+    droppable_spans: Spans = Field(
+        (), description="[start, end) positions of the tokenized prompt whose tokens lose pairs before all others do."
+    )
     user: str | None = Field(None, description="For the client's own records.")
     request_id: str | None = Field(None, max_length=256, description="Becomes part of the response's id.")
 

@@ -14,6 +14,7 @@ from amoe.engine.async_engine import Generation
 from amoe.engine.generation import GenerationDelta
 from amoe.server.encoding import DONE, event
 from amoe.server.errors import describe
+from amoe.types import CapacityUsage
 
 
 class NoResponse(Response):
@@ -154,14 +155,29 @@ class UsageCounter:
         self._last[index] = delta
 
     def as_json(self) -> dict[str, Any]:
-        """OpenAI's `usage`. The choices of one prompt share it, so that it counts once."""
+        """OpenAI's `usage`, and where capacity is on what it has done. The choices of one prompt share it, so that it
+        counts once."""
         seen = [delta for delta in self._last if delta is not None]
         firsts = [delta for delta in self._last[:: self._n] if delta is not None]
         prompt = sum(delta.num_prompt_tokens for delta in firsts)
         completion = sum(delta.num_generated_tokens for delta in seen)
-        return {
+        usage = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(delta.num_cached_tokens for delta in firsts)},
         }
+        capacities = [delta.capacity for delta in seen if delta.capacity is not None]
+        return usage | ({"capacity": _capacity_json(capacities)} if capacities else {})
+
+
+def _capacity_json(usages: Sequence[CapacityUsage]) -> dict[str, Any]:
+    """What capacity has done to the sequences of a request; the lost gate mass is that of their mean pair."""
+    pairs = sum(usage.pairs for usage in usages)
+    lost = sum(usage.gate_mass_lost * usage.pairs for usage in usages)
+    return {
+        "pairs": pairs,
+        "pairs_dropped": sum(usage.pairs_dropped for usage in usages),
+        "pairs_rerouted": sum(usage.pairs_rerouted for usage in usages),
+        "gate_mass_lost": lost / pairs if pairs else 0.0,
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from amoe.types import SamplingParams
+from amoe.types import CapacityUsage, SamplingParams
 from tests.unit.server.conftest import Harness, assert_error, events
 
 
@@ -72,9 +72,12 @@ async def test_every_sampling_field_reaches_the_worker(server: Harness):
         "skip_special_tokens": False,
         "ignore_eos": True,
         "logprobs": 3,
+        "capacity": "exact",
+        "droppable_spans": [[0, 1], [1, 3]],
     }
-    assert (await server.complete(prompt="a", **fields)).status_code == 200
-    assert server.params == SamplingParams(**(fields | {"stop": ("x", "yz"), "stop_token_ids": (7, 8)}))
+    assert (await server.complete(prompt=[70, 71, 72], **fields)).status_code == 200
+    tuples = {"stop": ("x", "yz"), "stop_token_ids": (7, 8), "droppable_spans": ((0, 1), (1, 3))}
+    assert server.params == SamplingParams(**(fields | tuples))
 
 
 async def test_null_is_the_default(server: Harness):
@@ -141,8 +144,84 @@ async def test_echo(server: Harness):
     assert body["choices"][0]["text"] == "ab a"
     response = await server.complete(prompt="a", max_tokens=2, echo=True, stream=True)
     assert "".join(chunk["choices"][0]["text"] for chunk in events(response)) == "aaa"
-    message = assert_error(await server.complete(prompt="a", echo=True, logprobs=1), 400, "logprobs")
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+async def test_echo_with_logprobs_tells_those_of_the_prompt(server: Harness, as_ids: bool):
+    ids = server.ids("ab c")
+    fields = {"prompt": ids if as_ids else "ab c", "max_tokens": 1, "echo": True, "logprobs": 1}
+    (choice,) = (await server.complete(**fields)).json()["choices"]
+    names = [server.engine.tokenizer.decode([token]) for token in ids]
+    assert choice["text"] == "ab ca"
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == [*names, "a"]
+    assert logprobs["token_logprobs"] == [None, *[-2.5] * (len(ids) - 1), -0.5]
+    assert logprobs["top_logprobs"] == [None, *({name: -2.5} for name in names[1:]), {"a": -0.5}]
+    assert logprobs["text_offset"] == [sum(map(len, names[:index])) for index in range(len(ids) + 1)]
+    assert server.params.prompt_logprobs == server.params.logprobs == 1
+
+
+async def test_a_stream_tells_the_prompt_in_its_first_chunk(server: Harness):
+    fields = {"prompt": "ab c", "max_tokens": 3, "echo": True, "logprobs": 2, "n": 2}
+    whole = (await server.complete(**fields)).json()["choices"]
+    chunks = [chunk["choices"][0] for chunk in events(await server.complete(stream=True, **fields))]
+    for index in range(2):
+        parts = [chunk for chunk in chunks if chunk["index"] == index]
+        assert parts[0]["text"].startswith("ab c")
+        assert "".join(part["text"] for part in parts) == whole[index]["text"]
+        for name, values in whole[index]["logprobs"].items():
+            assert [value for part in parts for value in part["logprobs"][name]] == values
+
+
+async def test_the_prompt_alone_can_be_asked_for(server: Harness):
+    body = (await server.complete(prompt="ab c", max_tokens=0, echo=True, logprobs=0)).json()
+    (choice,) = body["choices"]
+    count = len(server.ids("ab c"))
+    assert (choice["text"], choice["finish_reason"]) == ("ab c", "length")
+    assert choice["logprobs"]["token_logprobs"] == [None, *[-2.5] * (count - 1)]
+    assert (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]) == (count, 0)
+    message = assert_error(await server.complete(prompt="a", max_tokens=0), 400, "max_tokens")
     assert "echo" in message
+
+
+async def test_usage_tells_what_capacity_has_done(server: Harness):
+    server.worker.capacity = CapacityUsage(10, 3, 2, 0.25)
+    expected = {"pairs": 20, "pairs_dropped": 6, "pairs_rerouted": 4, "gate_mass_lost": 0.25}
+    body = (await server.complete(prompt="a", max_tokens=2, n=2)).json()
+    assert body["usage"]["capacity"] == expected
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *_, last = events(await server.complete(prompt="a", max_tokens=2, n=2, **options))
+    assert last["usage"]["capacity"] == expected
+    *_, last = events(await server.chat(max_tokens=2, n=2, **options))
+    assert last["usage"]["capacity"] == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"capacity": "some"},
+        {"capacity": 1},
+        {"droppable_spans": "0-3"},
+        {"droppable_spans": [3]},
+        {"droppable_spans": [[0, 1, 2]]},
+        {"droppable_spans": [[0, "1"]]},
+        {"droppable_spans": [[2, 2]]},
+        {"droppable_spans": [[-1, 2]]},
+        {"droppable_spans": [[0, 4]]},
+        {"droppable_spans": [[0, 1]] * 65},
+        {"prompt": [[70, 71, 72], [70]], "droppable_spans": [[0, 1]]},
+    ],
+)
+async def test_wrong_capacity_fields_are_named(server: Harness, fields):
+    response = await server.complete(**{"prompt": [70, 71, 72], "max_tokens": 1} | fields)
+    name = "capacity" if "capacity" in fields else "droppable_spans"
+    assert name in assert_error(response, 400, name)
+
+
+async def test_spans_of_a_chat_are_of_its_templated_prompt(server: Harness):
+    assert (await server.chat(capacity="exact", droppable_spans=[[0, 2]], max_tokens=1)).status_code == 200
+    assert (server.params.capacity, server.params.droppable_spans) == ("exact", ((0, 2),))
+    assert_error(await server.chat(droppable_spans=[[0, 1000]], max_tokens=1), 400, "droppable_spans")
 
 
 async def test_request_id_and_model_names(server: Harness):
