@@ -112,11 +112,11 @@ class SamplingParams:
         stop_token_ids: ids that end the sequence.
         ignore_eos: go on after the end-of-sequence token.
         logprobs: None is off; k >= 0 gives the sampled token's and the k best.
+        prompt_logprobs: the same for the tokens of the prompt, each given those before it.
         capacity: `exact`: no pair of this sequence is dropped or rerouted, whatever the server may do to others.
         droppable_spans: (start, end) positions of the prompt whose tokens lose pairs before all others do.
     """
 
-        prompt_logprobs: the same for the tokens of the prompt, each given those before it.
     max_tokens: int = 16
     min_tokens: int = 0
     temperature: float = 1.0
@@ -133,11 +133,11 @@ class SamplingParams:
     skip_special_tokens: bool = True
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     capacity: CapacityChoice = "best_effort"
     droppable_spans: tuple[tuple[int, int], ...] = ()
 
     MAX_LOGPROBS: ClassVar[int] = 20
-    prompt_logprobs: int | None = None
     MAX_STOP_IDS: ClassVar[int] = 64
     MAX_SPANS: ClassVar[int] = 64
 
@@ -169,15 +169,15 @@ class SamplingParams:
                 self.logprobs is None or 0 <= self.logprobs <= self.MAX_LOGPROBS,
                 f"must be between 0 and {self.MAX_LOGPROBS}",
             ),
-            ("capacity", self.capacity in ("best_effort", "exact"), "must be 'best_effort' or 'exact'"),
-            (
-                "droppable_spans",
-                len(self.droppable_spans) <= self.MAX_SPANS and all(0 <= a < b for a, b in self.droppable_spans),
             (
                 "prompt_logprobs",
                 self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= self.MAX_LOGPROBS,
                 f"must be between 0 and {self.MAX_LOGPROBS}",
             ),
+            ("capacity", self.capacity in ("best_effort", "exact"), "must be 'best_effort' or 'exact'"),
+            (
+                "droppable_spans",
+                len(self.droppable_spans) <= self.MAX_SPANS and all(0 <= a < b for a, b in self.droppable_spans),
                 f"must hold at most {self.MAX_SPANS} pairs [start, end) of token positions, 0 <= start < end",
             ),
         )
@@ -224,19 +224,19 @@ class SequenceOutput:
         request_id: the engine's number of the request.
         token_ids: new tokens; empty with a `finish_reason` that brings none.
         logprobs: one per new token if asked for, else empty.
+        prompt_logprobs: the next ones, if asked for: one per prompt token but the first, in order, over several outputs
+            that come before the first new token.
         finish_reason: set exactly once, in the sequence's one terminal event.
         stop_token: the stop id that ended it, where one did.
         num_cached_tokens: prompt tokens that the prefix cache spared.
         capacity: None where capacity is off.
-        prompt_logprobs: the next ones, if asked for: one per prompt token but the first, in order, over several outputs
-            that come before the first new token.
     """
 
     request_id: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     num_cached_tokens: int = 0
     capacity: CapacityUsage | None = None
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -286,6 +286,6 @@ class AttentionCore:
         self.stepping = -1
         if self._barrier is not None:
             self._barrier.finish(step.block.wave)
-        self.batcher.extend(step.slots, token_ids, finished)
         if step.prompt is not None:
             self.batcher.finish_scoring(step.prompt.slots)
+        self.batcher.extend(step.slots, token_ids, finished)

@@ -239,14 +239,14 @@ def _encode_step(step: Step | None) -> Any:
         encoded["positions"] = step.positions.tolist()
         encoded["num_decodes"] = step.num_decodes
         encoded["chunks"] = [[span.start, span.end, span.row] for span in step.chunks]
+    elif step.prompt is not None:
+        encoded["prompt"] = [step.prompt.slots.tolist(), step.prompt.positions.tolist()]
     return encoded
 
 
 def _usage(core: WorkerCore) -> dict[str, int] | None:
     if core.attention is None:
         return None
-    elif step.prompt is not None:
-        encoded["prompt"] = [step.prompt.slots.tolist(), step.prompt.positions.tolist()]
     batcher = core.attention.batcher
     return {
         "kv_blocks": batcher.blocks.num_used,
