@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import platform
+import resource
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Sequence[Task]]] = {
     "faults": lambda args: core_parts.faults(args.fault_seconds),
     "scaling": lambda args: flow_parts.scaling(args.largest),
     # Real processes: the machine must be theirs alone, so this part runs by itself and last.
-    "engine": lambda args: engine_part.tasks(args.engine_rounds),
+    "engine": lambda args: engine_part.tasks(args.engine),
 }
 ALONE = {"engine"}
 
@@ -51,7 +52,7 @@ def main() -> int:
         if file.exists() and not args.again:
             print(f"{part}: there already ({file}); --again measures anew")
             continue
-        begun = time.monotonic()
+        begun, used = time.monotonic(), processor_seconds()
         rows = run_part(part, list(PARTS[part](args)), 1 if part in ALONE else args.processes)
         content = {
             "part": part,
@@ -60,6 +61,7 @@ def main() -> int:
             "date": datetime.now(UTC).date().isoformat(),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
             "seconds": round(time.monotonic() - begun, 1),
+            "processor_seconds": round(processor_seconds() - used, 1),
             "rows": rows,
         }
         file.write_text(json.dumps(content, indent=None, separators=(",", ":")) + "\n", encoding="utf-8")
@@ -77,7 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fault-seconds", type=float, default=1.8, help="simulated")
     parser.add_argument("--serving-seconds", type=float, default=0.9, help="simulated")
     parser.add_argument("--largest", type=int, default=256, help="devices to scale to; 1024: 15 min")
-    parser.add_argument("--engine-rounds", type=int, default=1, help="of the real engine; one: half an hour")
+    parser.add_argument("--engine", choices=("brief", "full"), default="brief", help="full: all, half an hour")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/study"))
     parser.add_argument("--again", action="store_true", help="measure parts whose results are there already")
@@ -88,6 +90,14 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def processor_seconds() -> float:
+    """Of this process and of its children that have ended: what a part costs whatever else the machine does."""
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+
+
 def commit() -> str:
     """Of the code that is measured."""
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -96,7 +106,7 @@ def commit() -> str:
 
 def options(args: argparse.Namespace) -> list[tuple[str, object]]:
     """What changes figures."""
-    names = ("seeds", "iterations", "fault-seconds", "serving-seconds", "largest", "engine-rounds")
+    names = ("seeds", "iterations", "fault-seconds", "serving-seconds", "largest", "engine")
     return [(name, getattr(args, name.replace("-", "_"))) for name in names]
 
 

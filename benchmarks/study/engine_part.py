@@ -77,12 +77,17 @@ async def _measure(config: EngineConfig, workers: int, variant: str, sequences: 
     ]
 
 
-def tasks(rounds: int) -> list[Task]:
-    """8 and 16 workers, at a high load and at a low one; rounds interleaved, since the machine drifts."""
+def tasks(extent: str) -> list[Task]:
+    """8 and 16 workers, at a high load and at a low one. `brief`: what decides, in eight minutes; `full`: all."""
+    is_full = extent == "full"
+    runs = (
+        (8, HIGH, HIGH_TOKENS, HIGH_VARIANTS if is_full else ("lockstep", "progress", "waves:4")),
+        (16, HIGH, HIGH_TOKENS, HIGH_VARIANTS if is_full else ("lockstep", "waves:4")),
+        (8, LOW, LOW_TOKENS, LOW_VARIANTS if is_full else ("flfs", "defrag")),
+        (16, LOW, LOW_TOKENS, LOW_VARIANTS if is_full else ()),
+    )
     return [
         Task("engine", run_engine, (workers, variant, per_worker * workers, tokens))
-        for _ in range(rounds)
-        for workers in (8, 16)
-        for variants, per_worker, tokens in ((HIGH_VARIANTS, HIGH, HIGH_TOKENS), (LOW_VARIANTS, LOW, LOW_TOKENS))
+        for workers, per_worker, tokens, variants in runs
         for variant in variants
     ]

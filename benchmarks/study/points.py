@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from amoe.profiles.devices import DEVICES
@@ -10,7 +11,7 @@ from amoe.profiles.links import FABRICS
 from amoe.profiles.models import MODELS, ModelSizes
 from amoe.profiles.routing import log_normal_routing
 from amoe.sim.flow.bound import bound
-from amoe.sim.flow.deployment import Deployment
+from amoe.sim.flow.deployment import Deployment, FloatArray
 from amoe.sim.flow.systems import Case, System, simulate
 
 STALE_SEED = 10_000  # the domain that a stale placement was made for
@@ -39,6 +40,12 @@ SETTINGS = {
 LOADS = {"low": 64, "medium": 256, "high": 1024, "saturated": 2048}  # sequences per device, if they fit
 
 
+@lru_cache(maxsize=64)  # a quarter of a point's time, and all loads of a model share it
+def popularity(model: str, sigma: float, seed: int, *, correlated: bool = False) -> FloatArray:
+    """[L, E] of log-normal routing."""
+    return log_normal_routing(MODELS[model], sigma, seed, correlated=correlated).popularity()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Point:
     """One point: everything that decides it, picklable."""
@@ -64,10 +71,8 @@ class Point:
             context=setting.context,
             slow=self.slow,
         )
-        now = log_normal_routing(sizes, self.sigma, self.seed, correlated=self.correlated).popularity()
-        old = now
-        if self.stale:
-            old = log_normal_routing(sizes, self.sigma, self.seed + STALE_SEED).popularity()
+        now = popularity(setting.model, self.sigma, self.seed, correlated=self.correlated)
+        old = popularity(setting.model, self.sigma, self.seed + STALE_SEED) if self.stale else now
         return Case(deployment=deployment, popularity=now, believed=old, slots=setting.slots)
 
 
