@@ -15,6 +15,10 @@ CapacityScope = Literal["expert", "device"]
 CapacityPhase = Literal["prefill", "decode", "both"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 DTYPES: tuple[str, ...] = get_args(DTypeName)
+CAPACITY_MODES: tuple[str, ...] = get_args(CapacityMode)
+CAPACITY_METRICS: tuple[str, ...] = get_args(CapacityMetric)
+CAPACITY_SCOPES: tuple[str, ...] = get_args(CapacityScope)
+CAPACITY_PHASES: tuple[str, ...] = get_args(CapacityPhase)
 CPU_RIDGE_TOKENS, GPU_RIDGE_TOKENS = 32, 222
 MAX_WAVES = 16
 MAX_NUM_SEQS = 65_536
@@ -208,6 +212,7 @@ class CapacityConfig:
         phase: prompt tokens, generated tokens, or both.
         keep_best: a token's best pair is never touched.
         exceed_top_k: of `expanded`: a token may end with more pairs than the model's top-k.
+        telemetry_s: what an expert worker told of its backlog is forgotten after so many seconds.
     """
 
     factor: float | None = None
@@ -218,11 +223,17 @@ class CapacityConfig:
     phase: CapacityPhase = "prefill"
     keep_best: bool = True
     exceed_top_k: bool = False
+    telemetry_s: float = 1.0
 
     def __post_init__(self) -> None:
-        choices = {"mode": CapacityMode, "metric": CapacityMetric, "scope": CapacityScope, "phase": CapacityPhase}
-        for name, choice in choices.items():
-            value, known = getattr(self, name), get_args(choice)
+        choices = {
+            "mode": CAPACITY_MODES,
+            "metric": CAPACITY_METRICS,
+            "scope": CAPACITY_SCOPES,
+            "phase": CAPACITY_PHASES,
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
             _require(value in known, f"--capacity-{name} must be one of {', '.join(known)}, not {value!r}")
         _require(
             self.factor is None or 0 < self.factor < float("inf"), "--capacity-factor must be greater than 0, as in 1.5"
@@ -230,6 +241,7 @@ class CapacityConfig:
         _require(
             self.slack_s is None or 0 <= self.slack_s < float("inf"), "--capacity-slack must be at least 0 seconds"
         )
+        _require(self.telemetry_s > 0, "--capacity-telemetry must be greater than 0 seconds")
         _require(
             self.factor is None or self.slack_s is None,
             "--capacity-factor caps a batch, --capacity-slack caps waiting: choose one",

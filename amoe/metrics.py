@@ -178,6 +178,7 @@ class _WorkerCollector(Collector):
         yield from self._queue_families(stats)
         yield from self._histogram_families(stats)
         yield from self._work_families(stats)
+        yield from self._capacity_families(stats)
 
     def _attention_families(self, stats: list[WorkerStats]) -> Iterator[Metric]:
         gauges = (
@@ -259,6 +260,38 @@ class _WorkerCollector(Collector):
         yield pairs
         yield waves
         yield slips
+
+    def _capacity_families(self, stats: list[WorkerStats]) -> Iterator[Metric]:
+        lost = CounterMetricFamily(
+            "amoe:capacity_pairs",
+            "(token, expert) pairs that were dropped, or rerouted to other experts, by the expert that was spared.",
+            labels=("layer", "expert", "action", "reason", "worker"),
+        )
+        over = CounterMetricFamily(
+            "amoe:capacity_pairs_over",
+            "Pairs computed beyond the capacity: of exact requests, or a token's best.",
+            labels=("worker",),
+        )
+        mass = CounterMetricFamily(
+            "amoe:capacity_gate_mass_lost",
+            "Sum over tokens and layers of the part of the router's weight that was lost.",
+            labels=("worker",),
+        )
+        tokens = CounterMetricFamily(
+            "amoe:capacity_tokens", "Tokens times layers that capacity has looked at.", labels=("worker",)
+        )
+        for worker in stats:
+            capacity, rank = worker.capacity, str(worker.rank)
+            if capacity is None:
+                continue
+            for layer, expert, *counts in capacity.lost:
+                for action, count in zip(("dropped", "rerouted"), counts, strict=True):
+                    if count:
+                        lost.add_metric((str(layer), str(expert), action, capacity.reason, rank), count)
+            over.add_metric((rank,), capacity.num_over)
+            mass.add_metric((rank,), capacity.gate_mass_lost)
+            tokens.add_metric((rank,), capacity.tokens)
+        yield from (lost, over, mass, tokens)
 
 
 class _SteeringCollector(Collector):

@@ -70,6 +70,24 @@ class QueueSnapshot:
 
 
 @dataclass(slots=True)
+class CapacitySnapshot:
+    """What capacity has taken at one home, cumulative.
+
+    Attributes:
+        reason: `factor` (over the cap of a batch) or `slack` (the expert's worker is late).
+        lost: [m] of [layer, expert, pairs dropped, pairs rerouted to other experts], where not both are 0.
+        num_over: pairs computed beyond the cap: of exact requests, or a token's best.
+        gate_mass_lost: sum over tokens and layers of the lost part of the router's weight; tokens: of how many.
+    """
+
+    reason: str
+    lost: list[list[int]]
+    num_over: int
+    gate_mass_lost: float
+    tokens: int
+
+
+@dataclass(slots=True)
 class WorkerStats:
     """Snapshot of one worker.
 
@@ -92,6 +110,7 @@ class WorkerStats:
         batch_sizes: tokens per step, by kind and layer.
         join_waits: seconds between a token's dispatch and its last answer, by layer.
         expert_pairs: [num_layers][num_experts] (token, expert) pairs computed, cumulative (expert workers).
+        capacity: None where it is off (attention workers).
     """
 
     rank: int
@@ -117,6 +136,7 @@ class WorkerStats:
     home_s: float = 0.0
     experts_s: float = 0.0
     expert_work: int = 0
+    capacity: CapacitySnapshot | None = None
 
 
 @dataclass(slots=True)

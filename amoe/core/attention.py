@@ -178,7 +178,7 @@ class AttentionCore:
         topk_ids, topk_weights = topk_ids[rows], topk_weights[rows]
         if self.capacity is not None and scores is not None and len(rows):
             is_prefill = rows >= step.num_decodes
-            pairs = self.capacity.decide(layer, slots, is_prefill, topk_ids, topk_weights, scores[rows])
+            pairs = self.capacity.decide(layer, slots, is_prefill, topk_ids, topk_weights, scores[rows], now)
         else:
             pairs = Pairs(topk_ids, topk_weights, self._replicas.choose(layer, topk_ids))
         return self._dispatch(step.block, slots, rows, pairs, now)
@@ -191,6 +191,8 @@ class AttentionCore:
         dispatched = np.empty((len(slots), len(self._owner_ranks)), np.bool_)
         for owner in range(len(self._owner_ranks)):
             dispatched[:, owner] = (owner_of_pair == owner).any(axis=1)
+        if self.capacity is not None:
+            self.capacity.sent(dispatched)
         leaders = tokens.leader[slots]
         if self._waves is not None:
             self._waves.leaving(slots, leaders, dispatched)
@@ -244,6 +246,8 @@ class AttentionCore:
         """
         join, slots = self.batcher.join, batch.slots
         owner = self._owner_of_rank[batch.src]
+        if self.capacity is not None:
+            self.capacity.heard(owner, batch, now)
         current = self.batcher.slots.is_current(slots, batch.generations)
         accepted = join.accept(slots, current, batch.layer, owner)
         slots = slots if accepted.all() else slots[accepted]

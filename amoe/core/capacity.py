@@ -8,12 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from amoe.config import CapacityConfig
+from amoe.core.backlog import OwnerBacklog
 from amoe.core.batcher import Batcher
 from amoe.core.replica_shares import ReplicaShares
 from amoe.core.sequence import NUM_USAGE_COLUMNS, UsageColumn
 from amoe.policy import capacity as policy
+from amoe.policy.backlog import ends_of, hysteresis, late_pairs, move_to_replicas, receivers, two_choices
 from amoe.policy.capacity import RoutedBatch, Selection
-from amoe.types import BoolArray, Float32Array, Int16Array, Int32Array, Int64Array
+from amoe.stats import CapacitySnapshot
+from amoe.types import Batch, BoolArray, Float32Array, Int16Array, Int32Array, Int64Array
 
 
 class Pairs(NamedTuple):
@@ -36,15 +39,30 @@ class CapacityLedger:
     Attributes:
         lost: [num_layers, num_experts, 2] pairs that an expert was spared: dropped, rerouted to another expert.
         num_over: pairs beyond the capacity that were computed all the same: of exact requests, or a token's best.
+        mass_lost, tokens: sum over tokens and layers of the lost part of the gate mass, and how many they were.
     """
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.lost: Int64Array = np.zeros((num_layers, num_experts, 2), np.int64)
         self.num_over = 0
+        self.mass_lost = 0.0
+        self.tokens = 0
 
-    def count(self, layer: int, topk_ids: Int64Array, selection: Selection) -> None:
-        """A selection has been made. Of a token's lost pairs the best count as those that were rerouted."""
+    def snapshot(self, reason: str) -> CapacitySnapshot:
+        """For the server; `reason`: why pairs are taken."""
+        layers, experts = np.nonzero(self.lost.any(axis=-1))
+        lost = np.column_stack((layers, experts, self.lost[layers, experts]))
+        return CapacitySnapshot(reason, lost.tolist(), self.num_over, self.mass_lost, self.tokens)
+
+    def count(self, layer: int, topk_ids: Int64Array, selection: Selection, mass_lost: policy.FloatArray) -> None:
+        """A selection has been made. Of a token's lost pairs the best count as those that were rerouted.
+
+        Args:
+            mass_lost: [n] part of each token's gate mass.
+        """
         self.num_over += selection.num_over
+        self.mass_lost += float(mass_lost.sum())
+        self.tokens += len(mass_lost)
         if not selection.touched.any():
             return
         rank = np.cumsum(selection.lost, axis=1)
@@ -79,6 +97,7 @@ class HomeCapacity:
         *,
         seed: int,
         renormalise: bool,
+        num_owners: int,
         local_owner: int | None,
     ) -> None:
         self._config = config
@@ -90,6 +109,9 @@ class HomeCapacity:
         num_layers, num_experts, _ = replicas.owners.shape
         self.ledger = CapacityLedger(num_layers, num_experts)
         self._num_experts = num_experts
+        self._backlog: OwnerBacklog | None = None
+        if config.slack_s is not None:
+            self._backlog = OwnerBacklog(num_owners, config.slack_s, config.telemetry_s)
 
     def decide(
         self,
@@ -99,6 +121,7 @@ class HomeCapacity:
         topk_ids: npt.NDArray[np.int64],
         topk_weights: Float32Array,
         scores: Float32Array,
+        now: float,
     ) -> Pairs:
         """Which pairs of the tokens in `slots` [n] are computed, and where.
 
@@ -109,9 +132,15 @@ class HomeCapacity:
         """
         batch = self._batch(layer, slots, is_prefill, topk_ids, scores)
         owners = self._replicas.choose(layer, topk_ids)
-        selection = self._select(layer, batch, owners, scores) if batch.droppable.any() else policy.untouched(batch)
-        self.ledger.count(layer, topk_ids, selection)
-        self._account(slots, batch, selection)
+        if self._backlog is not None:
+            owners, selection = self._relieve(layer, slots, batch, owners, scores, self._backlog, now)
+        elif batch.droppable.any():
+            selection = self._select(layer, batch, owners, scores)
+        else:
+            selection = policy.untouched(batch)
+        mass_lost = policy.mass_lost(selection, batch.topk_scores)
+        self.ledger.count(layer, topk_ids, selection, mass_lost)
+        self._account(slots, batch, selection, mass_lost)
         weights = policy.weigh(selection, topk_weights, renormalise=self._renormalise)
         pairs = Pairs(selection.expert_ids, weights, self._owners(layer, topk_ids, owners, selection))
         width = self._config.pairs_per_token(topk_ids.shape[1], self._num_experts)
@@ -132,11 +161,52 @@ class HomeCapacity:
             droppable &= is_prefill if self._config.phase == "prefill" else ~is_prefill
         noise = None
         if self._config.metric == "random":
-            names = table.request_id[rows].astype(np.uint64) << np.uint64(32)
-            names ^= (tokens.position[slots].astype(np.uint64) << np.uint64(10)) ^ np.uint64(layer)
-            noise = policy.pair_noise(self._seed, names, topk_ids)
+            noise = policy.pair_noise(self._seed, self._names(layer, slots), topk_ids)
         topk_scores = np.take_along_axis(scores, topk_ids, axis=1)
         return RoutedBatch(topk_ids, topk_scores, droppable, tokens.drop_first[slots], noise)
+
+    def _names(self, layer: int, slots: Int32Array) -> npt.NDArray[np.uint64]:
+        """[n] names of tokens at a layer: the same whatever else is in the batch."""
+        tokens, table = self._batcher.tokens, self._batcher.table
+        names = table.request_id[tokens.row[slots]].astype(np.uint64) << np.uint64(32)
+        return names ^ (tokens.position[slots].astype(np.uint64) << np.uint64(10)) ^ np.uint64(layer)
+
+    def _relieve(
+        self,
+        layer: int,
+        slots: Int32Array,
+        batch: RoutedBatch,
+        owners: Int16Array,
+        scores: Float32Array,
+        backlog: OwnerBacklog,
+        now: float,
+    ) -> tuple[Int16Array, Selection]:
+        """Owners [n, K] after moves to replicas, and the pairs that are left where workers are late."""
+        waits, num_owners = backlog.waits(now), self._replicas.num_owners
+        ends = ends_of(receivers(owners, num_owners), waits)
+        assert self._config.slack_s is not None
+        backlog.late = hysteresis(backlog.late, ends, waits.is_known, self._config.slack_s)
+        if not backlog.late.any():
+            return owners, policy.untouched(batch)
+        owners = move_to_replicas(batch, owners, self._replicas.owners[layer], waits, backlog.late)
+        lost = late_pairs(batch, owners, waits, backlog.late, keep_best=self._config.keep_best)
+        if self._config.mode == "drop" or not lost.any():
+            return owners, policy.without(batch, lost)
+        goes = receivers(np.where(lost, np.int16(-1), owners), num_owners)
+        draws = np.broadcast_to(np.arange(2), (len(slots), 2))
+        noise = policy.pair_noise(self._seed, self._names(layer, slots), draws)
+        new = two_choices(batch, lost, scores, self._replicas.main_owner(layer), goes, waits, noise)
+        return owners, policy.replaced(batch, lost, new, scores)
+
+    def heard(self, owner: int, batch: Batch, now: float) -> None:
+        """An answer has come, with what the expert worker tells of its backlog."""
+        if self._backlog is not None:
+            self._backlog.hear(owner, batch.backlog_s, batch.row_s, now)
+
+    def sent(self, dispatched: BoolArray) -> None:
+        """Rows `dispatched` [n, D] are on their way."""
+        if self._backlog is not None:
+            self._backlog.send(dispatched.sum(axis=0))
 
     def _select(self, layer: int, batch: RoutedBatch, owners: Int16Array, scores: Float32Array) -> Selection:
         config = self._config
@@ -196,11 +266,17 @@ class HomeCapacity:
         chosen[rows] = touched
         return chosen
 
-    def _account(self, slots: Int32Array, batch: RoutedBatch, selection: Selection) -> None:
+    def snapshot(self) -> CapacitySnapshot:
+        """All that has been taken so far."""
+        return self.ledger.snapshot("factor" if self._backlog is None else "slack")
+
+    def _account(
+        self, slots: Int32Array, batch: RoutedBatch, selection: Selection, mass_lost: policy.FloatArray
+    ) -> None:
         columns = np.empty((len(slots), NUM_USAGE_COLUMNS))
         columns[:, UsageColumn.PAIRS] = batch.is_pair.sum(axis=1)
         columns[:, UsageColumn.DROPPED] = selection.num_dropped
         columns[:, UsageColumn.REROUTED] = selection.num_rerouted
-        columns[:, UsageColumn.MASS_LOST] = policy.mass_lost(selection, batch.topk_scores)
+        columns[:, UsageColumn.MASS_LOST] = mass_lost
         columns[:, UsageColumn.TOKENS] = 1
         np.add.at(self._batcher.table.usage, self._batcher.tokens.row[slots], columns)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from amoe.core.backlog import WorkMeter
 from amoe.core.expert_waves import ExpertWaves
 from amoe.core.lockstep import ExpertsBarrier
 from amoe.core.micro_queue import MicroQueues
@@ -26,6 +27,7 @@ class ExpertsCore:
             place at a time, so no two live tokens share it.
         barrier: lockstep only.
         waves: schedule `waves` only.
+        meter: what homes are told of the work that waits here; None: nothing.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class ExpertsCore:
         queues: MicroQueues,
         barrier: ExpertsBarrier | None = None,
         waves: ExpertWaves | None = None,
+        meter: WorkMeter | None = None,
     ) -> None:
         self.rank = rank
         self._home_ranks = tuple(home_ranks)
@@ -45,6 +48,7 @@ class ExpertsCore:
         self._queues = queues
         self._barrier = barrier
         self._waves = waves
+        self._meter = meter
         self._latest_iteration = 0
         # Where the token in each place of the slab stands: its slot's generation, then the layer.
         self._stamps: Int64Array = np.full(len(home_ranks) * slots_per_home, -1, np.int64)
@@ -102,6 +106,7 @@ class ExpertsCore:
 
     def _replies(self, block: BlockId, homes: Int32Array, slots: Int32Array, generations: Int32Array) -> list[Outgoing]:
         epoch, waiting = self._barrier.complete(block) if self._barrier is not None else (0, frozenset())
+        backlog_s, row_s = self._meter.measure() if self._meter is not None else (0.0, 0.0)
         bounds = np.searchsorted(homes, np.arange(len(self._home_ranks) + 1))
         replies = []
         for home, home_rank in enumerate(self._home_ranks):
@@ -119,6 +124,8 @@ class ExpertsCore:
                 slots=slots[start:end],
                 generations=generations[start:end],
                 latest_iteration=self._latest_iteration,
+                backlog_s=backlog_s,
+                row_s=row_s,
             )
             replies.append(Outgoing(batch, slice(start, end)))
         return replies

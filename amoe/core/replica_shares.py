@@ -18,15 +18,15 @@ class ReplicaShares:
     Args:
         owners: [num_layers, num_experts, R] owners of each expert's replicas, -1 where there is none.
         rank: of the home, so that homes do not all round the same way.
+        num_owners: D.
 
     Attributes:
         shares: [num_layers, num_experts, R] in force.
-        num_owners: D.
     """
 
-    def __init__(self, owners: Int16Array, rank: int) -> None:
+    def __init__(self, owners: Int16Array, rank: int, num_owners: int) -> None:
         self.owners = owners
-        self.num_owners = int(owners.max()) + 1
+        self.num_owners = num_owners
         self._phases = _GOLDEN * (rank + np.arange(owners.shape[1]))
         self._batches = [0] * len(owners)
         self.set(primary_shares(owners))

@@ -143,6 +143,8 @@ def record(core: WorkerCore, config: EngineConfig, shape: ModelShape, owners: In
         (core, "start", lambda now: (now, None), lambda outgoing: [_encode_outgoing(outgoing), _usage(core)]),
         (core, "next_step", lambda now: (now, None), _encode_step),
     ]
+    if config.capacity.slack_s is not None:
+        calls.append((core, "observe", lambda step, seconds: (None, seconds), lambda _: None))
     if attention is not None:
         calls += [
             (attention.batcher, "add", _encode_request, lambda sequence: sequence.arrival),
@@ -179,7 +181,7 @@ def _intercept(
 
 def encode_batch(batch: Batch) -> dict[str, Any]:
     """Header and columns; no payload."""
-    headers = {name: int(getattr(batch, name)) for name in _HEADERS}
+    headers = {name: _plain(getattr(batch, name)) for name in _HEADERS}
     return headers | {name: getattr(batch, name).tolist() for name in _COLUMNS}
 
 
@@ -190,6 +192,10 @@ def decode_batch(encoded: dict[str, Any]) -> Batch:
         if columns[name].ndim == 1:
             columns[name] = columns[name].reshape(0, 0)
     return Batch(**(encoded | columns | {"kind": BatchKind(encoded["kind"])}))
+
+
+def _plain(value: float) -> float:
+    return value if isinstance(value, float) else int(value)
 
 
 def _as_list(array: Any) -> Any:

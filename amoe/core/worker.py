@@ -18,6 +18,7 @@ import numpy as np
 
 from amoe.config import EngineConfig
 from amoe.core.attention import AttentionCore
+from amoe.core.backlog import WorkMeter
 from amoe.core.batcher import Batcher
 from amoe.core.capacity import HomeCapacity
 from amoe.core.expert_waves import ExpertWaves
@@ -89,6 +90,7 @@ class WorkerCore:
         self._gates: WaveGates | None = None
         self._home_waves: HomeWaves | None = None
         self._expert_waves: ExpertWaves | None = None
+        self._meter = WorkMeter(self.queues) if config.capacity.slack_s is not None else None
         self.attention: AttentionCore | None = None
         self.experts: ExpertsCore | None = None
         if scheduler.schedule == "waves":
@@ -129,7 +131,7 @@ class WorkerCore:
                 gates=self._gates,
                 controller=wave_controller,
             )
-        replicas = ReplicaShares(owners, rank)
+        replicas = ReplicaShares(owners, rank, len(owner_ranks))
         return AttentionCore(
             rank=rank,
             owner_ranks=owner_ranks,
@@ -152,6 +154,7 @@ class WorkerCore:
             batcher,
             seed=config.seed,
             renormalise=self._shape.renormalises,
+            num_owners=len(owner_ranks),
             local_owner=owner_ranks.index(self.rank) if self.rank in owner_ranks else None,
         )
 
@@ -168,6 +171,7 @@ class WorkerCore:
             queues=self.queues,
             barrier=self._experts_barrier,
             waves=self._expert_waves,
+            meter=self._meter,
         )
 
     @property
@@ -220,6 +224,11 @@ class WorkerCore:
         if kind is BlockKind.HEAD:
             return self.attention.head_step(index)
         return self.attention.attention_step(index)
+
+    def observe(self, step: Step, seconds: float) -> None:
+        """A step has taken so long. Needed only where capacity looks at backlogs."""
+        if self._meter is not None:
+            self._meter.observe(step.block.kind, step.num_tokens, seconds)
 
     def next_deadline(self, now: float) -> float | None:
         """When to call `start` and `next_step` again though no batch has come: the time at which somebody who waits for

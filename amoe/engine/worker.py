@@ -87,7 +87,9 @@ class Worker:
         step = self.core.next_step(now)
         if step is not None:
             self._run(step)
-            self.stats.observe(step, self._clock.now() - now)
+            seconds = self._clock.now() - now
+            self.stats.observe(step, seconds)
+            self.core.observe(step, seconds)
         self._transport.flush()
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + HEARTBEAT_S

@@ -71,6 +71,8 @@ class StatsKeeper:
             stats.expert_pairs = self._expert_pairs.tolist()
         if home is not None:
             stats.join_waits = home.core.join_waits.snapshot("experts")
+            if home.core.capacity is not None:
+                stats.capacity = home.core.capacity.snapshot()
             _describe_sequences(stats, home.core.batcher)
         return stats
 

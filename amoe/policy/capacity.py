@@ -118,7 +118,7 @@ def drop(
         keep_best: a token's first pair stays even where there is no room.
     """
     lost, over = _overflow(batch, groups, capacity, metric, keep_best)
-    return _without(batch, lost, over)
+    return without(batch, lost, over)
 
 
 def reroute(
@@ -141,14 +141,14 @@ def reroute(
     wanted = lost.sum(axis=1)
     losers = np.flatnonzero(wanted)
     if len(losers) == 0:
-        return _without(batch, lost, over)
+        return without(batch, lost, over)
     bids = scores[losers].astype(np.float64)
     held = np.where(batch.is_pair[losers], batch.topk_ids[losers], 0)
     np.put_along_axis(bids, held, -np.inf, axis=1)
     assigned = match_best(bids, wanted[losers], np.maximum(0, capacity - taken), group_of_expert)
     new = np.zeros(scores.shape, np.bool_)
     new[losers] = assigned
-    return _replaced(batch, lost, new, scores, over)
+    return replaced(batch, lost, new, scores, over)
 
 
 def expand(
@@ -178,12 +178,45 @@ def expand(
     if at_most_k:
         chosen = _best_of_row(chosen, scores, batch.topk_ids.shape[1], protected)
     lost = batch.is_pair & ~np.take_along_axis(chosen, np.maximum(batch.topk_ids, 0), axis=1)
-    return _replaced(batch, lost, chosen & ~routed, scores, over)
+    return replaced(batch, lost, chosen & ~routed, scores, over)
 
 
 def untouched(batch: RoutedBatch) -> Selection:
     """All that the router wants."""
-    return _without(batch, np.zeros(batch.topk_ids.shape, np.bool_), 0)
+    return without(batch, np.zeros(batch.topk_ids.shape, np.bool_))
+
+
+def without(batch: RoutedBatch, lost: BoolArray, over: int = 0) -> Selection:
+    """The router's pairs without `lost` [n, K]; `over`: see `Selection.num_over`."""
+    stays = batch.is_pair & ~lost
+    return Selection(
+        expert_ids=np.where(stays, batch.topk_ids, -1),
+        scores=np.where(stays, batch.topk_scores, np.float32(0)),
+        touched=np.any(lost, axis=1, keepdims=True).ravel(),
+        lost=lost,
+        num_new=np.zeros(len(lost), np.int64),
+        num_over=over,
+    )
+
+
+def replaced(batch: RoutedBatch, lost: BoolArray, new: BoolArray, scores: Float32Array, over: int = 0) -> Selection:
+    """The router's pairs without `lost` [n, K] and with `new` [n, E]; touched rows are sorted, best first."""
+    touched = np.any(lost, axis=1, keepdims=True).ravel() | np.any(new, axis=1, keepdims=True).ravel()
+    rows = np.flatnonzero(touched)
+    mask = new[rows]
+    stays = batch.is_pair[rows] & ~lost[rows]
+    at, column = np.nonzero(stays)
+    mask[at, batch.topk_ids[rows[at], column]] = True
+    width = max(batch.topk_ids.shape[1], int(mask.sum(axis=1).max(initial=0)))
+    ids = np.full((len(touched), width), -1, np.int64)
+    values = np.zeros((len(touched), width), np.float32)
+    ids[:, : batch.topk_ids.shape[1]] = batch.topk_ids
+    values[:, : batch.topk_ids.shape[1]] = np.where(batch.is_pair, batch.topk_scores, np.float32(0))
+    best = np.argsort(np.where(mask, -scores[rows], np.inf), axis=1, kind="stable")[:, :width]
+    there = np.take_along_axis(mask, best, axis=1)
+    ids[rows, : best.shape[1]] = np.where(there, best, -1)
+    values[rows, : best.shape[1]] = np.where(there, np.take_along_axis(scores[rows], best, axis=1), np.float32(0))
+    return Selection(ids, values, touched, lost, new.sum(axis=1).astype(np.int64), over)
 
 
 def weigh(selection: Selection, topk_weights: Float32Array, *, renormalise: bool) -> Float32Array:
@@ -318,35 +351,3 @@ def _best_of_row(chosen: BoolArray, scores: Float32Array, most: int, protected: 
     value = np.where(chosen, np.where(protected, np.inf, scores), -np.inf)
     ranks = np.argsort(np.argsort(-value, axis=1, kind="stable"), axis=1, kind="stable")
     return chosen & (ranks < most)
-
-
-def _without(batch: RoutedBatch, lost: BoolArray, over: int) -> Selection:
-    stays = batch.is_pair & ~lost
-    return Selection(
-        expert_ids=np.where(stays, batch.topk_ids, -1),
-        scores=np.where(stays, batch.topk_scores, np.float32(0)),
-        touched=np.any(lost, axis=1, keepdims=True).ravel(),
-        lost=lost,
-        num_new=np.zeros(len(lost), np.int64),
-        num_over=over,
-    )
-
-
-def _replaced(batch: RoutedBatch, lost: BoolArray, new: BoolArray, scores: Float32Array, over: int) -> Selection:
-    """The router's pairs without `lost` [n, K] and with `new` [n, E]; touched rows are sorted, best first."""
-    touched = np.any(lost, axis=1, keepdims=True).ravel() | np.any(new, axis=1, keepdims=True).ravel()
-    rows = np.flatnonzero(touched)
-    mask = new[rows]
-    stays = batch.is_pair[rows] & ~lost[rows]
-    at, column = np.nonzero(stays)
-    mask[at, batch.topk_ids[rows[at], column]] = True
-    width = max(batch.topk_ids.shape[1], int(mask.sum(axis=1).max(initial=0)))
-    ids = np.full((len(touched), width), -1, np.int64)
-    values = np.zeros((len(touched), width), np.float32)
-    ids[:, : batch.topk_ids.shape[1]] = batch.topk_ids
-    values[:, : batch.topk_ids.shape[1]] = np.where(batch.is_pair, batch.topk_scores, np.float32(0))
-    best = np.argsort(np.where(mask, -scores[rows], np.inf), axis=1, kind="stable")[:, :width]
-    there = np.take_along_axis(mask, best, axis=1)
-    ids[rows, : best.shape[1]] = np.where(there, best, -1)
-    values[rows, : best.shape[1]] = np.where(there, np.take_along_axis(scores[rows], best, axis=1), np.float32(0))
-    return Selection(ids, values, touched, lost, new.sum(axis=1).astype(np.int64), over)

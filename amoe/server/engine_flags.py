@@ -10,11 +10,16 @@ import re
 
 from amoe.builtin import builtin_model_path
 from amoe.config import (
+    CAPACITY_METRICS,
+    CAPACITY_MODES,
+    CAPACITY_PHASES,
+    CAPACITY_SCOPES,
     CPU_RIDGE_TOKENS,
     DTYPES,
     GPU_RIDGE_TOKENS,
     SCHEDULES,
     CacheConfig,
+    CapacityConfig,
     EngineConfig,
     PlacementConfig,
     SchedulerConfig,
@@ -46,6 +51,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     _add_scheduler_flags(parser)
     _add_cache_flags(parser)
     _add_steering_flags(parser)
+    add_capacity_flags(parser)
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -201,6 +207,81 @@ def _add_steering_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_capacity_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `CapacityConfig`."""
+    capacity = CapacityConfig()
+    group = parser.add_argument_group(
+        "capacity",
+        "speed for quality: drop or reroute (token, expert) pairs of overloaded experts; off, and lossless, without "
+        "--capacity-factor and --capacity-slack (docs/capacity.md)",
+    )
+    group.add_argument(
+        "--capacity-factor",
+        type=float,
+        metavar="X",
+        help="an expert takes at most X times its even share of a micro-batch's pairs, as in 1.5",
+    )
+    group.add_argument(
+        "--capacity-slack",
+        type=float,
+        metavar="SECONDS",
+        help="instead: touch a pair where its worker would answer so much later than the token's other workers",
+    )
+    group.add_argument(
+        "--capacity-mode",
+        choices=CAPACITY_MODES,
+        default=capacity.mode,
+        help="drop; reroute to the best expert with room; expanded: experts fill up with tokens that are there anyway",
+    )
+    group.add_argument(
+        "--capacity-metric", choices=CAPACITY_METRICS, default=capacity.metric, help="of drop: who stays"
+    )
+    group.add_argument(
+        "--capacity-scope",
+        choices=CAPACITY_SCOPES,
+        default=capacity.scope,
+        help="the cap is on each expert, or on the sum of a worker's experts",
+    )
+    group.add_argument("--capacity-phase", choices=CAPACITY_PHASES, default=capacity.phase, help="whose pairs")
+    group.add_argument(
+        "--capacity-keep-best",
+        action=argparse.BooleanOptionalAction,
+        default=capacity.keep_best,
+        help="never touch a token's best pair",
+    )
+    group.add_argument(
+        "--capacity-exceed-top-k",
+        action="store_true",
+        help="of expanded: a token may end with more pairs than the model's top-k, as in the paper",
+    )
+    group.add_argument(
+        "--capacity-telemetry",
+        type=float,
+        default=capacity.telemetry_s,
+        metavar="SECONDS",
+        help="of --capacity-slack: what a worker told of its backlog counts for so long",
+    )
+
+
+def capacity_config(args: argparse.Namespace) -> CapacityConfig:
+    """What `add_capacity_flags` describe.
+
+    Raises:
+        ConfigError: naming the flag that cannot work.
+    """
+    return CapacityConfig(
+        factor=args.capacity_factor,
+        slack_s=args.capacity_slack,
+        mode=args.capacity_mode,
+        metric=args.capacity_metric,
+        scope=args.capacity_scope,
+        phase=args.capacity_phase,
+        keep_best=args.capacity_keep_best,
+        exceed_top_k=args.capacity_exceed_top_k,
+        telemetry_s=args.capacity_telemetry,
+    )
+
+
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The configuration that the flags describe.
 
@@ -241,4 +322,5 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
             enable_prefix_caching=args.enable_prefix_caching,
         ),
         steering=SteeringConfig(interval_s=args.steer_interval, ridge_tokens=args.ridge_tokens),
+        capacity=capacity_config(args),
     )

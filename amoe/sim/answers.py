@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from amoe.core.batcher import Batcher
 from amoe.core.steps import AttentionStep, HeadStep
-from amoe.profiles.routing import RoutingModel
+from amoe.profiles.routing import RoutingModel, scores_of
 from amoe.sim.worker import Routing
 from amoe.types import BoolArray, Float32Array, Int64Array
 
@@ -20,6 +20,7 @@ class ModelledAnswers:
     """Answers of one attention worker. A sequence ends at its `max_tokens`.
 
     Args:
+        with_scores: make up the router's scores of all experts too, for capacity.
         on_tokens: called with the request_ids [n] that get a token, which of them end [n], and the time.
     """
 
@@ -32,12 +33,14 @@ class ModelledAnswers:
         sparse_layers: Sequence[bool],
         top_k: int,
         on_tokens: OnTokens,
+        with_scores: bool = False,
     ) -> None:
         self._batcher = batcher
         self._routing = routing
         self._rng = rng
         self._sparse = tuple(sparse_layers)
         self._on_tokens = on_tokens
+        self._with_scores = with_scores
         num_rows = len(batcher.table.sequences)
         self._request_id: Int64Array = np.zeros(num_rows, np.int64)
         self._max_tokens: Int64Array = np.zeros(num_rows, np.int64)
@@ -50,7 +53,11 @@ class ModelledAnswers:
         if not self._sparse[layer]:
             return None
         count = step.num_tokens
-        return Routing(self._routing.draw(self._rng, layer, count, now), self._weights[:count])
+        topk_ids = self._routing.draw(self._rng, layer, count, now)
+        scores = None
+        if self._with_scores:
+            scores = scores_of(self._rng, topk_ids, self._routing.popularity(now)[layer])
+        return Routing(topk_ids, self._weights[:count], scores)
 
     def sample(self, step: HeadStep, now: float) -> tuple[Int64Array, BoolArray]:
         """Token 0 for everybody."""

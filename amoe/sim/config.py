@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.config import CacheConfig, CapacityConfig, EngineConfig, PlacementConfig, SchedulerConfig
 from amoe.core.worker import ModelShape
 from amoe.errors import ConfigError
 from amoe.profiles.devices import DeviceProfile
@@ -121,6 +121,7 @@ class SimConfig:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=lambda: CacheConfig(enable_prefix_caching=False))
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)
     host: HostModel = HostModel()
     slowdowns: tuple[Slowdown, ...] = ()
     outages: tuple[Outage, ...] = ()
@@ -169,4 +170,5 @@ class SimConfig:
             placement=self.placement,
             scheduler=self.scheduler,
             cache=self.cache,
+            capacity=self.capacity,
         )

@@ -72,7 +72,7 @@ class Device:
         self._last_begin, self._last_end = begin, end
         self.meter.begin(step, begin, seconds, host_s)
         if end < math.inf:
-            self._events.at(end, self._on_finish, step)
+            self._events.at(end, self._on_finish, (step, end - now))
 
     def _sleep(self, now: float) -> None:
         """Until something comes, or the core wants to look again."""
@@ -80,9 +80,9 @@ class Device:
         if deadline is not None:
             self._turn_no_later_than(max(deadline, now + SHORTEST_NAP_S))
 
-    def _on_finish(self, step: Step) -> None:
-        now = self._events.now
+    def _on_finish(self, run: tuple[Step, float]) -> None:
+        now, (step, seconds) = self._events.now, run
         self.meter.end(now)
-        self.worker.finish(step, now)  # what it sends to itself is found in the turn that follows
+        self.worker.finish(step, now, seconds)  # what it sends to itself is found in the turn that follows
         self._is_busy = False
         self._turn()

@@ -50,12 +50,14 @@ class Turn:
         messages: entries of requests that come, of those that are aborted, and of other shares.
         batches: that have arrived.
         answer: entry of what the router or the sampler says, if the turn runs a block that asks them.
+        seconds: that the block took, where the core was told.
     """
 
     now: float = 0.0
     messages: list[Entry] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
     answer: Entry | None = None
+    seconds: float | None = None
 
 
 class Shell(Protocol):
@@ -167,7 +169,7 @@ class VirtualShell:
             return
         if isinstance(step, ExpertsStep) or self._answers.is_for(step):
             answered_at = None if turn.answer is None else turn.answer.now
-            worker.finish(step, turn.now if answered_at is None else answered_at)
+            worker.finish(step, turn.now if answered_at is None else answered_at, turn.seconds)
 
 
 def new_request(entry: Entry) -> NewRequest:
@@ -193,6 +195,8 @@ def _turns(entries: Sequence[Entry]) -> Iterator[Turn]:
         elif entry.call == "start":
             turn.now = entry.now or 0.0
             is_begun = True
+        elif entry.call == "observe":
+            turn.seconds = entry.given
         elif entry.call != "next_step":
             turn.answer = entry
     if is_begun:

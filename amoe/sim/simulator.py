@@ -93,6 +93,7 @@ class Simulator:
                 sparse_layers=sizes.sparse_layers,
                 top_k=sizes.top_k,
                 on_tokens=self._on_tokens,
+                with_scores=config.capacity.is_on,
             )
         timer = StepTimer(
             sizes,

@@ -86,11 +86,16 @@ class VirtualWorker:
         self._send(self.core.start(now))
         return self.core.next_step(now)
 
-    def finish(self, step: Step, now: float) -> None:
-        """`step` has run: tell the core, and send what it has brought."""
+    def finish(self, step: Step, now: float, seconds: float | None = None) -> None:
+        """`step` has run for so many seconds (None: not known): tell the core, and send what it has brought."""
         if isinstance(step, ExpertsStep):
             self._send(step.replies)
-            return
+        else:
+            self._finish_at_home(step, now)
+        if seconds is not None:
+            self.core.observe(step, seconds)
+
+    def _finish_at_home(self, step: AttentionStep | HeadStep, now: float) -> None:
         attention, answers = self.core.attention, self.answers
         assert attention is not None and answers is not None, "only attention workers run attention and head"
         if isinstance(step, AttentionStep):

@@ -11,7 +11,9 @@
     36      count                 4
     40      epoch                 8
     48      latest_iteration      8
-    56      num_waves             2       and six bytes of padding
+    56      num_waves             2
+    58      backlog_s             4       float32
+    62      row_s                 2       float16, in microseconds
     64      slots, generations    4n each
     ...     iterations            4n      DISPATCH only, as are the next two
     ...     expert_weights        4nK
@@ -40,9 +42,10 @@ from amoe.types import Batch, BatchKind, Float32Array, Int16Array, Int32Array
 ALIGNMENT = 64
 HEADER_BYTES = 64
 MAGIC = int.from_bytes(b"AMOE", "little")
-VERSION = 2
+VERSION = 3
 
-_HEADER = struct.Struct("<QIBBBxHHiHHIIiqqH6x")
+_HEADER = struct.Struct("<QIBBBxHHiHHIIiqqHfe")
+_LARGEST_HALF = 65504.0
 _NO_PAYLOAD = 0
 _CODE_OF_DTYPE: dict[torch.dtype, int] = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _DTYPE_OF_CODE: dict[int, torch.dtype] = {code: dtype for dtype, code in _CODE_OF_DTYPE.items()}
@@ -220,6 +223,8 @@ def encode_into(batch: Batch, buffer: WireBuffer, offset: int = 0, layout: Layou
         batch.epoch,
         batch.latest_iteration,
         batch.num_waves,
+        batch.backlog_s,
+        min(batch.row_s * 1e6, _LARGEST_HALF),
     )
     return size
 
@@ -237,9 +242,8 @@ def decode(buffer: WireBuffer, offset: int = 0, limit: int | None = None) -> Bat
     if limit < HEADER_BYTES:
         raise TransportError(f"a record of {limit} bytes is shorter than its header")
     header = _HEADER.unpack_from(buffer.octets, offset)
-    size, magic, version, kind_code, code, src, dst, layer, wave, top_k, hidden_size, n, count, epoch, latest, waves = (
-        header
-    )
+    size, magic, version, kind_code, code, src, dst, layer, wave, top_k, hidden_size, n, count, *rest = header
+    epoch, latest, waves, backlog_s, row_us = rest
     kind = _KINDS.get(kind_code)
     if magic != MAGIC or version != VERSION or kind is None or code >= len(_ITEM_BYTES):
         raise TransportError(
@@ -283,4 +287,6 @@ def decode(buffer: WireBuffer, offset: int = 0, limit: int | None = None) -> Bat
         payload,
         latest,
         waves,
+        backlog_s,
+        row_us * 1e-6,
     )

@@ -10,15 +10,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amoe.config import CapacityConfig
+from amoe.config import CapacityConfig, PlacementConfig, SchedulerConfig
 from amoe.core.sequence import UsageColumn
 from tests.unit.core.examples import clusters
-from tests.unit.core.harness import Cluster, VirtualWorker, run_scenario
+from tests.unit.core.fake_model import ModelSpec
+from tests.unit.core.harness import Cluster, Request, Scenario, VirtualWorker, run_scenario
 from tests.unit.core.scenarios import SCHEDULES, scenarios
 
 
 @st.composite
 def capacities(draw):
+    if draw(st.booleans()):
+        return CapacityConfig(
+            slack_s=draw(st.sampled_from([1e-3, 0.0, 10.0])),
+            telemetry_s=draw(st.sampled_from([1e9, 1e-3])),
+            mode=draw(st.sampled_from(["drop", "reroute"])),
+            phase=draw(st.sampled_from(["both", "prefill", "decode"])),
+            keep_best=draw(st.booleans()),
+        )
     mode = draw(st.sampled_from(["drop", "reroute", "expanded"]))
     return CapacityConfig(
         factor=draw(st.sampled_from([0.5, 1.0, 0.01, 1.5])),
@@ -57,6 +66,23 @@ def test_aborts_duplicates_and_little_memory(scenario):
 @given(capacity_scenarios(replicas=True))
 def test_replicas_and_changing_shares(scenario):
     run_scenario(scenario)
+
+
+@pytest.mark.parametrize("mode", ["drop", "reroute"])
+def test_slow_workers_are_relieved(mode):
+    """Three workers, of which the second takes ten times as long as the others."""
+    requests = tuple(Request(i, i % 3, tuple(range(1 + i % 7, 9 + i % 7)), 12, exact=False) for i in range(24))
+    scenario = Scenario(
+        requests=requests,
+        spec=ModelSpec((True, True, True), 2, (0,) * 6, vocab=64),
+        placement=PlacementConfig(colocated=3),
+        scheduler=SchedulerConfig(schedule="progress", max_num_seqs=8, max_num_batched_tokens=64),
+        capacity=CapacityConfig(slack_s=1e-3, telemetry_s=10.0, mode=mode, phase="both"),
+    )
+    cluster = run_scenario(scenario)
+    lost = sum(home.core.attention.capacity.ledger.lost for home in cluster.homes)  # [L, E, 2]
+    assert lost[..., 1 if mode == "reroute" else 0].sum() > 0
+    assert lost[:, 2:4].sum() > lost.sum() / 2  # the experts of the second worker
 
 
 @clusters(20)

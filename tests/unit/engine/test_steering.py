@@ -52,7 +52,7 @@ class ModelledCluster:
             send=lambda rank, message: self.sent.append((rank, message)),
             tell=lambda state: self.told.append(replace(state)),
         )
-        self.replicas = [ReplicaShares(self.owners, rank) for rank in range(num_workers)]
+        self.replicas = [ReplicaShares(self.owners, rank, num_workers) for rank in range(num_workers)]
         self.costs = [self.device.costs(SIZES, rank) for rank in range(num_workers)]
         num_waves = 0 if schedule == "lockstep" else NUM_WAVES
         pairs = [[0] * SIZES.num_experts for _ in range(SIZES.num_layers)]

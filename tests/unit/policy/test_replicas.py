@@ -57,7 +57,7 @@ def test_equals_the_oracle(layer, num_tokens):
 @given(layers(), st.integers(0, 5))
 def test_pairs_go_to_replicas_that_have_a_share(layer, rank):
     owners, shares, rng = layer
-    replicas = ReplicaShares(owners[None], rank)
+    replicas = ReplicaShares(owners[None], rank, int(owners.max()) + 1)
     replicas.set(shares[None])
     for num_tokens in (0, 1, 3, 40):
         topk_ids = draw_tokens(rng, num_tokens, len(owners))
@@ -70,7 +70,7 @@ def test_pairs_go_to_replicas_that_have_a_share(layer, rank):
 def test_the_mean_follows_the_shares(layer, rank, num_tokens):
     """Batches of one token each are as fair as large ones: nothing is lost in rounding."""
     owners, shares, _ = layer
-    replicas = ReplicaShares(owners[None], rank)
+    replicas = ReplicaShares(owners[None], rank, int(owners.max()) + 1)
     replicas.set(shares[None])
     topk_ids = np.tile(np.arange(len(owners)), (num_tokens, 1))
     counts = np.zeros(owners.shape)
@@ -81,7 +81,7 @@ def test_the_mean_follows_the_shares(layer, rank, num_tokens):
 
 def test_one_awake_replica_is_a_lookup():
     owners = np.array([[[0, 1], [1, 0], [1, -1]]], np.int16)
-    replicas = ReplicaShares(owners, 0)
+    replicas = ReplicaShares(owners, 0, 4)
     topk_ids = np.array([[0, 1], [2, 0]])
     assert replicas.choose(0, topk_ids).tolist() == [[0, 1], [1, 0]]
     replicas.set(np.array([[[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]]))
@@ -101,4 +101,4 @@ def test_wrong_shares_are_refused(shares):
 def test_shares_begin_at_the_primaries():
     owners = replicate_experts(np.ones((2, 8)), 4, 3)
     assert (np.bincount(owners[0, :, 0]) == 2).all()
-    assert (ReplicaShares(owners, 0).shares == primary_shares(owners)).all()
+    assert (ReplicaShares(owners, 0, 4).shares == primary_shares(owners)).all()
