@@ -30,7 +30,7 @@ from amoe.engine.messages import (
 )
 from amoe.transport.base import Transport
 from amoe.transport.inproc import InprocFabric
-from amoe.types import SamplingParams, TokenLogprobs
+from amoe.types import CapacityUsage, SamplingParams, TokenLogprobs
 from tests.unit.core.harness import random_shares
 
 
@@ -62,8 +62,10 @@ class Finished:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     num_cached_tokens: int = 0
+    capacity: CapacityUsage | None = None
 
 
 class InprocCluster:
@@ -172,9 +174,12 @@ class InprocCluster:
                 request = self.requests[output.request_id]
                 assert request.finish_reason is None, "output after the terminal event"
                 request.token_ids += output.token_ids
+                assert not output.prompt_logprobs or not request.token_ids, "prompts come first"
                 request.logprobs += output.logprobs
+                request.prompt_logprobs += output.prompt_logprobs
                 request.finish_reason = output.finish_reason
                 request.num_cached_tokens = output.num_cached_tokens
+                request.capacity = output.capacity
 
 
 class _Clock:

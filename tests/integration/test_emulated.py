@@ -51,11 +51,13 @@ def cluster_of(config: EngineConfig) -> Iterator[InprocCluster]:
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=["one", "colocated", "apart", "replicas"])
 def test_every_request_gets_its_tokens(placement: PlacementConfig, schedule: ScheduleName) -> None:
     with cluster_of(config_of(FAST, placement, schedule)) as cluster:
-        ids = [cluster.add([7] * (1 + 5 * i), SamplingParams(max_tokens=3 + i)) for i in range(9)]
+        asked = [SamplingParams(max_tokens=3 + i, prompt_logprobs=2 if i % 4 == 0 else None) for i in range(9)]
+        ids = [cluster.add([7] * (1 + 5 * i), params) for i, params in enumerate(asked)]
         cluster.run()
         for index, request_id in enumerate(ids):
             request = cluster.requests[request_id]
             assert len(request.token_ids) == 3 + index
+            assert len(request.prompt_logprobs) == (5 * index if index % 4 == 0 else 0)
             assert request.finish_reason == "length", "no end of sequence is made up"
 
 

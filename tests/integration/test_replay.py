@@ -50,7 +50,9 @@ def record_cluster(checkpoint_factory):
         traces = [record(worker.core, config, shape) for worker in cluster.workers]
         rng = np.random.default_rng(0)
         prompts = [rng.integers(3, 101, size=length).tolist() for length in (1, 30, 7, 19, 40, 3, 12, 25)]
-        ids = [cluster.add(prompt, SamplingParams(max_tokens=9, temperature=0.0)) for prompt in prompts]
+        plain = SamplingParams(max_tokens=9, temperature=0.0)
+        params = [replace(plain, prompt_logprobs=(0 if index % 3 == 0 else None)) for index in range(len(prompts))]
+        ids = [cluster.add(*request) for request in zip(prompts, params, strict=True)]
         for _ in range(12):
             cluster.turn()
         cluster.abort(ids[1])

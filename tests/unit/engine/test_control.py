@@ -33,7 +33,7 @@ from amoe.engine.messages import (
 )
 from amoe.errors import TransportError
 from amoe.stats import HistogramSnapshot, QueueSnapshot, WorkerStats
-from amoe.types import SamplingParams, SequenceOutput, TokenLogprobs
+from amoe.types import CapacityUsage, SamplingParams, SequenceOutput, TokenLogprobs
 
 ids = st.integers(0, 2**31 - 1)
 finite = st.floats(allow_nan=False)
@@ -64,6 +64,8 @@ outputs = st.builds(
     st.sampled_from([None, "stop", "length", "abort", "error"]),
     st.none() | ids,
     ids,
+    st.none() | st.builds(CapacityUsage, ids, ids, ids, st.floats(0, 1)),
+    st.lists(st.builds(TokenLogprobs, finite, st.lists(ids, max_size=3), st.lists(finite, max_size=3)), max_size=3),
 )
 to_server = st.one_of(
     st.builds(Loading, ids, ids),
