@@ -105,7 +105,7 @@ def test_they_are_the_oracles(case: Case, root: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("schedule", [("waves", 2), ("progress", 1)], ids=str)
 def test_a_prompt_alone(schedule: tuple[str, int], root: Path) -> None:
-    """`max_tokens` 0: no token comes, and the sequence ends like any other; a prompt of one token has none to tell."""
+    """`max_tokens` 0: no token comes, and the sequence ends like any other. A prompt of one token has nothing to tell."""
     case = Case(*schedule, "qwen3_moe", "colocated2", "plain", 0)
     cluster = InprocCluster(case.config(checkpoint(root, case.arch, case.variant)))
     params = replace(case.params, max_tokens=0, prompt_logprobs=NUM_TOP)
@@ -113,7 +113,8 @@ def test_a_prompt_alone(schedule: tuple[str, int], root: Path) -> None:
     for index, result in enumerate(cluster.generate(case.prompts, params)):
         assert (result.token_ids, result.logprobs, result.finish_reason) == ([], [], "length")
         assert_equals(result.prompt_logprobs, case.prompts[index], logprobs[index], f"prompt {index}")
-    assert any(len(prompt) == 1 for prompt in case.prompts)
+    (shortest,) = cluster.generate([[5]], params)
+    assert (shortest.prompt_logprobs, shortest.finish_reason) == ([], "length")
     cluster.assert_nothing_left()
     cluster.close()
 
