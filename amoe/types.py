@@ -228,19 +228,19 @@ class SequenceOutput:
         request_id: the engine's number of the request.
         token_ids: new tokens; empty with a `finish_reason` that brings none.
         logprobs: one per new token if asked for, else empty.
-        prompt_logprobs: the next ones, if asked for: one per prompt token but the first, in order, over several outputs
-            that come before the first new token.
         finish_reason: set exactly once, in the sequence's one terminal event.
         stop_token: the stop id that ended it, where one did.
         num_cached_tokens: prompt tokens that the prefix cache spared.
         capacity: None where capacity is off.
+        prompt_logprobs: the next ones, if asked for: one per prompt token but the first, in order, over several outputs
+            that come before the first new token.
     """
 
     request_id: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     num_cached_tokens: int = 0
     capacity: CapacityUsage | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -105,7 +105,7 @@ def test_they_are_the_oracles(case: Case, root: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("schedule", [("waves", 2), ("progress", 1)], ids=str)
 def test_a_prompt_alone(schedule: tuple[str, int], root: Path) -> None:
-    """`max_tokens` 0: no token comes, and the sequence ends like any other. A prompt of one token has nothing to tell."""
+    """`max_tokens` 0: no token comes, and the sequence ends like any other, even after a single token."""
     case = Case(*schedule, "qwen3_moe", "colocated2", "plain", 0)
     cluster = InprocCluster(case.config(checkpoint(root, case.arch, case.variant)))
     params = replace(case.params, max_tokens=0, prompt_logprobs=NUM_TOP)
