@@ -1,0 +1,118 @@
+"""Run it: `python -m benchmarks.capacity_quality [--tables main,device,...] [--subsets 4] [--out DIR]`.
+
+Rows are written whenever a subset of the text is done, so that an interrupted run goes on where it was; the tables and
+plots are made from all rows that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from amoe.builtin import builtin_model_path
+from amoe.models.model import Model
+from benchmarks.capacity_quality import report
+from benchmarks.capacity_quality.capping import Batching
+from benchmarks.capacity_quality.measure import WINDOWS, difference_to_reference, load
+from benchmarks.capacity_quality.points import TABLES, Point, every_point
+from benchmarks.capacity_quality.task import DTYPES, Row, measure, texts
+
+_TOLERANCE = 1e-3  # of a logit, in float32
+
+
+def main() -> int:
+    """Measure what is missing, write the report. Returns the exit status."""
+    args = parse()
+    args.out.mkdir(parents=True, exist_ok=True)
+    file, started = args.out / "quality.json", time.monotonic()
+    earlier = {} if args.again or not file.exists() else json.loads(file.read_text(encoding="utf-8"))
+    rows: list[Row] = earlier.get("rows", [])
+    model = load(builtin_model_path())
+    verify(model)
+    points = every_point(model.config.num_experts / model.config.top_k, tuple(args.tables))
+    for subset in range(args.subsets):
+        done = {identity(row) for row in rows if row["subset"] == subset}
+        missing = [point for point in points if identity(point.key()) not in done]
+        rows += run_points(missing, subset, args)
+        content = {**facts(args, earlier.get("seconds", 0.0) + time.monotonic() - started), "rows": rows}
+        file.write_text(json.dumps(content, separators=(",", ":")).replace('{"table', '\n{"table') + "\n", "utf-8")
+    print(f"{time.monotonic() - started:.0f} s; report: {report.write(args.out)}")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.capacity_quality", description=__doc__)
+    parser.add_argument("--tables", type=lambda text: text.split(","), default=list(TABLES), help=", ".join(TABLES))
+    parser.add_argument("--subsets", type=int, default=4, help=f"of {WINDOWS} windows each; the text has 7")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="with a thread each")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/capacity"))
+    parser.add_argument("--again", action="store_true", help="measure also what is there already")
+    args = parser.parse_args()
+    unknown = [table for table in args.tables if table not in TABLES]
+    if unknown:
+        parser.error(f"there is no table {unknown[0]!r}; known: {', '.join(TABLES)}")
+    return args
+
+
+def facts(args: argparse.Namespace, seconds: float) -> Row:
+    """Where the rows come from."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "command": f"python -m benchmarks.capacity_quality --subsets {args.subsets} --dtype {args.dtype}",
+        "commit": found.stdout.strip() or "unknown",
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "seconds": round(seconds, 1),
+    }
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    """Equal for the rows of one point (those of its phases differ in nothing else)."""
+    names = ("table", "method", "factor", "keep_best", "scope", "local", "spread_mass", "prefill_batch", "decode_batch")
+    return tuple(row[name] for name in names)
+
+
+def verify(model: Model) -> None:
+    """The dropless path computes what the slow reference does."""
+    small = Batching(prompt=24, continuation=7, prefill=16, decode=2)
+    difference = difference_to_reference(model, texts(1)[0][:2, : 24 + 7 + 1], small)
+    if difference > _TOLERANCE:
+        raise AssertionError(f"logits differ from amoe.models.reference by {difference}")
+
+
+def run_points(points: list[Point], subset: int, args: argparse.Namespace) -> list[Row]:
+    """All rows of one subset, in the order of the points."""
+    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows: list[list[Row]] = [[] for _ in points]
+    context = multiprocessing.get_context("spawn")
+    with (
+        Progress(*columns, TimeRemainingColumn()) as progress,
+        ProcessPoolExecutor(args.processes, mp_context=context) as pool,
+    ):
+        bar = progress.add_task(f"subset {subset}", total=len(points))
+        futures = {
+            pool.submit(measure, point, subset, args.subsets, args.dtype): place for place, point in enumerate(points)
+        }
+        for future in as_completed(futures):
+            rows[futures[future]] = future.result()
+            progress.advance(bar)
+            if not progress.console.is_terminal:
+                progress.console.print(f"subset {subset}: {sum(map(bool, rows))} of {len(points)}")
+    return [row for point_rows in rows for row in point_rows]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,241 @@
+"""Tables and plots from the rows of `quality.json`: `quality.md` and SVGs beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.capacity_quality import plots
+from benchmarks.capacity_quality.task import Row
+from benchmarks.study.tables import group, markdown
+
+Rows = Sequence[Row]
+Column = tuple[str, Callable[[Rows], object]]
+
+
+class Paired:
+    """Rows against dropless on the same subsets of the text."""
+
+    def __init__(self, rows: Rows) -> None:
+        dropless = [row for row in rows if row["method"] == "dropless" and row["phase"] == "prefill"]
+        self._dropless = {row["subset"]: row for row in dropless}
+
+    def added(self, rows: Rows, part: str, name: str = "nats") -> tuple[float, float]:
+        """(mean, standard error over subsets) of what dropless does not have."""
+        values = [row[part][name] - self._dropless[row["subset"]][part][name] for row in rows]
+        error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        return float(np.mean(values)), error
+
+
+def perplexity(rows: Rows, part: str) -> float:
+    """Of all subsets together: they are of equal size."""
+    return math.exp(np.mean([row[part]["nats"] for row in rows]))
+
+
+def mean(rows: Rows, part: str, name: str) -> float:
+    """Over subsets."""
+    return float(np.mean([row[part][name] for row in rows]))
+
+
+def write(out: Path) -> Path:
+    """Write `quality.md` and the plots into `out`, where `quality.json` is; returns the path of the tables."""
+    content = json.loads((out / "quality.json").read_text(encoding="utf-8"))
+    rows: list[Row] = content["rows"]
+    complete = set.intersection(
+        *({row["subset"] for row in rows if row["table"] == t} for t in {r["table"] for r in rows})
+    )
+    rows = [row for row in rows if row["subset"] in complete]
+    paired = Paired(rows)
+    lines = [
+        "# Capacity and quality: figures\n",
+        f"`{content['command']}`, {content['date']}, commit {content['commit']}, {content['machine']}, "
+        f"{content['seconds']:.0f} s, {len(complete)} subsets. What they mean is told in "
+        "[2026-11-22-capacity-quality.md](../2026-11-22-capacity-quality.md).\n",
+        LEGEND,
+        *(text for make in SECTIONS for text in make(rows, paired)),
+    ]
+    main = [row for row in rows if row["table"] == "main"]
+    dropless = [row for row in rows if row["method"] == "dropless"]
+    plots.pairs(main, dropless, out / "pairs.svg")
+    plots.mass([row for row in rows if row["table"] != "baselines"], paired.added, out / "mass.svg")
+    path = out / "quality.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+LEGEND = """How to read the tables. *Added* is what the loss has more than dropless on the same text, in nats per token
+(0.01 nats is 1 % of perplexity), `±` its standard error over the subsets, *in brackets* where it is smaller than twice
+that: noise. Shares (%) are of the router's pairs (`dropped`, `rerouted`, `over`: kept beyond the cap because they are a
+token's best), of gate mass (`mass lost`), of (token, layer) without any expert (`empty`), `±` their standard deviation
+over the subsets where it is at least 0.1. `peak`: pairs of the most loaded expert over the even share, mean over
+micro-batches and layers; `device`: the same of the most loaded of the devices.
+"""
+
+
+def cost(paired: Paired, part: str) -> Column:
+    """Added nats of a part."""
+
+    def cell(rows: Rows) -> str:
+        value, error = paired.added(rows, part)
+        text = f"{value:+.4f} ± {error:.4f}"
+        return f"({text})" if abs(value) <= 2 * error else text
+
+    return f"{part}: added nats", cell
+
+
+def accuracy(paired: Paired, part: str) -> Column:
+    """Next-token accuracy, in percent, and by how many points it differs."""
+
+    def cell(rows: Rows) -> str:
+        value, error = (100 * x for x in paired.added(rows, part, "accuracy"))
+        text = f"{value:+.2f} ± {error:.2f}"
+        return f"{100 * mean(rows, part, 'accuracy'):.1f}, " + (f"({text})" if abs(value) <= 2 * error else text)
+
+    return "accuracy %", cell
+
+
+def shares(part: str) -> list[Column]:
+    """What was done to the tokens of a part."""
+
+    def share(name: str, factor: float, digits: int) -> Callable[[Rows], str]:
+        def cell(rows: Rows) -> str:
+            values = factor * np.array([row[part][name] for row in rows])
+            spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+            text = f"{values.mean():.{digits}f}"
+            return text + (f" ± {spread:.1f}" if factor > 1 and spread >= 0.1 else "")
+
+        return cell
+
+    columns: list[Column] = [("pairs/token", share("pairs_per_token", 1, 3))]
+    named = (("dropped", "dropped"), ("rerouted", "rerouted"), ("mass lost", "mass_lost"), ("empty", "empty"))
+    columns += [(title, share(name, 100, 1)) for title, name in (*named, ("over", "over"))]
+    return [*columns, ("peak", share("peak", 1, 2)), ("device", share("device_peak", 1, 2))]
+
+
+def perplexities(part: str) -> Column:
+    """Of a part."""
+    return f"{part}: perplexity", lambda rows: f"{perplexity(rows, part):.3f}"
+
+
+def table(rows: Iterable[Row], keys: Sequence[str], columns: Sequence[Column]) -> str:
+    """A line for each value of `keys`."""
+    names = {
+        "factor": "γ",
+        "prefill_batch": "prefill tokens",
+        "decode_batch": "decode tokens",
+        "keep_best": "keep best",
+    }
+    lines = [[*key, *(cell(members) for _, cell in columns)] for key, members in group(rows, keys).items()]
+    return markdown([names.get(key, key) for key in keys] + [name for name, _ in columns], lines)
+
+
+def _prefill_columns(paired: Paired) -> list[Column]:
+    rest = [perplexities("continuation"), cost(paired, "continuation"), accuracy(paired, "continuation")]
+    return [*shares("prompt"), perplexities("prompt"), cost(paired, "prompt"), *rest]
+
+
+def _both_columns(paired: Paired) -> list[Column]:
+    rest = [perplexities("continuation"), cost(paired, "continuation"), accuracy(paired, "continuation")]
+    return [*shares("continuation"), *rest]
+
+
+def _baselines(rows: Rows, paired: Paired) -> list[str]:
+    chosen = [row for row in rows if row["table"] == "baselines" and row["phase"] == "both"]
+    columns = [
+        ("pairs/token", lambda members: f"{mean(members, 'prompt', 'pairs_per_token'):.0f}"),
+        perplexities("prompt"),
+        cost(paired, "prompt"),
+        perplexities("continuation"),
+        cost(paired, "continuation"),
+        accuracy(paired, "continuation"),
+    ]
+    peaks = [f"{mean(chosen[:1], part, 'peak'):.2f} ({part})" for part in ("prompt", "continuation")]
+    return [
+        "## Without capacity\n",
+        "And what every token loses or gains with another number of experts, renormalised: the price of pairs that are "
+        f"taken without any choice. Peaks of dropless: {', '.join(peaks)}.\n",
+        table(chosen, ("method",), columns),
+    ]
+
+
+def _main(rows: Rows, paired: Paired) -> list[str]:
+    text = ["![perplexity over pairs per token](pairs.svg)\n", "![added loss over gate mass lost](mass.svg)\n"]
+    for keep_best in (True, False):
+        name = "a token's best pair is kept (the default)" if keep_best else "no pair is protected (the paper)"
+        for phase in ("prefill", "both"):
+            chosen = [
+                row
+                for row in rows
+                if row["table"] == "main" and row["phase"] == phase and row["keep_best"] == keep_best
+            ]
+            what = (
+                "prompts capped; shares are those of the prompts"
+                if phase == "prefill"
+                else ("decoding capped too; shares are those of the decoded tokens, the prompts' stand above")
+            )
+            columns = _prefill_columns(paired) if phase == "prefill" else _both_columns(paired)
+            text += [f"## {phase}: {name}\n", f"{what}.\n", table(chosen, ("method", "factor"), columns)]
+    return text
+
+
+def _extra(name: str, title: str, what: str, keys: tuple[str, ...]) -> Callable[[Rows, Paired], list[str]]:
+    def section(rows: Rows, paired: Paired) -> list[str]:
+        text = [f"## {title}\n", what + "\n"]
+        for phase, columns in (("prefill", _prefill_columns(paired)), ("both", _both_columns(paired))):
+            chosen = [row for row in rows if row["table"] == name and row["phase"] == phase]
+            text += [f"Phase {phase}:\n", table(chosen, keys, columns)]
+        return text
+
+    return section
+
+
+def _sizes(rows: Rows, paired: Paired) -> list[str]:
+    """With the rows of `main` at the size that all other tables have."""
+
+    def chosen(phase: str, varied: str) -> list[Row]:
+        usual = {"prefill_batch": 512, "decode_batch": 64}
+        fixed = next(name for name in usual if name != varied)
+        found = [
+            row
+            for row in rows
+            if row["phase"] == phase and row["method"] in ("drop by score", "reroute") and row["keep_best"]
+            if row["table"] == "sizes" or (row["table"] == "main" and row["factor"] in (1.0, 1.5))
+            if row[fixed] == usual[fixed]
+        ]
+        return sorted(found, key=lambda row: (row["method"], row["factor"], row[varied]))
+
+    prefill, both = chosen("prefill", "prefill_batch"), chosen("both", "decode_batch")
+    return [
+        "## The size of micro-batches\n",
+        "A prefill micro-batch of 32 tokens is a quarter of one prompt, 128 is one prompt, 512 are four.\n",
+        table(prefill, ("method", "factor", "prefill_batch"), _prefill_columns(paired)),
+        "Phase both, prompts in micro-batches of 512:\n",
+        table(both, ("method", "factor", "decode_batch"), _both_columns(paired)),
+    ]
+
+
+SECTIONS: tuple[Callable[[Rows, Paired], list[str]], ...] = (
+    _baselines,
+    _main,
+    _sizes,
+    _extra("device", "One cap per device", "Four devices of four experts; best pairs kept.", ("method", "factor")),
+    _extra(
+        "local",
+        "What expanded drop may add",
+        "`source`: a micro-batch lives on one device, whose experts all its tokens may add, as in the paper's text; "
+        "`all`: every token may add every expert, as in its published code. No pair is protected. Compare with `own` "
+        "in the tables above.",
+        ("local", "method", "factor"),
+    ),
+    _extra(
+        "weights",
+        "Weights that are not renormalised",
+        "The same decisions as above, but weights stay over the gate mass that the token's top-k had: what is dropped "
+        "is missing from the sum.",
+        ("method", "factor", "keep_best"),
+    ),
+)
