@@ -16,12 +16,18 @@ import httpx
 import openai
 import psutil
 import pytest
+import torch
+
+from amoe.models.config import load_model_config
+from amoe.models.loader import Blocks, load_model
+from amoe.models.reference import forward, greedy
 
 
 class Served:
     """A running `amoe serve`."""
 
     def __init__(self, model: Path, *flags: str) -> None:
+        self.model = model
         command = [sys.executable, "-m", "amoe.cli", "serve", str(model), "--port", "0", *flags]
         # A process group of its own, so that a signal to the tests does not reach it.
         self.process = subprocess.Popen(
@@ -152,3 +158,31 @@ def test_second_interrupt_kills(serve: Callable[..., Served]):
     served.signal(signal.SIGINT)
     assert served.wait() == 130
     stream.close()
+
+
+def test_log_probabilities_of_a_prompt(serve: Callable[..., Served]):
+    """What evaluation harnesses send: token ids, echo and logprobs, also streaming and also without any new token."""
+    served = serve("--expert-workers", "1", "--dtype", "float32", "--max-num-batched-tokens", "16")
+    path = served.model
+    model = load_model(path, config := load_model_config(path), Blocks.whole(config), dtype=torch.float32, device="cpu")
+    prompt = [7, 11, 13, 17, 19, 23] * 7
+    fields = {"model": None, "prompt": prompt, "temperature": 0, "logprobs": 1, "echo": True, "seed": 1234}
+    whole = served.client.completions.create(max_tokens=2, **fields).choices[0]
+    told = whole.logprobs
+    assert told.token_logprobs[0] is None
+    assert told.top_logprobs[0] is None
+    tokens = [*prompt, *(int(i) for i in greedy(model, prompt, 2))]
+    with torch.inference_mode():
+        expected = torch.log_softmax(forward(model, tokens), dim=-1)[:-1]
+    chosen = expected[range(len(expected)), tokens[1:]].tolist()
+    assert told.token_logprobs[1:] == pytest.approx(chosen, abs=1e-4)
+    best = [max(top.values()) for top in told.top_logprobs[1:]]
+    assert best == pytest.approx(expected.amax(dim=-1).tolist(), abs=1e-4)
+
+    alone = served.client.completions.create(max_tokens=0, **fields)
+    assert alone.choices[0].logprobs.token_logprobs[1:] == pytest.approx(chosen[: len(prompt) - 1], abs=1e-4)
+    assert (alone.choices[0].finish_reason, alone.usage.completion_tokens) == ("length", 0)
+
+    parts = [chunk.choices[0] for chunk in served.client.completions.create(max_tokens=2, stream=True, **fields)]
+    assert "".join(part.text for part in parts) == whole.text
+    assert [value for part in parts for value in part.logprobs.token_logprobs][1:] == pytest.approx(chosen, abs=1e-4)
