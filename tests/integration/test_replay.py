@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.config import CacheConfig, CapacityConfig, EngineConfig, PlacementConfig, SchedulerConfig
 from amoe.core.trace import Trace, record
 from amoe.core.worker import ModelShape, WorkerCore
 from amoe.engine.messages import AbortRequests, AddRequest, Steer
@@ -199,6 +199,35 @@ class FakeHome:
     def run_head(self, step) -> None:
         assert self.answers.is_for(step)
         self.core.on_head(step, *self.answers.sample(step, 0.0))
+
+
+CAPACITIES = (
+    CapacityConfig(factor=1.0, phase="both"),
+    CapacityConfig(factor=1.0, mode="reroute", scope="device", phase="both", keep_best=False),
+    CapacityConfig(factor=1.0, mode="expanded", exceed_top_k=True, phase="prefill"),
+    CapacityConfig(slack_s=1e-6, phase="both"),
+    CapacityConfig(slack_s=1e-6, mode="reroute", phase="both"),
+)
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES, ids=lambda item: f"{item.mode}-{item.factor or item.slack_s}")
+@pytest.mark.parametrize("schedule", ["progress", "waves"])
+def test_capacity_is_replayed_too(schedule, capacity, tmp_path):
+    config = make_config(
+        routing=log_normal_routing(SIZES, 1.0, seed=1),
+        workload=Workload(concurrency=7, num_requests=15, input=Lengths(mean=20), output=Lengths(mean=8)),
+        placement=PLACEMENTS["colocated2"],
+        scheduler=SchedulerConfig(schedule=schedule, max_num_seqs=5, max_num_batched_tokens=24),
+        capacity=capacity,
+    )
+    simulator = Simulator(config)
+    traces = [record(core, config.engine_config(), config.shape, config.owners) for core in simulator.cores]
+    assert simulator.run().output_tokens == 15 * 8
+    assert sum(core.attention.capacity.ledger.lost.sum() for core in simulator.cores) > 0
+    for trace in traces:
+        save_trace(trace, tmp_path / "trace")
+        assert load_trace(tmp_path / "trace") == trace
+        assert replay(trace) is None
 
 
 @pytest.mark.parametrize(("placement", "num_redundant"), [("colocated2", 0), ("colocated2", 2), ("1A1E", 0)])

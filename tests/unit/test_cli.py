@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from amoe import __version__, cli
-from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig, SteeringConfig
+from amoe.config import CacheConfig, CapacityConfig, EngineConfig, PlacementConfig, SchedulerConfig, SteeringConfig
+from amoe.errors import ConfigError
 from amoe.server import engine_flags
 from tests.fake_workers import make_tokenizer
 
@@ -58,6 +59,37 @@ def test_every_flag():
     config = engine_flags.engine_config(args)
     assert config.placement == PlacementConfig(colocated=2, redundant_experts=4, expert_load="f")
     assert config.steering == SteeringConfig(interval_s=0.0, ridge_tokens=9)
+    flags = """
+        --capacity-factor 1.5 --capacity-mode expanded --capacity-scope device --capacity-phase both
+        --no-capacity-keep-best --capacity-exceed-top-k
+    """
+    assert engine_flags.engine_config(parse("m", *flags.split())).capacity == CapacityConfig(
+        factor=1.5, mode="expanded", scope="device", phase="both", keep_best=False, exceed_top_k=True
+    )
+    flags = "--capacity-slack 0.002 --capacity-mode reroute --capacity-telemetry 3"
+    assert engine_flags.engine_config(parse("m", *flags.split())).capacity == CapacityConfig(
+        slack_s=0.002, mode="reroute", telemetry_s=3
+    )
+    config = engine_flags.engine_config(parse("m", "--capacity-factor", "1", "--capacity-metric", "random"))
+    assert config.capacity == CapacityConfig(factor=1.0, metric="random")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--capacity-factor 0", "--capacity-factor must be greater than 0"),
+        ("--capacity-slack -1", "--capacity-slack must be at least 0"),
+        ("--capacity-factor 1 --capacity-slack 1", "choose one"),
+        ("--capacity-slack 1 --capacity-mode expanded", "--capacity-slack goes with"),
+        ("--capacity-factor 1 --capacity-mode reroute --capacity-metric order", "--capacity-metric is for"),
+        ("--capacity-slack 1 --capacity-metric random", "--capacity-metric is for"),
+        ("--capacity-factor 1 --capacity-exceed-top-k", "--capacity-exceed-top-k is for"),
+        ("--capacity-slack 1 --capacity-telemetry 0", "--capacity-telemetry must be"),
+    ],
+)
+def test_capacities_that_cannot_work_are_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        engine_flags.engine_config(parse("m", *flags.split()))
 
 
 @pytest.mark.parametrize(("flag", "num_waves"), [((), None), (("--waves", "auto"), None), (("--waves", "3"), 3)])

@@ -10,6 +10,7 @@ from amoe.metrics import EngineMetrics, one_two_five_buckets
 from amoe.stats import (
     BATCH_SIZE_EDGES,
     JOIN_WAIT_EDGES,
+    CapacitySnapshot,
     LayerHistograms,
     QueueSnapshot,
     SteeringStats,
@@ -37,6 +38,10 @@ GOLDEN = {
     "amoe:owner_speed": ("gauge", {"worker"}),
     "amoe:prefix_cache_hits": ("counter", REQUEST_LABELS),
     "amoe:prefix_cache_queries": ("counter", REQUEST_LABELS),
+    "amoe:capacity_gate_mass_lost": ("counter", {"worker"}),
+    "amoe:capacity_pairs": ("counter", {"layer", "expert", "action", "reason", "worker"}),
+    "amoe:capacity_pairs_over": ("counter", {"worker"}),
+    "amoe:capacity_tokens": ("counter", {"worker"}),
     "amoe:prompt_tokens": ("counter", REQUEST_LABELS),
     "amoe:prompt_tokens_cached": ("counter", REQUEST_LABELS),
     "amoe:replica_pairs_moved_perc": ("gauge", {"model_name"}),
@@ -90,6 +95,7 @@ def metrics() -> EngineMetrics:
             queues=[QueueSnapshot("attention", 1, 4, 0.25)],
             batch_sizes=batch_sizes.snapshot("attention"),
             join_waits=joins.snapshot("experts"),
+            capacity=CapacitySnapshot("slack", [[1, 4, 6, 0], [2, 0, 1, 3]], 5, 2.5, 80),
         )
     )
     metrics.worker(WorkerStats(rank=1, role="experts", steps=3, expert_pairs=[[0, 8], [2, 0]]))
@@ -150,6 +156,17 @@ def test_worker_values(metrics: EngineMetrics):
     assert found["amoe:expert_pairs_total{expert=1,layer=0,worker=1}"] == 8
     assert "amoe:num_requests_running{engine=1}" not in found  # an expert worker has no requests
     assert "amoe:expert_pairs_total{expert=0,layer=0,worker=1}" not in found
+
+
+def test_capacity_values(metrics: EngineMetrics):
+    found = samples(metrics)
+    assert found["amoe:capacity_pairs_total{action=dropped,expert=4,layer=1,reason=slack,worker=0}"] == 6
+    assert found["amoe:capacity_pairs_total{action=rerouted,expert=0,layer=2,reason=slack,worker=0}"] == 3
+    assert "amoe:capacity_pairs_total{action=rerouted,expert=4,layer=1,reason=slack,worker=0}" not in found
+    assert found["amoe:capacity_pairs_over_total{worker=0}"] == 5
+    assert found["amoe:capacity_gate_mass_lost_total{worker=0}"] == 2.5
+    assert found["amoe:capacity_tokens_total{worker=0}"] == 80
+    assert "amoe:capacity_tokens_total{worker=1}" not in found, "where capacity is off nothing is told"
 
 
 def test_steering_values(metrics: EngineMetrics):

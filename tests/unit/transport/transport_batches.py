@@ -27,6 +27,7 @@ def make_batch(
     rng = np.random.default_rng(seed)
     count = num_tokens if count is None else count
     batch = Batch(kind, src, dst, layer, wave, epoch, count, latest_iteration=int(rng.integers(2**31)))
+    batch.backlog_s, batch.row_s = 0.25, 2.0**-20
     if kind == BatchKind.ANNOUNCE:
         return batch
     batch.slots = rng.integers(0, 2**31 - 1, num_tokens, dtype=np.int32)
@@ -42,7 +43,7 @@ def make_batch(
 
 def assert_same(actual: Batch, expected: Batch) -> None:
     """Bit equality of all that travels."""
-    for name in ("kind", "src", "dst", "layer", "wave", "epoch", "count", "latest_iteration"):
+    for name in ("kind", "src", "dst", "layer", "wave", "epoch", "count", "latest_iteration", "backlog_s"):
         assert getattr(actual, name) == getattr(expected, name), name
     names = ["slots", "generations"]
     if expected.kind == BatchKind.DISPATCH:
