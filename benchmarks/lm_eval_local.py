@@ -3,8 +3,8 @@
     python3 -m venv /tmp/lm-eval && /tmp/lm-eval/bin/pip install 'lm_eval[api]' transformers
     python -m benchmarks.lm_eval_local --lm-eval /tmp/lm-eval/bin/lm_eval
 
-lm-eval lives in an environment of its own: amoe needs nothing of it. The text is what the built-in model has never seen.
-lm-eval sends token ids with `echo`, `logprobs` 1 and `max_tokens` 1, in windows of which every token is scored once. The
+lm-eval lives in an environment of its own: amoe needs nothing of it. The text is what the built-in model has never
+seen. lm-eval sends token ids with `echo`, `logprobs` 1 and `max_tokens` 1, in windows; every token is scored once. The
 exit status is 1 where the two differ by more than `TOLERANCE` of the nats per token.
 """
 
