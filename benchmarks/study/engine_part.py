@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
-from amoe.bench.offline import OfflinePlan, Variant, measure
-from amoe.bench.record import summarise
-from amoe.bench.workload import RequestSpec
+from amoe.bench.offline import Variant
 from amoe.builtin import builtin_model_path
-from amoe.clock import MonotonicClock
-from amoe.cluster.front import running_engine
 from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
 from amoe.profiles.models import MODELS
 from amoe.profiles.routing import log_normal_routing
-from amoe.types import SamplingParams
+from benchmarks.emulated_run import run_emulated
 from benchmarks.study.points import STALE_SEED
 from benchmarks.study.task import Row, Task
 
@@ -50,31 +43,8 @@ def run_engine(workers: int, variant: str, sequences: int, tokens: int) -> list[
             ),
             cache=CacheConfig(enable_prefix_caching=False),
         )
-        return asyncio.run(_measure(config, workers, variant, sequences, tokens))
-
-
-async def _measure(config: EngineConfig, workers: int, variant: str, sequences: int, tokens: int) -> list[Row]:
-    rng = np.random.default_rng(0)
-    # Prompts of one token: all sequences fit into the first pass, and march together from then on.
-    specs = [RequestSpec(prompt=rng.integers(100, 200, size=1).tolist(), max_tokens=tokens) for _ in range(sequences)]
-    plan = OfflinePlan(warmup=[], specs=specs, concurrency=sequences, params=SamplingParams(ignore_eos=True))
-    async with running_engine(config) as (engine, _):
-        result = await measure(engine, plan, MonotonicClock())
-    figures = summarise(result.records)
-    arrivals = np.array([record.arrivals for record in result.records]) / SLOW[workers]
-    gaps = np.diff(arrivals, axis=1)
-    return [
-        {
-            "workers": workers,
-            "system": variant,
-            "sequences": sequences,
-            "throughput": sequences / gaps.mean() / workers,
-            "until_last": gaps.size / (arrivals.max() - np.median(arrivals[:, 0])) / workers,
-            "mean_itl_ms": gaps.mean() * 1e3,
-            "tail": float(np.percentile(gaps, 99) / gaps.mean()),
-            "failed": figures.failed,
-        }
-    ]
+        figures, _ = run_emulated(config, sequences, tokens, SLOW[workers])
+    return [{"workers": workers, "system": variant, **figures}]
 
 
 def tasks(extent: str) -> list[Task]:
