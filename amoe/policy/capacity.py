@@ -267,20 +267,34 @@ def match_best(bids: FloatArray, wanted: Int64Array, room: Int64Array, group_of_
     Returns:
         [n, E] assigned.
     """
-    open_bids = np.where(room[group_of_expert] > 0, bids, -np.inf)
-    held = np.zeros(bids.shape, np.bool_)
+    best_first = np.argsort(-bids, axis=1, kind="stable")
+    ranked, groups = np.take_along_axis(bids, best_first, axis=1), group_of_expert[best_first]
+    has_asked = np.zeros(bids.shape, np.bool_)
+    tokens = places = np.empty(0, np.int64)  # of the bids that are held: token, and place in its ranking
+    num_held = np.zeros(len(bids), np.int64)
+    limit = np.where(room > 0, -np.inf, np.inf)  # a group that is full holds nothing below
     while True:
-        asking = np.flatnonzero((held.sum(axis=1) < wanted) & (open_bids > -np.inf).any(axis=1))
-        if len(asking) == 0:
+        asking = np.flatnonzero(num_held < wanted)
+        may_ask = (ranked[asking] > limit[groups[asking]]) & ~has_asked[asking]
+        missing = (wanted - num_held)[asking, None]
+        rows, new = np.nonzero(may_ask & (np.cumsum(may_ask, axis=1) <= missing))
+        if len(rows) == 0:
+            held = np.zeros(bids.shape, np.bool_)
+            held[tokens, best_first[tokens, places]] = True
             return held
-        asked = open_bids[asking]
-        ranks = np.argsort(np.argsort(-asked, axis=1, kind="stable"), axis=1, kind="stable")
-        missing = (wanted[asking] - held[asking].sum(axis=1))[:, None]
-        held[asking] |= (ranks < missing) & (asked > -np.inf)
-        open_bids[held] = -np.inf  # whoever is refused later does not ask again
-        rows, experts = np.nonzero(held)
-        kept, _ = _first(group_of_expert[experts], -bids[rows, experts], None, None, room)
-        held[rows[~kept], experts[~kept]] = False
+        has_asked[asking[rows], new] = True
+        tokens, places = np.concatenate((tokens, asking[rows])), np.concatenate((places, new))
+        kept, _ = _first(groups[tokens, places], -ranked[tokens, places], None, None, room)
+        tokens, places = tokens[kept], places[kept]
+        num_held = np.bincount(tokens, minlength=len(bids))
+        limit = _lowest_of_full(groups[tokens, places], ranked[tokens, places], room)
+
+
+def _lowest_of_full(groups: Int64Array, bids: FloatArray, room: Int64Array) -> FloatArray:
+    """[G] the lowest of the `bids` [m] that a group holds, if it has no room left; -inf if it has."""
+    lowest = np.full(len(room), np.inf)
+    np.minimum.at(lowest, groups, bids)
+    return np.where(np.bincount(groups, minlength=len(room)) >= room, lowest, -np.inf)
 
 
 # ---- shared
