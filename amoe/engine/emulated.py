@@ -31,6 +31,7 @@ from amoe.types import Batch, BoolArray, Float32Array, Int16Array, Int32Array, I
 
 _PR_SET_TIMERSLACK = 29
 _POOL_TOKENS = 4096
+_SCORED_POOL_TOKENS = 1024  # scores of all experts take E / K times the memory
 
 
 class Waiter:
@@ -81,13 +82,13 @@ class RouterPool:
         self,
         routing: RoutingModel,
         rng: np.random.Generator,
-        pool_tokens: int = _POOL_TOKENS,
+        pool_tokens: int | None = None,
         *,
         with_scores: bool = False,
     ) -> None:
         self._routing = routing
         self._rng = rng
-        self._pool_tokens = pool_tokens
+        self._pool_tokens = pool_tokens or (_SCORED_POOL_TOKENS if with_scores else _POOL_TOKENS)
         self._with_scores = with_scores
         self._pools: dict[int, Int16Array] = {}
         self._scores: dict[int, Float32Array] = {}
