@@ -226,7 +226,7 @@ class SequenceOutput:
 
     Attributes:
         request_id: the engine's number of the request.
-        token_ids: new tokens; empty with a `finish_reason` that brings none.
+        token_ids: new tokens; empty with a `finish_reason` that brings none, or with `prompt_logprobs` alone.
         logprobs: one per new token if asked for, else empty.
         finish_reason: set exactly once, in the sequence's one terminal event.
         stop_token: the stop id that ended it, where one did.
