@@ -354,3 +354,26 @@ def test_a_scored_prompt_is_aborted_while_it_waits_for_the_head():
     finish_chunks(batcher, batcher.start())
     batcher.abort(1)
     assert_empty(batcher)
+
+
+def test_of_a_chunk_that_was_scored_in_part_only_the_rest_goes_to_the_head():
+    batcher = make(budget=6)
+    other, sequence = add(batcher, 1, 2), add(batcher, 2, 10, params=SCORED)
+    entry = batcher.start()
+    assert [len(chunk) for chunk in entry.chunks] == [2, 4]
+    finish_chunks(batcher, entry)
+    scored = entry.chunks[1]
+    assert positions(batcher, scored) == [0, 1, 2, 3]
+    batcher.finish_scoring(scored)
+    batcher._preempt(sequence)
+    sample(batcher, other, finished=True)
+    (chunk,) = batcher.start().chunks
+    assert positions(batcher, chunk) == [0, 1, 2, 3, 4, 5]
+    batcher.finish_chunk(int(chunk[-1]))
+    assert positions(batcher, batcher.members[int(chunk[-1])]) == positions(batcher, sequence.slots) == [4, 5]
+    assert batcher._prefill_in_flight == 2
+    assert batcher.slots.num_free == batcher.slots.num_slots - 2
+    batcher.finish_scoring(sequence.slots)
+    assert [positions(batcher, chunk) for chunk in batcher.start().chunks] == [[6, 7, 8, 9]]
+    batcher.abort(2)
+    assert_empty(batcher)
