@@ -1,7 +1,7 @@
 """Run it: `python -m benchmarks.capacity_quality [--tables main,device,...] [--subsets 4] [--out DIR]`.
 
-Rows are written whenever a subset of the text is done, so that an interrupted run goes on where it was; the tables and
-plots are made from all rows that are there.
+Rows are written as they come, so that an interrupted run goes on where it was; the tables and plots are made from all
+subsets of the text that are complete.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,12 +42,19 @@ def main() -> int:
     model = load(builtin_model_path())
     verify(model)
     points = every_point(model.config.num_experts / model.config.top_k, tuple(args.tables))
-    for subset in range(args.subsets):
-        done = {identity(row) for row in rows if row["subset"] == subset}
-        missing = [point for point in points if identity(point.key()) not in done]
-        rows += run_points(missing, subset, args)
+    done = {(row["subset"], identity(row)) for row in rows}
+    missing = [
+        (point, subset)
+        for subset in range(args.subsets)
+        for point in points
+        if (subset, identity(point.key())) not in done
+    ]
+    for found in run_points(missing, args):
+        rows += found
+        rows.sort(key=lambda row: (row["subset"], list(TABLES).index(row["table"])))  # stable
         content = {**facts(args, earlier.get("seconds", 0.0) + time.monotonic() - started), "rows": rows}
-        file.write_text(json.dumps(content, separators=(",", ":")).replace('{"table', '\n{"table') + "\n", "utf-8")
+        text = json.dumps(content, separators=(",", ":")).replace('{"table', '\n{"table')
+        file.write_text(text + "\n", encoding="utf-8")
     print(f"{time.monotonic() - started:.0f} s; report: {report.write(args.out)}")
     return 0
 
@@ -93,25 +101,21 @@ def verify(model: Model) -> None:
         raise AssertionError(f"logits differ from amoe.models.reference by {difference}")
 
 
-def run_points(points: list[Point], subset: int, args: argparse.Namespace) -> list[Row]:
-    """All rows of one subset, in the order of the points."""
+def run_points(missing: list[tuple[Point, int]], args: argparse.Namespace) -> Iterator[list[Row]]:
+    """The rows of each point and subset, as they come."""
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    rows: list[list[Row]] = [[] for _ in points]
     context = multiprocessing.get_context("spawn")
     with (
         Progress(*columns, TimeRemainingColumn()) as progress,
         ProcessPoolExecutor(args.processes, mp_context=context) as pool,
     ):
-        bar = progress.add_task(f"subset {subset}", total=len(points))
-        futures = {
-            pool.submit(measure, point, subset, args.subsets, args.dtype): place for place, point in enumerate(points)
-        }
-        for future in as_completed(futures):
-            rows[futures[future]] = future.result()
+        bar = progress.add_task("points", total=len(missing))
+        futures = [pool.submit(measure, point, subset, args.subsets, args.dtype) for point, subset in missing]
+        for count, future in enumerate(as_completed(futures), start=1):
+            yield future.result()
             progress.advance(bar)
             if not progress.console.is_terminal:
-                progress.console.print(f"subset {subset}: {sum(map(bool, rows))} of {len(points)}")
-    return [row for point_rows in rows for row in point_rows]
+                progress.console.print(f"{count} of {len(missing)}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.capacity_quality.task import Row
 from benchmarks.study.tables import group
@@ -18,6 +19,8 @@ from matplotlib import pyplot as plt  # the backend has to be chosen first
 
 plt.rcParams.update({"svg.hashsalt": "amoe", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 
+Floats = npt.NDArray[np.float64]
+Added = Callable[[Sequence[Row], str], tuple[float, float]]  # rows and part to (mean, standard error), nats
 STYLES = {
     "drop by score": ("tab:blue", "o"),
     "drop by order": ("tab:orange", "v"),
@@ -35,22 +38,27 @@ PANELS = (
 )
 
 
-def pairs(rows: Sequence[Row], dropless: Sequence[Row], path: Path) -> None:
-    """Perplexity over pairs per token: a line per method through its factors, a row of panels per `keep_best`."""
-    figure, axes = plt.subplots(2, len(PANELS), figsize=(11, 7), sharey="col", sharex=True)
+def pairs(rows: Sequence[Row], dropless: Sequence[Row], added: Added, path: Path) -> None:
+    """Perplexity over pairs per token: a line per method through its factors, a row of panels per `keep_best`.
+
+    Errors are those of the difference to dropless. Beyond two pairs per token the axis is compressed.
+    """
+    figure, axes = plt.subplots(2, len(PANELS), figsize=(11, 7.5))
     for line, keep_best in zip(axes, (True, False), strict=True):
         for axis, (phase, counted, shown, title) in zip(line, PANELS, strict=True):
             chosen = [row for row in rows if row["phase"] == phase and row["keep_best"] == keep_best]
             for (method,), members in group(chosen, ("method",)).items():
-                points = [
-                    (_mean(same, counted, "pairs_per_token"), math.exp(_mean(same, shown, "nats")))
-                    for same in group(members, ("factor",)).values()
-                ]
-                color, marker = STYLES[method]
-                axis.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, label=method, lw=1)
+                points = list(group(members, ("factor",)).values())
+                perplexities = [math.exp(_mean(same, shown, "nats")) for same in points]
+                errors = [value * added(same, shown)[1] for value, same in zip(perplexities, points, strict=True)]
+                counts = [_mean(same, counted, "pairs_per_token") for same in points]
+                _line(axis, counts, perplexities, errors, method)
             axis.axhline(math.exp(_mean(dropless, shown, "nats")), color="black", linewidth=0.8, linestyle="--")
             axis.set_title(f"{title}\n{'best pair kept' if keep_best else 'no pair protected'}", fontsize=9)
-        line[0].set_ylabel("perplexity")
+            axis.set_xscale("function", functions=(_compress, _stretch))
+            axis.set_xticks([1.6, 1.7, 1.8, 1.9, 2.0, 3.0, 4.0])
+            axis.set_xlim(1.6, 4.2)
+        line[0].set_ylabel("perplexity (dashed: dropless)")
     for axis in axes[-1]:
         axis.set_xlabel("pairs per token of what is capped")
     handles, labels = axes[0][0].get_legend_handles_labels()
@@ -59,26 +67,39 @@ def pairs(rows: Sequence[Row], dropless: Sequence[Row], path: Path) -> None:
     _save(figure, path)
 
 
-def mass(rows: Sequence[Row], added: Callable[[Sequence[Row], str], tuple[float, float]], path: Path) -> None:
-    """Added loss over gate mass lost of decoded tokens, every point of every table; with errors."""
-    figure, axis = plt.subplots(figsize=(6, 4.2))
-    chosen = [row for row in rows if row["phase"] == "both" and row["spread_mass"]]
-    keys = ("table", "factor", "keep_best", "local", "decode_batch")
-    for (method,), members in group(chosen, ("method",)).items():
-        points = list(group(members, keys).values())
-        losses = [added(same, "continuation") for same in points]
-        color, marker = STYLES[method]
-        axis.errorbar(
-            [100 * _mean(same, "continuation", "mass_lost") for same in points],
-            [value for value, _ in losses],
-            yerr=[error for _, error in losses],
-            color=color, marker=marker, markersize=5, linestyle="", elinewidth=0.8, label=method,
-        )  # fmt: skip
-    axis.set_xlabel("gate mass lost, % (decoded tokens)")
-    axis.set_ylabel("added nats per token (continuations)")
-    axis.legend(fontsize=8, frameon=False)
+def causes(rows: Sequence[Row], added: Added, path: Path) -> None:
+    """Added loss where decoding is capped too, over gate mass lost, and over the load of the fullest expert."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
+    chosen = [row for row in rows if row["phase"] == "both"]
+    shown = (("mass_lost", 100, "gate mass lost, %"), ("peak", 1, "most loaded expert over the even share"))
+    for axis, (name, factor, title) in zip(axes, shown, strict=True):
+        for (method, keep_best), members in group(chosen, ("method", "keep_best")).items():
+            points = list(group(members, ("factor",)).values())
+            losses = [added(same, "continuation") for same in points]
+            places = [factor * _mean(same, "continuation", name) for same in points]
+            values, errors = ([loss[index] for loss in losses] for index in (0, 1))
+            _line(axis, places, values, errors, method, hollow=not keep_best)
+        axis.axhline(0, color="black", linewidth=0.8, linestyle="--")
+        axis.set_xlabel(f"{title} (decoded tokens)")
+    axes[0].set_ylabel("added nats per token (continuations)")
+    axes[0].legend(fontsize=8, frameon=False, title="filled: best pair kept; hollow: none protected", title_fontsize=8)
     figure.tight_layout()
     _save(figure, path)
+
+
+def _line(axis: Any, x: list[float], y: list[float], errors: list[float], method: str, *, hollow: bool = False) -> None:
+    color, marker = STYLES[method]
+    face, line, label = ("white", ":", None) if hollow else (color, "-", method)
+    style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 0.9, "elinewidth": 0.7}
+    axis.errorbar(x, y, yerr=errors, markerfacecolor=face, linestyle=line, label=label, **style)
+
+
+def _compress(pairs_per_token: Floats) -> Floats:
+    return np.where(pairs_per_token < 2, pairs_per_token, 2 + (pairs_per_token - 2) / 8)
+
+
+def _stretch(place: Floats) -> Floats:
+    return np.where(place < 2, place, 2 + (place - 2) * 8)
 
 
 def _mean(rows: Sequence[Row], part: str, name: str) -> float:

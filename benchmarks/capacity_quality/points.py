@@ -108,7 +108,7 @@ def _local(lossless_factor: float) -> Iterator[Point]:
 
 
 def _weights(lossless_factor: float) -> Iterator[Point]:
-    for method in _TWO:
+    for method in (*_TWO, "drop by random", "expanded, at most k", "expanded"):
         for factor in (1.0, 1.5):
             for keep_best in (True, False):
                 yield _point("weights", method, factor, {"keep_best": keep_best}, spread_mass=False)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.capacity_quality import plots
+from benchmarks.capacity_quality.points import TABLES
 from benchmarks.capacity_quality.task import Row
 from benchmarks.study.tables import group, markdown
 
@@ -18,17 +20,23 @@ Column = tuple[str, Callable[[Rows], object]]
 
 
 class Paired:
-    """Rows against dropless on the same subsets of the text."""
+    """Rows against others, mostly dropless, on the same subsets of the text."""
 
-    def __init__(self, rows: Rows) -> None:
-        dropless = [row for row in rows if row["method"] == "dropless" and row["phase"] == "prefill"]
-        self._dropless = {row["subset"]: row for row in dropless}
+    def __init__(self, others: Rows) -> None:
+        """One of them per subset."""
+        self._others = {row["subset"]: row for row in others}
 
     def added(self, rows: Rows, part: str, name: str = "nats") -> tuple[float, float]:
-        """(mean, standard error over subsets) of what dropless does not have."""
-        values = [row[part][name] - self._dropless[row["subset"]][part][name] for row in rows]
+        """(mean, standard error over subsets) of what the others do not have."""
+        values = [row[part][name] - self._others[row["subset"]][part][name] for row in rows]
         error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return float(np.mean(values)), error
+
+    def cell(self, rows: Rows, part: str) -> str:
+        """Added nats, in brackets where they are noise."""
+        value, error = self.added(rows, part)
+        text = f"{value:+.4f} ± {error:.4f}"
+        return f"({text})" if abs(value) <= 2 * error else text
 
 
 def perplexity(rows: Rows, part: str) -> float:
@@ -45,26 +53,32 @@ def write(out: Path) -> Path:
     """Write `quality.md` and the plots into `out`, where `quality.json` is; returns the path of the tables."""
     content = json.loads((out / "quality.json").read_text(encoding="utf-8"))
     rows: list[Row] = content["rows"]
-    complete = set.intersection(
-        *({row["subset"] for row in rows if row["table"] == t} for t in {r["table"] for r in rows})
-    )
-    rows = [row for row in rows if row["subset"] in complete]
-    paired = Paired(rows)
+    rows = complete(rows)
+    subsets = {name: len({row["subset"] for row in rows if row["table"] == name}) for name in TABLES}
+    dropless = [row for row in rows if row["method"] == "dropless" and row["phase"] == "prefill"]
+    paired = Paired(dropless)
     lines = [
         "# Capacity and quality: figures\n",
         f"`{content['command']}`, {content['date']}, commit {content['commit']}, {content['machine']}, "
-        f"{content['seconds']:.0f} s, {len(complete)} subsets. What they mean is told in "
+        f"{content['seconds']:.0f} s, subsets of 64 windows: "
+        f"{', '.join(f'{count} ({name})' for name, count in subsets.items())}. What they mean is told in "
         "[2026-11-22-capacity-quality.md](../2026-11-22-capacity-quality.md).\n",
         LEGEND,
         *(text for make in SECTIONS for text in make(rows, paired)),
     ]
     main = [row for row in rows if row["table"] == "main"]
-    dropless = [row for row in rows if row["method"] == "dropless"]
-    plots.pairs(main, dropless, out / "pairs.svg")
-    plots.mass([row for row in rows if row["table"] != "baselines"], paired.added, out / "mass.svg")
+    plots.pairs(main, dropless, paired.added, out / "pairs.svg")
+    plots.causes(main, paired.added, out / "causes.svg")
     path = out / "quality.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def complete(rows: Rows) -> list[Row]:
+    """Rows of the subsets for which their table has every point."""
+    counts = Counter((row["table"], row["subset"]) for row in rows)
+    full = {table: max(count for (name, _), count in counts.items() if name == table) for table, _ in counts}
+    return [row for row in rows if counts[row["table"], row["subset"]] == full[row["table"]]]
 
 
 LEGEND = """How to read the tables. *Added* is what the loss has more than dropless on the same text, in nats per token
@@ -78,13 +92,7 @@ micro-batches and layers; `device`: the same of the most loaded of the devices.
 
 def cost(paired: Paired, part: str) -> Column:
     """Added nats of a part."""
-
-    def cell(rows: Rows) -> str:
-        value, error = paired.added(rows, part)
-        text = f"{value:+.4f} ± {error:.4f}"
-        return f"({text})" if abs(value) <= 2 * error else text
-
-    return f"{part}: added nats", cell
+    return f"{part}: added nats", lambda rows: paired.cell(rows, part)
 
 
 def accuracy(paired: Paired, part: str) -> Column:
@@ -163,7 +171,10 @@ def _baselines(rows: Rows, paired: Paired) -> list[str]:
 
 
 def _main(rows: Rows, paired: Paired) -> list[str]:
-    text = ["![perplexity over pairs per token](pairs.svg)\n", "![added loss over gate mass lost](mass.svg)\n"]
+    text = [
+        "![perplexity over pairs per token](pairs.svg)\n",
+        "![added loss over gate mass lost and peak load](causes.svg)\n",
+    ]
     for keep_best in (True, False):
         name = "a token's best pair is kept (the default)" if keep_best else "no pair is protected (the paper)"
         for phase in ("prefill", "both"):
@@ -179,6 +190,31 @@ def _main(rows: Rows, paired: Paired) -> list[str]:
             )
             columns = _prefill_columns(paired) if phase == "prefill" else _both_columns(paired)
             text += [f"## {phase}: {name}\n", f"{what}.\n", table(chosen, ("method", "factor"), columns)]
+    return text
+
+
+def _methods(rows: Rows, paired: Paired) -> list[str]:
+    """Every method minus drop by score."""
+    text = ["## Methods against drop by score\n", "Nats per token more than `drop by score` with the same γ.\n"]
+    for keep_best in (True, False):
+        for phase, part in (("prefill", "prompt"), ("both", "continuation")):
+            chosen = [
+                row
+                for row in rows
+                if row["table"] == "main" and row["phase"] == phase and row["keep_best"] == keep_best
+            ]
+            by_point = group(chosen, ("method", "factor"))
+            factors = list(dict.fromkeys(factor for _, factor in by_point))
+            base = {factor: Paired(by_point["drop by score", factor]) for factor in factors}
+            lines = [
+                [method, *(base[factor].cell(by_point[method, factor], part) for factor in factors)]
+                for method in dict.fromkeys(method for method, _ in by_point)
+                if method != "drop by score"
+            ]
+            text += [
+                f"Phase {phase}, {part}s, {'best pair kept' if keep_best else 'no pair protected'}:\n",
+                markdown(["method", *(f"γ = {factor}" for factor in factors)], lines),
+            ]
     return text
 
 
@@ -221,6 +257,7 @@ def _sizes(rows: Rows, paired: Paired) -> list[str]:
 SECTIONS: tuple[Callable[[Rows, Paired], list[str]], ...] = (
     _baselines,
     _main,
+    _methods,
     _sizes,
     _extra("device", "One cap per device", "Four devices of four experts; best pairs kept.", ("method", "factor")),
     _extra(

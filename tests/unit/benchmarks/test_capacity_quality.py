@@ -21,6 +21,15 @@ PARTS = ("prompt", "continuation")
 SMALL = Batching(prompt=12, continuation=5, prefill=16, decode=4)  # micro-batches begin and end inside of prompts
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny matrices: further threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def model():
     return measure.load(builtin_model_path())
@@ -150,4 +159,4 @@ def test_report(tmp_path):
     text = report.write(tmp_path).read_text()
     line = next(line for line in text.splitlines() if line.startswith("| reroute | 1.25 |"))
     assert "+0.1005 ± 0.0005" in line and "50.0, (+0.00 ± 0.00)" in line
-    assert (tmp_path / "pairs.svg").exists() and (tmp_path / "mass.svg").exists()
+    assert (tmp_path / "pairs.svg").exists() and (tmp_path / "causes.svg").exists()
