@@ -186,3 +186,26 @@ def test_log_probabilities_of_a_prompt(serve: Callable[..., Served]):
     parts = [chunk.choices[0] for chunk in served.client.completions.create(max_tokens=2, stream=True, **fields)]
     assert "".join(part.text for part in parts) == whole.text
     assert [value for part in parts for value in part.logprobs.token_logprobs][1:] == pytest.approx(chosen, abs=1e-4)
+
+
+def test_usage_tells_what_capacity_has_taken(serve: Callable[..., Served]):
+    served = serve("--capacity-factor", "0.5", "--capacity-phase", "both")
+    prompt = [5, 6, 7, 8] * 12
+    capacities = {}
+    for choice in ("exact", "best_effort"):
+        body = {"capacity": choice, "droppable_spans": [[0, 4]]}
+        stream = served.client.completions.create(
+            model=None,
+            prompt=prompt,
+            max_tokens=4,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body=body,
+        )
+        *_, last = stream
+        capacities[choice] = last.usage.model_extra["capacity"]
+    exact, best_effort = capacities["exact"], capacities["best_effort"]
+    assert exact["pairs"] > 0
+    assert (exact["pairs_dropped"], exact["pairs_rerouted"], exact["gate_mass_lost"]) == (0, 0, 0.0)
+    assert 0 < best_effort["pairs_dropped"] < best_effort["pairs"]
+    assert 0 < best_effort["gate_mass_lost"] < 1
