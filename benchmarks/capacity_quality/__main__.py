@@ -26,8 +26,8 @@ from amoe.models.model import Model
 from benchmarks.capacity_quality import report
 from benchmarks.capacity_quality.capping import Batching
 from benchmarks.capacity_quality.measure import WINDOWS, difference_to_reference, load
-from benchmarks.capacity_quality.points import TABLES, Point, every_point
-from benchmarks.capacity_quality.task import DTYPES, Row, measure, texts
+from benchmarks.capacity_quality.points import KEY, TABLES, Point, every_point
+from benchmarks.capacity_quality.task import DTYPES, Row, as_text, measure, texts
 
 _TOLERANCE = 1e-3  # of a logit, in float32
 
@@ -38,7 +38,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     file, started = args.out / "quality.json", time.monotonic()
     earlier = {} if args.again or not file.exists() else json.loads(file.read_text(encoding="utf-8"))
-    rows: list[Row] = earlier.get("rows", [])
+    rows: list[Row] = earlier.get("by_subset", [])
     model = load(builtin_model_path())
     verify(model)
     points = every_point(model.config.num_experts / model.config.top_k, tuple(args.tables))
@@ -52,9 +52,8 @@ def main() -> int:
     for found in run_points(missing, args):
         rows += found
         rows.sort(key=lambda row: (row["subset"], list(TABLES).index(row["table"])))  # stable
-        content = {**facts(args, earlier.get("seconds", 0.0) + time.monotonic() - started), "rows": rows}
-        text = json.dumps(content, separators=(",", ":")).replace('{"table', '\n{"table')
-        file.write_text(text + "\n", encoding="utf-8")
+        content = {**facts(args, earlier.get("seconds", 0.0) + time.monotonic() - started), "by_subset": rows}
+        file.write_text(as_text(content), encoding="utf-8")
     print(f"{time.monotonic() - started:.0f} s; report: {report.write(args.out)}")
     return 0
 
@@ -89,8 +88,7 @@ def facts(args: argparse.Namespace, seconds: float) -> Row:
 
 def identity(row: Row) -> tuple[Any, ...]:
     """Equal for the rows of one point (those of its phases differ in nothing else)."""
-    names = ("table", "method", "factor", "keep_best", "scope", "local", "spread_mass", "prefill_batch", "decode_batch")
-    return tuple(row[name] for name in names)
+    return tuple(row[name] for name in KEY)
 
 
 def verify(model: Model) -> None:

@@ -21,6 +21,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "expanded, at most k": {"mode": "expanded"},
     "expanded": {"mode": "expanded", "exceed_top_k": True},
 }
+# What tells the rows of a point from those of others; its phases come on top.
+KEY = ("table", "method", "factor", "keep_best", "scope", "local", "spread_mass", "prefill_batch", "decode_batch")
 _TWO = ("drop by score", "reroute")
 
 
@@ -42,7 +44,7 @@ class Point:
     top_k: int | None = None
 
     def key(self) -> dict[str, Any]:
-        """What tells its rows from others'."""
+        """The fields of `KEY`, and `top_k`."""
         return {
             "table": self.table,
             "method": self.method,

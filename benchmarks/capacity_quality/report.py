@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.capacity_quality import plots
-from benchmarks.capacity_quality.points import TABLES
-from benchmarks.capacity_quality.task import Row
+from benchmarks.capacity_quality.capping import Tally
+from benchmarks.capacity_quality.points import KEY, TABLES
+from benchmarks.capacity_quality.task import Row, as_text
 from benchmarks.study.tables import group, markdown
 
 Rows = Sequence[Row]
@@ -50,13 +51,18 @@ def mean(rows: Rows, part: str, name: str) -> float:
 
 
 def write(out: Path) -> Path:
-    """Write `quality.md` and the plots into `out`, where `quality.json` is; returns the path of the tables."""
-    content = json.loads((out / "quality.json").read_text(encoding="utf-8"))
-    rows: list[Row] = content["rows"]
-    rows = complete(rows)
+    """Write `quality.md` and the plots into `out`, and the means over subsets into its `quality.json`, as `rows`.
+
+    Returns:
+        the path of the tables.
+    """
+    file = out / "quality.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    rows = complete(content["by_subset"])
     subsets = {name: len({row["subset"] for row in rows if row["table"] == name}) for name in TABLES}
     dropless = [row for row in rows if row["method"] == "dropless" and row["phase"] == "prefill"]
     paired = Paired(dropless)
+    file.write_text(as_text({**content, "rows": means(rows, paired)}), encoding="utf-8")
     lines = [
         "# Capacity and quality: figures\n",
         f"`{content['command']}`, {content['date']}, commit {content['commit']}, {content['machine']}, "
@@ -79,6 +85,27 @@ def complete(rows: Rows) -> list[Row]:
     counts = Counter((row["table"], row["subset"]) for row in rows)
     full = {table: max(count for (name, _), count in counts.items() if name == table) for table, _ in counts}
     return [row for row in rows if counts[row["table"], row["subset"]] == full[row["table"]]]
+
+
+def means(rows: Rows, paired: Paired) -> list[Row]:
+    """A flat row per point and phase. Shares are those of the tokens that only this phase caps: prompts, or decodes."""
+    found = []
+    for members in group(rows, (*KEY, "phase")).values():
+        capped = "prompt" if members[0]["phase"] == "prefill" else "continuation"
+        row = {name: members[0][name] for name in (*KEY, "phase")}
+        for part in ("prompt", "continuation"):
+            added, error = paired.added(members, part)
+            row[f"{part}_perplexity"] = perplexity(members, part)
+            row |= {f"{part}_added_nats": added, f"{part}_error": error}
+        row |= {"perplexity": row["continuation_perplexity"], "accuracy": mean(members, "continuation", "accuracy")}
+        shares = {name: mean(members, capped, name) for name in Tally(tokens=1, routed=1, batches=1).figures()}
+        rounded = {name: value if isinstance(value, str | bool) else _round(value) for name, value in row.items()}
+        found.append({**rounded, **{name: _round(value) for name, value in shares.items()}, "subsets": len(members)})
+    return found
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else round(value, 6)
 
 
 LEGEND = """How to read the tables. *Added* is what the loss has more than dropless on the same text, in nats per token

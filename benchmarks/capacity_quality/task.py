@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any
 
 import torch
@@ -53,3 +54,8 @@ def part_of_row(scores: Scores) -> Row:
     """What a row has of a prompt or a continuation."""
     figures = {"nats": scores.nats, "accuracy": scores.accuracy, **scores.tally.figures()}
     return {name: round(value, 6) for name, value in figures.items()}
+
+
+def as_text(content: Row) -> str:
+    """JSON with a line per row."""
+    return json.dumps(content, separators=(",", ":")).replace('{"table', '\n{"table') + "\n"

@@ -155,8 +155,12 @@ def test_report(tmp_path):
         for subset in range(2)
     ]
     facts = {"command": "c", "commit": "d", "date": "e", "machine": "f", "seconds": 1.0}
-    (tmp_path / "quality.json").write_text(json.dumps({**facts, "rows": found}))
+    (tmp_path / "quality.json").write_text(json.dumps({**facts, "by_subset": found}))
     text = report.write(tmp_path).read_text()
     line = next(line for line in text.splitlines() if line.startswith("| reroute | 1.25 |"))
     assert "+0.1005 ± 0.0005" in line and "50.0, (+0.00 ± 0.00)" in line
     assert (tmp_path / "pairs.svg").exists() and (tmp_path / "causes.svg").exists()
+    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    row = next(row for row in rows if row["method"] == "reroute" and row["phase"] == "both")
+    assert row["perplexity"] == pytest.approx(math.exp(2.6005)) and row["continuation_error"] == 0.0005
+    assert row["subsets"] == 2 and row["pairs_per_token"] == 2
