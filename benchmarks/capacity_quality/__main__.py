@@ -27,6 +27,7 @@ from benchmarks.capacity_quality import report
 from benchmarks.capacity_quality.capping import Batching
 from benchmarks.capacity_quality.measure import WINDOWS, difference_to_reference, load
 from benchmarks.capacity_quality.points import KEY, TABLES, Point, every_point
+from benchmarks.capacity_quality.substitution import substitution
 from benchmarks.capacity_quality.task import DTYPES, Row, as_text, measure, texts
 
 _TOLERANCE = 1e-3  # of a logit, in float32
@@ -54,6 +55,9 @@ def main() -> int:
         rows.sort(key=lambda row: (row["subset"], list(TABLES).index(row["table"])))  # stable
         content = {**facts(args, earlier.get("seconds", 0.0) + time.monotonic() - started), "by_subset": rows}
         file.write_text(as_text(content), encoding="utf-8")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["substitution"] = substitution(model, texts(1)[0][:16], Batching())
+    file.write_text(as_text(content), encoding="utf-8")
     print(f"{time.monotonic() - started:.0f} s; report: {report.write(args.out)}")
     return 0
 

@@ -71,6 +71,7 @@ def write(out: Path) -> Path:
         "[2026-11-22-capacity-quality.md](../2026-11-22-capacity-quality.md).\n",
         LEGEND,
         *(text for make in SECTIONS for text in make(rows, paired)),
+        *_substitution(content.get("substitution", [])),
     ]
     main = [row for row in rows if row["table"] == "main"]
     plots.pairs(main, dropless, paired.added, out / "pairs.svg")
@@ -278,6 +279,20 @@ def _sizes(rows: Rows, paired: Paired) -> list[str]:
         table(prefill, ("method", "factor", "prefill_batch"), _prefill_columns(paired)),
         "Phase both, prompts in micro-batches of 512:\n",
         table(both, ("method", "factor", "decode_batch"), _both_columns(paired)),
+    ]
+
+
+def _substitution(layers: Sequence[Row]) -> list[str]:
+    """Of one dropless pass."""
+    if not layers:
+        return []
+    names = [name for name in layers[0] if name != "layer"]
+    lines = [[name, *(row[name] for row in layers), f"{np.mean([row[name] for row in layers]):.3f}"] for name in names]
+    return [
+        "## What stands in for a lost pair\n",
+        "Squared error of a layer's expert output, over its squared norm, if every token loses that pair in this layer "
+        "alone.\n",
+        markdown(["", *(f"layer {row['layer']}" for row in layers), "mean"], lines),
     ]
 
 

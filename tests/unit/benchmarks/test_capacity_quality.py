@@ -16,6 +16,7 @@ from benchmarks.capacity_quality import measure, report
 from benchmarks.capacity_quality.capping import Batching, Capping, Tally
 from benchmarks.capacity_quality.forward import Rows
 from benchmarks.capacity_quality.points import FACTORS, METHODS, TABLES, every_point
+from benchmarks.capacity_quality.substitution import substitution
 
 PARTS = ("prompt", "continuation")
 SMALL = Batching(prompt=12, continuation=5, prefill=16, decode=4)  # micro-batches begin and end inside of prompts
@@ -120,6 +121,14 @@ def test_mass_that_is_not_spread_is_missing(model, routed):
     _, weights = capping(0, rows(), routed)
     assert (1 - weights.sum(axis=1)).sum() == pytest.approx(capping.tally.mass_lost, abs=1e-5)
     assert capping.tally.mass_lost > 0
+
+
+def test_substitution(model, text):
+    rows = substitution(model, text, SMALL)
+    assert [row["layer"] for row in rows] == list(range(6))
+    for row in rows:
+        assert row["both lost"] == 1
+        assert 0 < row["second lost, missing"] < row["best lost, missing"] < 1.5
 
 
 def test_compare(model, text, monkeypatch):
