@@ -263,6 +263,18 @@ class CapacityConfig:
     def is_on(self) -> bool:
         return self.factor is not None or self.slack_s is not None
 
+    def require_effect(self, top_k: int) -> None:
+        """Refuse a capacity that could never take anything.
+
+        Raises:
+            ConfigError: the model gives each token one expert, which is its best.
+        """
+        _require(
+            not self.is_on or top_k > 1 or not self.keep_best,
+            "a capacity takes nothing from a model with one expert per token, unless it may take a token's best: "
+            "add --no-capacity-keep-best, or leave the capacity away",
+        )
+
     def pairs_per_token(self, top_k: int, num_experts: int) -> int:
         """P: columns of pairs in a dispatch. All have the same: batches meet in one queue."""
         return num_experts if self.is_on and self.exceed_top_k else top_k

@@ -77,7 +77,7 @@ class Batch:
             (ANNOUNCE) the iteration, or pass number, of the tokens of this epoch.
         num_waves: (ANNOUNCE of `waves`) the number of waves by the leader's decision.
         backlog_s, row_s: (RESULT) seconds of work that wait at the expert worker, and that a row more adds there;
-            a `row_s` of 0 tells nothing.
+            a `row_s` below 0 tells nothing.
     """
 
     kind: BatchKind
@@ -96,7 +96,7 @@ class Batch:
     latest_iteration: int = 0
     num_waves: int = 0
     backlog_s: float = 0.0
-    row_s: float = 0.0
+    row_s: float = -1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -192,7 +192,7 @@ class AttentionCore:
         for owner in range(len(self._owner_ranks)):
             dispatched[:, owner] = (owner_of_pair == owner).any(axis=1)
         if self.capacity is not None:
-            self.capacity.sent(dispatched)
+            self.capacity.sent(slots, dispatched)
         leaders = tokens.leader[slots]
         if self._waves is not None:
             self._waves.leaving(slots, leaders, dispatched)
@@ -220,16 +220,14 @@ class AttentionCore:
                 expert_weights=pairs.weights[chosen],
             )
             outgoing.append(Outgoing(batch, rows[chosen].astype(np.int32)))
-        if self.capacity is not None and not dispatched.all(axis=None):
-            self._pass_over(block, slots, leaders, dispatched, now)
+        if self.capacity is not None:
+            self._pass_over(block, leaders, dispatched, now)
         return outgoing
 
-    def _pass_over(
-        self, block: BlockId, slots: Int32Array, leaders: Int32Array, dispatched: BoolArray, now: float
-    ) -> None:
+    def _pass_over(self, block: BlockId, leaders: Int32Array, dispatched: BoolArray, now: float) -> None:
         """Groups of which no token has any expert left wait for nobody: they go on with their residuals."""
-        idle = self.batcher.join.idle(leaders[~dispatched.any(axis=1)])
-        if len(idle):
+        is_empty = ~dispatched.any(axis=1)
+        if is_empty.any() and len(idle := self.batcher.join.idle(leaders[is_empty])):
             self._advance(block.layer, block.wave, idle, now)
 
     def _epoch_of_dispatch(self, block: BlockId, now: float) -> int | None:

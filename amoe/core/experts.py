@@ -106,7 +106,7 @@ class ExpertsCore:
 
     def _replies(self, block: BlockId, homes: Int32Array, slots: Int32Array, generations: Int32Array) -> list[Outgoing]:
         epoch, waiting = self._barrier.complete(block) if self._barrier is not None else (0, frozenset())
-        backlog_s, row_s = self._meter.measure() if self._meter is not None else (0.0, 0.0)
+        backlog_s, row_s = self._meter.measure() if self._meter is not None else (0.0, -1.0)
         bounds = np.searchsorted(homes, np.arange(len(self._home_ranks) + 1))
         replies = []
         for home, home_rank in enumerate(self._home_ranks):

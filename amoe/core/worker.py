@@ -154,7 +154,6 @@ class WorkerCore:
             batcher,
             seed=config.seed,
             renormalise=self._shape.renormalises,
-            num_owners=len(owner_ranks),
             local_owner=owner_ranks.index(self.rank) if self.rank in owner_ranks else None,
         )
 

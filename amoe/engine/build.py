@@ -41,6 +41,7 @@ def build_worker(
     if emulated is not None:
         return build_emulated_worker(config, emulated, model_config, rank, ports)
     torch.set_num_threads(threads_per_worker(config))
+    config.capacity.require_effect(model_config.top_k)
     longest_sequence(config, model_config)  # refuses in a second what would be refused once the weights are loaded
     device = resolve_device(config.device, rank)
     owners = expert_owners(config, model_config)

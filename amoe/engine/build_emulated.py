@@ -38,6 +38,7 @@ def build_emulated_worker(
     torch.set_num_threads(1)  # there is nothing to compute
     sleep_precisely()
     sizes, placement = device.sizes(checkpoint), config.placement
+    config.capacity.require_effect(sizes.top_k)
     owners = expert_owners(config, sizes)
     weight_bytes = _weight_bytes(config, sizes, owners, rank)
     plan = KVPlan(0, 0)

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from amoe.policy.capacity import FloatArray, RoutedBatch, match_best
 from amoe.types import BoolArray, Float32Array, Int16Array, Int64Array
 
-_CANDIDATES = 4  # best experts beyond the top-k of which two are drawn
+_MANY_ROWS = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +58,29 @@ def expected_waits(
 
 
 def hysteresis(was_late: BoolArray, ends: FloatArray, is_known: BoolArray, slack_s: float) -> BoolArray:
-    """[D] whether a worker is late: by more than the slack beyond the median; once late, by more than half of it.
+    """[D] whether a worker is late: by more than the slack beyond the median of the others that are known; once late,
+    by more than half of it.
 
     Args:
         ends: [D] seconds until each would be through with all that it gets.
     """
-    if not is_known.any():
-        return np.zeros_like(was_late)
-    excess = ends - np.median(ends[is_known])
-    return is_known & (excess > np.where(was_late, slack_s / 2, slack_s))
+    late = np.zeros_like(was_late)
+    known = np.flatnonzero(is_known)
+    if len(known) < 2:
+        return late
+    excess = ends[known] - medians_of_others(ends[known])
+    late[known] = excess > np.where(was_late[known], slack_s / 2, slack_s)
+    return late
+
+
+def medians_of_others(values: FloatArray) -> FloatArray:
+    """[m] the median of `values` [m] without each of them, m >= 2."""
+    order = np.argsort(values, kind="stable")
+    place = np.empty(len(values), np.int64)
+    place[order] = np.arange(len(values))
+    in_order, below, above = values[order], (len(values) - 2) // 2, (len(values) - 1) // 2
+    # Whoever stands at or before an index moves it on by one.
+    return (in_order[below + (place <= below)] + in_order[above + (place <= above)]) / 2
 
 
 def receivers(owners: Int16Array, num_owners: int) -> BoolArray:
@@ -168,37 +182,52 @@ def two_choices(
     main_owner: Int64Array,
     goes: BoolArray,
     waits: OwnerWaits,
+    late: BoolArray,
     noise: FloatArray,
 ) -> BoolArray:
     """[n, E] experts that compute in place of `lost` [n, K] pairs.
 
-    For each lost pair two of the token's best experts beyond its top-k are drawn whose workers answer no later than the
-    median one; of the two, the less busy one's is taken, if there is room up to the median.
+    For each lost pair two different experts are drawn among the best beyond the token's top-k (twice as many as the
+    most that any token has lost) whose workers have room: not late, and not beyond the median by more than the slack.
+    The less busy one's is taken; if it has been filled up by better bids meanwhile, the pair is dropped.
 
     Args:
         main_owner: [E] the worker of each expert.
         goes: [n, D] rows that go to the workers as it is.
-        noise: [n, 2] in [0, 1).
+        late: [D].
+        noise: [n, 2K] in [0, 1).
     """
-    ends = ends_of(goes, waits)
-    median = np.median(ends[waits.is_known]) if waits.is_known.any() else 0.0
-    room = np.where(waits.is_known, (median + waits.slack_s - ends) / np.maximum(waits.row_s, 1e-12), 0.0)
-    room = np.clip(room, 0, 2**31).astype(np.int64)
     assigned = np.zeros(scores.shape, np.bool_)
     losers = np.flatnonzero(lost.any(axis=1))
     if len(losers) == 0:
         return assigned
+    ends, room = ends_of(goes, waits), _room(ends_of(goes, waits), waits, late)
+    wanted = lost[losers].sum(axis=1)
     bids = np.where(room[main_owner] > 0, scores[losers], -np.inf).astype(np.float64)
     np.put_along_axis(bids, np.maximum(batch.topk_ids[losers], 0), -np.inf, axis=1)
-    best = np.argsort(-bids, axis=1, kind="stable")[:, :_CANDIDATES]
-    there = np.take_along_axis(bids, best, axis=1) > -np.inf
-    drawn = (noise[losers] * np.maximum(1, there.sum(axis=1))[:, None]).astype(np.int64)
-    pair = np.take_along_axis(best, drawn, axis=1)
-    calmer = np.take_along_axis(pair, ends[main_owner[pair]].argmin(axis=1)[:, None], axis=1)
+    num_pairs = min(int(wanted.max()), scores.shape[1] // 2)
+    best = np.argsort(-bids, axis=1, kind="stable")[:, : 2 * num_pairs]
+    is_open = np.take_along_axis(bids, best, axis=1) > -np.inf
+    shuffled = np.argsort(np.where(is_open, noise[losers, : best.shape[1]], 2.0), axis=1, kind="stable")
+    drawn = np.take_along_axis(best, shuffled, axis=1)
+    there = np.take_along_axis(is_open, shuffled, axis=1)
+    first, second = drawn[:, 0::2], drawn[:, 1::2]
+    calmer = np.where(there[:, 1::2] & (ends[main_owner[second]] < ends[main_owner[first]]), second, first)
+    rows, columns = np.nonzero(there[:, 0::2] & (np.arange(num_pairs) < wanted[:, None]))
     chosen = np.full(bids.shape, -np.inf)
-    np.put_along_axis(chosen, calmer, np.take_along_axis(bids, calmer, axis=1), axis=1)
-    assigned[losers] = match_best(chosen, lost[losers].sum(axis=1), room, main_owner)
+    chosen[rows, calmer[rows, columns]] = bids[rows, calmer[rows, columns]]
+    assigned[losers] = match_best(chosen, wanted, room, main_owner)
     return assigned
+
+
+def _room(ends: FloatArray, waits: OwnerWaits, late: BoolArray) -> Int64Array:
+    """[D] rows that a worker can take and still end within the slack after the median."""
+    usable = waits.is_known & ~late
+    if not usable.any():
+        return np.zeros(len(ends), np.int64)
+    spare = np.median(ends[waits.is_known]) + waits.slack_s - ends
+    rows = np.where(usable & (spare >= 0), spare / np.maximum(waits.row_s, 1e-12), 0.0)
+    return np.minimum(rows, _MANY_ROWS).astype(np.int64)
 
 
 def linear_cost(sums: npt.NDArray[np.float64]) -> tuple[float, float]:

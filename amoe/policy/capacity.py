@@ -28,7 +28,6 @@ groups that share a capacity (experts or devices), P pairs of a token at most.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +38,8 @@ from amoe.types import BoolArray, Float32Array, Int64Array
 
 Metric = Literal["score", "order", "reverse", "random"]
 FloatArray = npt.NDArray[np.floating]
+_ROUNDING = 1e-9  # 1.1 * 400 / 8 is a little more than 55
+_ALL_BITS = 2**64 - 1
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
@@ -96,15 +97,19 @@ class Selection:
         return self.lost.sum(axis=1) - self.num_rerouted
 
 
-def expert_capacity(factor: float, num_pairs: int, num_experts: int) -> int:
-    """C, in pairs: γ times the even share, rounded up, at least one."""
-    return max(1, math.ceil(factor * num_pairs / num_experts))
-
-
 def group_capacity(factor: float, num_pairs: int, experts_per_group: FloatArray) -> Int64Array:
-    """[G] pairs that each device may take; `experts_per_group` [G] are the experts it holds (shares of replicas)."""
+    """[G] pairs that each group may take: γ times its even share, rounded up, at least one.
+
+    Args:
+        experts_per_group: [G] experts that it holds (of replicas, the shares); ones: every expert is a group.
+    """
     even = num_pairs / experts_per_group.sum()
-    return np.maximum(1, np.ceil(factor * even * experts_per_group - 1e-9)).astype(np.int64)
+    return np.maximum(1, np.ceil(factor * even * experts_per_group - _ROUNDING)).astype(np.int64)
+
+
+def expert_capacity(factor: float, num_pairs: int, num_experts: int) -> int:
+    """C, in pairs, of each of so many experts."""
+    return int(group_capacity(factor, num_pairs, np.ones(num_experts))[0])
 
 
 def drop(
@@ -155,7 +160,7 @@ def expand(
     batch: RoutedBatch,
     capacity: Int64Array,
     scores: Float32Array,
-    group_of_expert: Int64Array,
+    groups: Int64Array,
     local: BoolArray,
     *,
     at_most_k: bool = True,
@@ -164,6 +169,7 @@ def expand(
     """Expanded Drop: every group keeps its best bids; droppable tokens bid for their top-k and for `local` [n, E].
 
     Args:
+        groups: [n, E] whose capacity each bid uses.
         at_most_k: of what a token has got, only its best K pairs are computed.
     """
     routed = _as_mask(batch, batch.is_pair, scores.shape[1])
@@ -172,7 +178,7 @@ def expand(
         routed | (local & batch.droppable[:, None] & np.any(batch.is_pair, axis=1, keepdims=True))
     )
     late = np.zeros(len(rows), np.bool_) if batch.drop_first is None else batch.drop_first[rows]
-    kept, over = _first(group_of_expert[experts], -scores[rows, experts], late, protected[rows, experts], capacity)
+    kept, over = _first(groups[rows, experts], -scores[rows, experts], late, protected[rows, experts], capacity)
     chosen = np.zeros(scores.shape, np.bool_)
     chosen[rows[kept], experts[kept]] = True
     if at_most_k:
@@ -220,7 +226,10 @@ def replaced(batch: RoutedBatch, lost: BoolArray, new: BoolArray, scores: Float3
 
 
 def weigh(selection: Selection, topk_weights: Float32Array, *, renormalise: bool) -> Float32Array:
-    """[n, P] weights of the pairs of a selection; rows that are not touched keep the router's `topk_weights` [n, K]."""
+    """[n, P] weights of the pairs of a selection; rows that are not touched keep the router's `topk_weights` [n, K].
+
+    Those of touched rows are float32, also where the model's router rounds them to its own type.
+    """
     weights = np.zeros(selection.expert_ids.shape, np.float32)
     weights[:, : topk_weights.shape[1]] = topk_weights
     rows = selection.touched
@@ -246,7 +255,7 @@ def pair_noise(seed: int, tokens: npt.NDArray[np.uint64], topk_ids: Int64Array) 
         tokens: [n] names of the tokens (request, position and layer in one number).
     """
     with np.errstate(over="ignore"):
-        mixed = (tokens[:, None] + np.uint64(seed)) * _MIX[0] + topk_ids.astype(np.uint64)
+        mixed = (tokens[:, None] + np.uint64(seed & _ALL_BITS)) * _MIX[0] + topk_ids.astype(np.uint64)
         for shift, factor in ((30, _MIX[1]), (27, _MIX[2])):
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * factor
         mixed ^= mixed >> np.uint64(31)

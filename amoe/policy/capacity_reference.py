@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 Pair = tuple[int, int]  # (token, expert)
 
@@ -43,7 +44,7 @@ class Problem:
 
 def capacity(factor: float, num_tokens: int, top_k: int, num_experts: int) -> int:
     """Pairs that an expert may take of so many tokens, none of them padding."""
-    return max(1, math.ceil(factor * num_tokens * top_k / num_experts))
+    return max(1, math.ceil(Fraction(str(factor)) * num_tokens * top_k / num_experts))
 
 
 def keep_first(problem: Problem, pairs: Sequence[Pair], key: Callable[[Pair], float]) -> tuple[set[Pair], int]:

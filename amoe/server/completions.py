@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator
@@ -12,6 +13,7 @@ from fastapi import APIRouter, Request, Response
 
 from amoe.engine.async_engine import Generation
 from amoe.engine.generation import GenerationDelta
+from amoe.errors import RequestError
 from amoe.policy.admission import fitting_max_tokens
 from amoe.server import fields
 from amoe.server.context import ServerContext, new_id
@@ -46,6 +48,12 @@ class _Job:
             "stop_reason": delta.stop_reason,
         }
 
+    async def choice_aside(self, index: int, delta: GenerationDelta, *, is_first: bool = True) -> dict[str, Any]:
+        """`choice`; in a thread where it names the tokens of a whole prompt, which takes 10 µs each."""
+        if is_first and delta.prompt_logprobs:
+            return await asyncio.to_thread(self.choice, index, delta, is_first=is_first)
+        return self.choice(index, delta, is_first=is_first)
+
     def _logprobs(self, index: int, delta: GenerationDelta, *, has_echo: bool) -> dict[str, Any] | None:
         formatter = self.formatters[index]
         if formatter is None:
@@ -65,6 +73,8 @@ def completions_router(context: ServerContext) -> APIRouter:
         """Continue one prompt or several."""
         fields.refuse_unsupported(body.model_extra or {}, fields.COMPLETIONS)
         fields.refuse_best_of(body.model_extra or {}, body.n)
+        if body.echo and body.logprobs is not None and body.n > 1:
+            raise RequestError("echo with logprobs would score the prompt for every choice: ask with n = 1", param="n")
         if body.stream:
             job = await _start(context, body)
             return EventStream(_events(job), job.generations)
@@ -114,7 +124,7 @@ async def _complete(context: ServerContext, body: CompletionRequest) -> Response
     choices = []
     for index, total in enumerate(totals):
         usage.update(index, total)
-        choices.append(job.choice(index, total))
+        choices.append(await job.choice_aside(index, total))
     return json_response({**job.head, "choices": choices, "usage": usage.as_json()})
 
 
@@ -125,7 +135,7 @@ async def _events(job: _Job) -> AsyncGenerator[bytes]:
     async with contextlib.aclosing(interleave(job.generations)) as deltas:
         async for index, delta in deltas:
             usage.update(index, delta)
-            choice = job.choice(index, delta, is_first=index not in begun)
+            choice = await job.choice_aside(index, delta, is_first=index not in begun)
             begun.add(index)
             if not (choice["text"] or delta.finish_reason or choice["logprobs"]):
                 continue  # half a character, or what may become a stop string

@@ -13,7 +13,7 @@
     48      latest_iteration      8
     56      num_waves             2
     58      backlog_s             4       float32
-    62      row_s                 2       float16, in microseconds
+    62      row_s                 2       float16, in microseconds; below 0: not known
     64      slots, generations    4n each
     ...     iterations            4n      DISPATCH only, as are the next two
     ...     expert_weights        4nK
@@ -224,7 +224,7 @@ def encode_into(batch: Batch, buffer: WireBuffer, offset: int = 0, layout: Layou
         batch.latest_iteration,
         batch.num_waves,
         batch.backlog_s,
-        min(batch.row_s * 1e6, _LARGEST_HALF),
+        -1.0 if batch.row_s < 0 else min(batch.row_s * 1e6, _LARGEST_HALF),
     )
     return size
 
@@ -288,5 +288,5 @@ def decode(buffer: WireBuffer, offset: int = 0, limit: int | None = None) -> Bat
         latest,
         waves,
         backlog_s,
-        row_us * 1e-6,
+        -1.0 if row_us < 0 else row_us * 1e-6,
     )

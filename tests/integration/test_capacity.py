@@ -40,7 +40,7 @@ SETTINGS = (
     ),
     Setting(Case("defrag", 1, "olmoe", "1A1E", "cached", 0), {**TIGHT, "metric": "random"}),
     Setting(Case("waves", 1, "builtin", "colocated2", "cached", 0), {"factor": 1.0, "phase": "prefill"}),
-    Setting(Case("progress", 1, "qwen3_moe", "2A2E", "plain", 1), {"slack_s": 0.0, "mode": "drop", "phase": "both"}),
+    Setting(Case("progress", 1, "olmoe", "2A2E", "plain", 0), {"slack_s": 0.0, "mode": "drop", "phase": "both"}),
     Setting(Case("waves", 2, "olmoe", "2A2E", "cached", 0), {"slack_s": 0.0, "mode": "reroute", "phase": "both"}),
 )
 

@@ -74,6 +74,14 @@ def test_every_flag():
     assert config.capacity == CapacityConfig(factor=1.0, metric="random")
 
 
+def test_a_capacity_without_effect_is_refused():
+    with pytest.raises(ConfigError, match="--no-capacity-keep-best"):
+        CapacityConfig(factor=1.0).require_effect(top_k=1)
+    CapacityConfig(factor=1.0).require_effect(top_k=2)
+    CapacityConfig(factor=1.0, keep_best=False).require_effect(top_k=1)
+    CapacityConfig().require_effect(top_k=1)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -82,7 +82,7 @@ def test_slow_workers_are_relieved(mode):
     cluster = run_scenario(scenario)
     lost = sum(home.core.attention.capacity.ledger.lost for home in cluster.homes)  # [L, E, 2]
     assert lost[..., 1 if mode == "reroute" else 0].sum() > 0
-    assert lost[:, 2:4].sum() > lost.sum() / 2  # the experts of the second worker
+    assert lost[:, 2:4].sum() > lost.sum() / 3  # the experts of the second worker, a third of all
 
 
 @clusters(20)

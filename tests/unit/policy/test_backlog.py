@@ -177,13 +177,15 @@ def test_whoever_is_rerouted_finds_room(case):
     lost = case.lost()
     kept = np.where(lost, -1, case.owners).astype(np.int16)
     goes = fast.receivers(kept, len(case.late))
-    noise = np.random.default_rng(0).random((len(lost), 2))
-    new = fast.two_choices(case.batch, lost, case.scores, case.main_owner, goes, case.waits, noise)
+    noise = np.random.default_rng(0).random((len(lost), 2 * lost.shape[1]))
+    late = np.random.default_rng(1).random(len(case.late)) < 0.3
+    new = fast.two_choices(case.batch, lost, case.scores, case.main_owner, goes, case.waits, late, noise)
     assert (new.sum(axis=1) <= lost.sum(axis=1)).all()
     rows, experts = np.nonzero(new)
     for row, expert in zip(rows.tolist(), experts.tolist(), strict=True):
         assert expert not in case.batch.topk_ids[row]
         assert case.waits.is_known[case.main_owner[expert]]
+        assert not late[case.main_owner[expert]]
     if len(rows):
         waits = case.waits
         limit = np.median(fast.ends_of(goes, waits)[waits.is_known]) + waits.slack_s
@@ -197,10 +199,39 @@ def test_two_choices_spread_what_one_choice_would_pile_up():
     lost = np.zeros(case.owners.shape, np.bool_)
     lost[:, -1] = True
     waits = OwnerWaits(np.array([0.0, 0.1, 0.2, 0.3]), np.full(4, 1e-9), np.ones(4, np.bool_), np.full(4, 1.0))
-    noise = np.random.default_rng(0).random((3000, 2))
-    new = fast.two_choices(case.batch, lost, case.scores, case.main_owner, fast.receivers(case.owners, 4), waits, noise)
+    noise = np.random.default_rng(0).random((3000, 6))
+    goes = fast.receivers(case.owners, 4)
+    new = fast.two_choices(case.batch, lost, case.scores, case.main_owner, goes, waits, np.zeros(4, np.bool_), noise)
     counts = np.bincount(case.main_owner[np.nonzero(new)[1]], minlength=4)
     assert (counts > 0.05 * counts.sum()).sum() >= 3 and counts[0] > counts[3]
+
+
+def test_every_lost_pair_of_a_token_gets_its_two_choices():
+    """There is room for all: as many pairs are found as are lost."""
+    case = make_case(6, 200, 4, slack=1e6, known=1.0, keep_best=True)
+    lost = np.zeros(case.owners.shape, np.bool_)
+    lost[:, 1:] = True
+    noise = np.random.default_rng(0).random((200, 6))
+    goes = fast.receivers(case.owners, 4)
+    new = fast.two_choices(
+        case.batch, lost, case.scores, case.main_owner, goes, case.waits, np.zeros(4, np.bool_), noise
+    )
+    assert (new.sum(axis=1) == 2).all()
+
+
+@given(st.lists(st.floats(0, 9), min_size=2, max_size=9))
+def test_medians_of_others(values):
+    expected = [np.median(values[:index] + values[index + 1 :]) for index in range(len(values))]
+    np.testing.assert_allclose(fast.medians_of_others(np.array(values)), expected)
+
+
+@pytest.mark.parametrize("others", [1, 2, 7])
+def test_late_means_later_than_the_others(others):
+    ends = np.array([1.1] + [0.0] * others)
+    known = np.ones(len(ends), np.bool_)
+    assert fast.hysteresis(np.zeros(len(ends), np.bool_), ends, known, 1.0).tolist() == [True] + [False] * others
+    known[1:] = False
+    assert not fast.hysteresis(np.zeros(len(ends), np.bool_), ends, known, 1.0).any(), "there is nobody to compare with"
 
 
 def test_cost_is_fitted():

@@ -160,7 +160,7 @@ def test_expand_is_the_oracles(case, at_most_k, seed):
         case.batch,
         case.capacity,
         case.scores,
-        case.group_of_expert,
+        np.broadcast_to(case.group_of_expert, case.scores.shape),
         local,
         at_most_k=at_most_k,
         keep_best=case.keep_best,
@@ -222,7 +222,7 @@ def run(case: Case, mode: str, seed: int = 0) -> Selection:
         case.batch,
         case.capacity,
         case.scores,
-        case.group_of_expert,
+        np.broadcast_to(case.group_of_expert, case.scores.shape),
         local_experts(case, seed),
         at_most_k="most" in mode,
         keep_best=case.keep_best,
@@ -269,7 +269,7 @@ def test_by_score_the_order_of_tokens_is_nothing(case, mode):
             shuffled.batch,
             case.capacity,
             shuffled.scores,
-            case.group_of_expert,
+            np.broadcast_to(case.group_of_expert, case.scores.shape),
             local[order],
             at_most_k="most" in mode,
             keep_best=case.keep_best,
@@ -321,6 +321,20 @@ def test_mass_lost_is_the_share_of_the_lost_scores():
     selection = run(case, "drop")
     lost = np.where(selection.lost, case.batch.topk_scores, 0).sum(axis=1) / case.batch.topk_scores.sum(axis=1)
     np.testing.assert_allclose(fast.mass_lost(selection, case.batch.topk_scores), lost, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("factor", "num_pairs", "num_experts", "pairs"), [(1.1, 400, 8, 55), (0.01, 8, 64, 1), (1.5, 64, 8, 12)]
+)
+def test_capacity_is_rounded_up_and_no_further(factor, num_pairs, num_experts, pairs):
+    assert fast.expert_capacity(factor, num_pairs, num_experts) == pairs
+    assert slow.capacity(factor, num_pairs, 1, num_experts) == pairs
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 2**70 + 3])
+def test_any_seed_will_do(seed):
+    noise = fast.pair_noise(seed, np.arange(4, dtype=np.uint64), np.zeros((4, 2), np.int64))
+    assert ((noise >= 0) & (noise < 1)).all()
 
 
 def test_noise_knows_nothing_of_the_batch():

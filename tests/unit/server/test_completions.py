@@ -162,15 +162,20 @@ async def test_echo_with_logprobs_tells_those_of_the_prompt(server: Harness, as_
 
 
 async def test_a_stream_tells_the_prompt_in_its_first_chunk(server: Harness):
-    fields = {"prompt": "ab c", "max_tokens": 3, "echo": True, "logprobs": 2, "n": 2}
+    fields = {"prompt": ["ab c", "xy"], "max_tokens": 3, "echo": True, "logprobs": 2}
     whole = (await server.complete(**fields)).json()["choices"]
     chunks = [chunk["choices"][0] for chunk in events(await server.complete(stream=True, **fields))]
-    for index in range(2):
+    for index, prompt in enumerate(fields["prompt"]):
         parts = [chunk for chunk in chunks if chunk["index"] == index]
-        assert parts[0]["text"].startswith("ab c")
+        assert parts[0]["text"].startswith(prompt)
         assert "".join(part["text"] for part in parts) == whole[index]["text"]
         for name, values in whole[index]["logprobs"].items():
             assert [value for part in parts for value in part["logprobs"][name]] == values
+
+
+async def test_a_prompt_is_scored_once(server: Harness):
+    refused = await server.complete(prompt="ab c", echo=True, logprobs=2, n=2)
+    assert "n = 1" in assert_error(refused, 400, "n")
 
 
 async def test_the_prompt_alone_can_be_asked_for(server: Harness):
