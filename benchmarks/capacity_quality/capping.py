@@ -127,7 +127,8 @@ class Capping:
         if config.mode == "reroute":
             return policy.reroute(batch, groups, capacity, scores, group_of_expert, keep_best=keep)
         local, most = self._local(rows), not config.exceed_top_k
-        return policy.expand(batch, capacity, scores, group_of_expert, local, at_most_k=most, keep_best=keep)
+        bids = np.broadcast_to(group_of_expert, scores.shape)
+        return policy.expand(batch, capacity, scores, bids, local, at_most_k=most, keep_best=keep)
 
     def _local(self, rows: Rows) -> BoolArray:
         """[n, E] experts on the device that a token lives on."""
