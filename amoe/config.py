@@ -212,6 +212,8 @@ class CapacityConfig:
         phase: prompt tokens, generated tokens, or both.
         keep_best: a token's best pair is never touched.
         exceed_top_k: of `expanded`: a token may end with more pairs than the model's top-k.
+        spread_mass: where the model's router gives weights that sum to one, those of what a token keeps do again;
+            otherwise each pair keeps its own, and what is lost stays lost.
         telemetry_s: what an expert worker told of its backlog is forgotten after so many seconds.
     """
 
@@ -223,6 +225,7 @@ class CapacityConfig:
     phase: CapacityPhase = "prefill"
     keep_best: bool = True
     exceed_top_k: bool = False
+    spread_mass: bool = True
     telemetry_s: float = 1.0
 
     def __post_init__(self) -> None:

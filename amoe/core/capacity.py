@@ -254,7 +254,14 @@ class HomeCapacity:
         known = np.broadcast_to(places, (len(ids), self._num_experts))[at].astype(np.int16)
         np.put_along_axis(known, batch.topk_ids[at], wanted.owners[at], axis=1)
         owners[at] = np.where(ids[at] >= 0, np.take_along_axis(known, np.maximum(ids[at], 0), axis=1), np.int16(-1))
-        return Pairs(ids, policy.weigh(selection, wanted.weights, renormalise=self._renormalise), owners)
+        weights = policy.weigh(
+            selection,
+            wanted.weights,
+            batch.topk_scores,
+            renormalise=self._renormalise,
+            spread_mass=self._config.spread_mass,
+        )
+        return Pairs(ids, weights, owners)
 
     def snapshot(self) -> CapacitySnapshot:
         """All that has been taken so far."""

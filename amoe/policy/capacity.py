@@ -20,7 +20,8 @@ what each would have if all were even. *The paper's*, from its sections 3 and 4 
   matched best score first. Scores rank both sides alike, so this is the one stable matching; it does not depend on the
   order of tokens, a token never gets an expert twice, and nothing that stays is displaced.
 - Weights are the router's scores of what is computed in the end, renormalised only if the model's router does
-  (`norm_topk_prob`). Tokens that lose nothing keep the very weights that the router gave.
+  (`norm_topk_prob`): over what is computed, or over the top-k that the router wanted, so that what is lost stays lost.
+  Tokens that lose nothing keep the very weights that the router gave.
 
 `amoe.policy.capacity_reference` has the same in loops. Shape letters: n tokens, K experts per token, E experts, G
 groups that share a capacity (experts or devices), P pairs of a token at most.
@@ -225,17 +226,29 @@ def replaced(batch: RoutedBatch, lost: BoolArray, new: BoolArray, scores: Float3
     return Selection(ids, values, touched, lost, new.sum(axis=1).astype(np.int64), over)
 
 
-def weigh(selection: Selection, topk_weights: Float32Array, *, renormalise: bool) -> Float32Array:
+def weigh(
+    selection: Selection,
+    topk_weights: Float32Array,
+    topk_scores: Float32Array,
+    *,
+    renormalise: bool,
+    spread_mass: bool = True,
+) -> Float32Array:
     """[n, P] weights of the pairs of a selection; rows that are not touched keep the router's `topk_weights` [n, K].
 
     Those of touched rows are float32, also where the model's router rounds them to its own type.
+
+    Args:
+        topk_scores: [n, K] the router's softmax.
+        renormalise: the model's router gives weights that sum to one.
+        spread_mass: if so, those of the pairs of a touched row do again; otherwise they keep what they had.
     """
     weights = np.zeros(selection.expert_ids.shape, np.float32)
     weights[:, : topk_weights.shape[1]] = topk_weights
     rows = selection.touched
     scores = selection.scores[rows]
     if renormalise:
-        total = scores.sum(axis=1, keepdims=True)
+        total = (scores if spread_mass else topk_scores[rows]).sum(axis=1, keepdims=True)
         scores = np.divide(scores, total, out=np.zeros_like(scores), where=total > 0)
     weights[rows] = scores
     return weights

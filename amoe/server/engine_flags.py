@@ -255,6 +255,12 @@ def add_capacity_flags(parser: argparse.ArgumentParser) -> None:
         help="of expanded: a token may end with more pairs than the model's top-k, as in the paper",
     )
     group.add_argument(
+        "--capacity-spread-mass",
+        action=argparse.BooleanOptionalAction,
+        default=capacity.spread_mass,
+        help="of models that renormalise: what a token keeps takes over the weight of what it lost",
+    )
+    group.add_argument(
         "--capacity-telemetry",
         type=float,
         default=capacity.telemetry_s,
@@ -278,6 +284,7 @@ def capacity_config(args: argparse.Namespace) -> CapacityConfig:
         phase=args.capacity_phase,
         keep_best=args.capacity_keep_best,
         exceed_top_k=args.capacity_exceed_top_k,
+        spread_mass=args.capacity_spread_mass,
         telemetry_s=args.capacity_telemetry,
     )
 

@@ -105,9 +105,13 @@ class Capping:
         batch = RoutedBatch(topk_ids, topk_scores, np.ones(len(topk_ids), np.bool_), noise=noise)
         selection = self._select(batch, scores, rows) if self._active else policy.untouched(batch)
         self._count(batch, selection)
-        if self._model.norm_topk_prob and not self._batching.spread_mass:
-            return selection.expert_ids, selection.scores / topk_scores.sum(axis=1, keepdims=True)
-        weights = policy.weigh(selection, out.topk_weights.numpy(), renormalise=self._model.norm_topk_prob)
+        weights = policy.weigh(
+            selection,
+            out.topk_weights.numpy(),
+            topk_scores,
+            renormalise=self._model.norm_topk_prob,
+            spread_mass=self._batching.spread_mass,
+        )
         return selection.expert_ids, weights
 
     def _select(self, batch: RoutedBatch, scores: Float32Array, rows: Rows) -> Selection:

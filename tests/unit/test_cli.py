@@ -61,10 +61,10 @@ def test_every_flag():
     assert config.steering == SteeringConfig(interval_s=0.0, ridge_tokens=9)
     flags = """
         --capacity-factor 1.5 --capacity-mode expanded --capacity-scope device --capacity-phase both
-        --no-capacity-keep-best --capacity-exceed-top-k
+        --no-capacity-keep-best --capacity-exceed-top-k --no-capacity-spread-mass
     """
     assert engine_flags.engine_config(parse("m", *flags.split())).capacity == CapacityConfig(
-        factor=1.5, mode="expanded", scope="device", phase="both", keep_best=False, exceed_top_k=True
+        factor=1.5, mode="expanded", scope="device", phase="both", keep_best=False, exceed_top_k=True, spread_mass=False
     )
     flags = "--capacity-slack 0.002 --capacity-mode reroute --capacity-telemetry 3"
     assert engine_flags.engine_config(parse("m", *flags.split())).capacity == CapacityConfig(

@@ -298,12 +298,17 @@ def test_untouched_tokens_keep_the_very_weights():
     case = make_case(7, 8, 2, 64)
     weights = np.random.default_rng(0).random((64, 2)).astype(np.float32)
     selection = run(case, "reroute")
-    weighed = fast.weigh(selection, weights, renormalise=True)
+    topk_scores = case.batch.topk_scores
+    weighed = fast.weigh(selection, weights, topk_scores, renormalise=True)
     assert selection.touched.any() and not selection.touched.all()
     assert (weighed[~selection.touched] == weights[~selection.touched]).all()
     np.testing.assert_allclose(weighed[selection.touched].sum(axis=1), 1, rtol=1e-6)
-    raw = fast.weigh(selection, weights, renormalise=False)
+    raw = fast.weigh(selection, weights, topk_scores, renormalise=False)
     assert (raw[selection.touched] == selection.scores[selection.touched]).all()
+    kept = fast.weigh(run(case, "drop"), weights, topk_scores, renormalise=True, spread_mass=False)
+    missing = 1 - kept.sum(axis=1)[run(case, "drop").touched]
+    lost = fast.mass_lost(run(case, "drop"), topk_scores)[run(case, "drop").touched]
+    np.testing.assert_allclose(missing, lost, atol=1e-6)
 
 
 def test_a_token_that_loses_everything_weighs_nothing():
@@ -311,7 +316,7 @@ def test_a_token_that_loses_everything_weighs_nothing():
     selection = run(case, "drop")
     gone = (selection.expert_ids < 0).all(axis=1)
     assert gone.any()
-    weighed = fast.weigh(selection, np.ones((64, 2), np.float32), renormalise=True)
+    weighed = fast.weigh(selection, np.ones((64, 2), np.float32), case.batch.topk_scores, renormalise=True)
     assert (weighed[gone] == 0).all() and np.isfinite(weighed).all()
     assert (fast.mass_lost(selection, case.batch.topk_scores)[gone] == 1).all()
 
