@@ -31,7 +31,7 @@ from amoe.engine.messages import (
 from amoe.transport.base import Transport
 from amoe.transport.inproc import InprocFabric
 from amoe.types import CapacityUsage, SamplingParams, TokenLogprobs
-from tests.unit.core.harness import random_shares
+from tests.unit.core.scenario import random_shares
 
 
 class FakeControl:

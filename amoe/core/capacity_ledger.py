@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from amoe.core.sequence import NUM_USAGE_COLUMNS, SequenceTable, UsageColumn
-from amoe.policy.capacity import FloatArray, RoutedBatch, Selection
+from amoe.policy.capacity import RoutedBatch, Selection
+from amoe.policy.matching import FloatArray
 from amoe.stats import CapacitySnapshot
 from amoe.types import Int32Array, Int64Array
 

@@ -27,7 +27,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from amoe.policy.capacity import FloatArray, RoutedBatch, match_best
+from amoe.policy.capacity import RoutedBatch
+from amoe.policy.matching import FloatArray, match_best
 from amoe.types import BoolArray, Float32Array, Int16Array, Int64Array
 
 _MANY_ROWS = 2**31

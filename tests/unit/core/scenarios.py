@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from amoe.config import CacheConfig, PlacementConfig, SchedulerConfig
 from tests.unit.core.fake_model import ModelSpec
-from tests.unit.core.harness import PATIENT, Request, Scenario
+from tests.unit.core.scenario import PATIENT, Request, Scenario
 
 PLACEMENTS = (
     PlacementConfig(),

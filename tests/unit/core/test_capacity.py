@@ -14,8 +14,10 @@ from amoe.config import CapacityConfig, PlacementConfig, SchedulerConfig
 from amoe.core.sequence import UsageColumn
 from tests.unit.core.examples import clusters
 from tests.unit.core.fake_model import ModelSpec
-from tests.unit.core.harness import Cluster, Request, Scenario, VirtualWorker, run_scenario
+from tests.unit.core.harness import Cluster, run_scenario
+from tests.unit.core.scenario import Request, Scenario
 from tests.unit.core.scenarios import SCHEDULES, scenarios
+from tests.unit.core.virtual_worker import VirtualWorker
 
 
 @st.composite

@@ -17,7 +17,7 @@ from amoe.core.sequence import UsageColumn
 from amoe.policy.capacity import group_capacity
 from amoe.policy.placement import replicate_experts
 from amoe.types import Batch, BatchKind, BlockId, BlockKind, SamplingParams
-from tests.unit.core.harness import random_shares
+from tests.unit.core.scenario import random_shares
 from tests.unit.policy.test_capacity import router
 
 NUM_EXPERTS, TOP_K, NUM_OWNERS = 12, 3, 3

@@ -14,7 +14,8 @@ from amoe.policy.placement import place_experts
 from amoe.policy.scheduler import num_stages
 from tests.unit.core.examples import clusters
 from tests.unit.core.fake_model import ModelSpec
-from tests.unit.core.harness import PATIENT, Cluster, Request, Scenario, run_scenario
+from tests.unit.core.harness import Cluster, run_scenario
+from tests.unit.core.scenario import PATIENT, Request, Scenario
 from tests.unit.core.scenarios import PLACEMENTS, WAVES, scenarios
 from tests.unit.core.test_waiting import TimedCluster
 

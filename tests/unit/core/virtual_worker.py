@@ -1,0 +1,209 @@
+"""What the engine's worker does around a `WorkerCore`, over the model of integers.
+
+No process, no thread, no tensor. What the engine keeps (residuals, partials, slab, KV cache) is kept here in the same
+layout and indexed by the same numbers, so that a wrong number is a wrong token.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+from amoe.config import EngineConfig
+from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
+from amoe.core.worker import ModelShape, WorkerCore
+from amoe.types import Batch, BatchKind
+from tests.unit.core import fake_model
+from tests.unit.core.fake_model import Oracle
+from tests.unit.core.scenario import Request, Scenario
+
+COLUMNS = ("slots", "generations", "iterations", "expert_ids", "expert_weights")
+
+
+class RestlessWaves:
+    """A `WaveController` without a reason."""
+
+    def __init__(self, max_waves: int, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.max_waves = max_waves
+        self.num_waves = self.random.randint(1, max_waves)
+
+    def observe(self, tokens: int, now: float) -> None:
+        assert tokens >= 0  # 0: prompts alone
+        self.num_waves = self.random.randint(1, self.max_waves)
+
+
+class VirtualWorker:
+    """What the engine's worker does around a `WorkerCore`, in the fewest words."""
+
+    def __init__(self, scenario: Scenario, rank: int, oracles: dict[int, Oracle]) -> None:
+        placement, slots = scenario.placement, scenario.scheduler.num_token_slots
+        spec, blocks = scenario.spec, scenario.num_blocks
+        config = EngineConfig(
+            model="fake",
+            placement=placement,
+            scheduler=scenario.scheduler,
+            cache=scenario.cache,
+            capacity=scenario.capacity,
+            max_waiting=0,
+        )
+        shape = ModelShape(spec.sparse_layers, spec.num_experts)
+        length = scenario.max_model_len
+        waves = RestlessWaves(config.scheduler.max_waves, scenario.seed) if scenario.restless else None
+        self.owners = scenario.owners()
+        self.core = WorkerCore(
+            config,
+            shape,
+            rank,
+            num_kv_blocks=blocks,
+            max_model_len=length,
+            wave_controller=waves,
+            owners=self.owners if scenario.spare_slots else None,
+        )
+        self.spec, self.rank, self.oracles = spec, rank, oracles
+        self.max_tokens = {request.request_id: request.max_tokens for request in scenario.requests}
+        self.unchecked = {r.request_id for r in scenario.requests if not r.exact and scenario.capacity.is_on}
+        self.owner_of_rank = {owner: index for index, owner in enumerate(placement.expert_ranks)}
+        self.block_size = scenario.cache.block_size
+        self.keys = np.zeros((spec.num_layers, blocks * self.block_size), np.uint64)
+        self.residual = np.zeros(slots, np.uint64)
+        self.partials = np.zeros((len(placement.expert_ranks), slots), np.uint64)
+        self.slab = np.zeros(len(placement.attention_ranks) * slots, np.uint64)
+        self.streamed: dict[int, list[int]] = {}
+        self.scored: dict[int, list[int]] = {}  # positions of the prompt that the head has seen, by request
+        self.terminal: Counter[int] = Counter()
+        self.sampling: dict[int, int] = {}  # request by row, as the engine keeps the sampling parameters
+
+    @property
+    def batcher(self):
+        return self.core.attention.batcher
+
+    def add(self, request: Request) -> None:
+        self.streamed[request.request_id] = []
+        self.scored[request.request_id] = []
+        self.batcher.add(request.request_id, np.asarray(request.prompt, np.int32), request.params)
+
+    def abort(self, request_id: int) -> None:
+        if self.batcher.abort(request_id) is not None:
+            self.terminal[request_id] += 1
+        assert self.terminal[request_id] == 1, "neither aborted nor finished before"
+
+    def receive(self, batch: Batch, now: float) -> None:
+        kept = self.core.on_batch(batch, now)
+        if kept is None or batch.payload is None:
+            return
+        if batch.kind is BatchKind.DISPATCH:
+            self.slab[self.core.experts.slab_rows(batch)[kept]] = batch.payload[kept]
+        else:
+            self.partials[self.owner_of_rank[batch.src], batch.slots[kept]] = batch.payload[kept]
+
+    def run(self, step: AttentionStep | HeadStep | ExpertsStep, now: float) -> list[Batch]:
+        """Run a step and tell the core. Returns what is to be sent."""
+        if isinstance(step, ExpertsStep):
+            inputs = self.slab[step.slab_rows]
+            held = (self.owners[step.block.layer] == self.owner_of_rank[self.rank]).any(axis=-1)
+            assert held[step.expert_ids[step.expert_ids >= 0]].all(), "the expert does not live here"
+            output = fake_model.run_experts(inputs, step.block.layer, step.expert_ids, step.expert_weights)
+            return [self._packed(reply, output) for reply in step.replies]
+        if isinstance(step, HeadStep):
+            self._score(step)
+            self._run_head(step)
+            return []
+        hidden = self._combined(step.block.layer, step.slots, step.rows, step.positions)
+        layer = step.block.layer
+        residual = fake_model.mix(hidden, self._attend(step, hidden))
+        if not self.spec.sparse_layers[layer]:
+            self.residual[step.slots] = fake_model.mix(residual, fake_model.DENSE)
+            return [self._packed(out, None) for out in self.core.attention.on_attention(step, None, None, now)]
+        self.residual[step.slots] = residual
+        moe_input = fake_model.mix(residual, fake_model.NORM)
+        topk_ids, topk_weights = fake_model.route(moe_input, layer, self.spec)
+        scores = fake_model.scores(moe_input, layer, self.spec)
+        outgoing = self.core.attention.on_attention(step, topk_ids, topk_weights, now, scores)
+        return [self._packed(out, moe_input) for out in outgoing]
+
+    def _combined(self, layer, slots, rows=None, positions=None):
+        """Hidden states [n] that enter a block: embeddings, or residuals with what the experts have said."""
+        if layer == 0:
+            return fake_model.embed(self.batcher.table.tokens[rows, positions], positions)
+        if not self.spec.sparse_layers[layer - 1]:
+            return self.residual[slots]
+        answered = self.batcher.join.dispatched[slots].T
+        total = np.where(answered, self.partials[:, slots], np.uint64(0)).sum(axis=0, dtype=np.uint64)
+        return fake_model.mix(self.residual[slots], total)
+
+    def _attend(self, step: AttentionStep, hidden):
+        """Sums [n] over the KV entries up to each token; every entry is compared with the oracle's."""
+        layer = step.block.layer
+        spans = [(i, i + 1, int(row)) for i, row in enumerate(step.rows[: step.num_decodes])]
+        spans += [(span.start, span.end, span.row) for span in step.chunks]
+        assert [row for start, end, row in spans for _ in range(start, end)] == step.rows.tolist()
+        sums = np.zeros(step.num_tokens, np.uint64)
+        for start, end, row in spans:
+            positions = step.positions[start:end].tolist()
+            assert positions == list(range(positions[0], positions[-1] + 1))
+            upto = positions[-1] + 1
+            where = np.arange(upto)
+            places = self.batcher.table.block_table[row, where // self.block_size] * self.block_size
+            places = places + where % self.block_size
+            sequence = self.batcher.table.sequences[row]
+            written = set((places[positions[0] :] // self.block_size).tolist())
+            for other in self.batcher.running.values():
+                assert other is sequence or written.isdisjoint(other.blocks), "a shared block is written to"
+            self.keys[layer, places[positions[0] :]] = fake_model.key(hidden[start:end], layer)
+            oracle = self.oracles[sequence.request_id]
+            if sequence.request_id not in self.unchecked:
+                known = oracle.keys[layer][:upto]
+                assert self.keys[layer, places].tolist() == known, "somebody else's KV, or a wrong one"
+            sums[start:end] = self.keys[layer, places].cumsum(dtype=np.uint64)[positions[0] :]
+        return sums
+
+    def _score(self, step: HeadStep) -> None:
+        """Every prompt token but the last comes once, in order, and before anything is sampled."""
+        if step.prompt is None:
+            return
+        hidden = self._combined(step.block.layer, step.prompt.slots)
+        places = zip(step.prompt.rows.tolist(), step.prompt.positions.tolist(), hidden.tolist(), strict=True)
+        for row, position, value in places:
+            sequence = self.batcher.table.sequences[row]
+            assert sequence.params.prompt_logprobs is not None, "nobody has asked"
+            assert len(self.scored[sequence.request_id]) == position < sequence.prompt_len - 1
+            self.scored[sequence.request_id].append(position)
+            if sequence.request_id not in self.unchecked:
+                assert value == self.oracles[sequence.request_id].hidden[position], "a wrong hidden state"
+
+    def _run_head(self, step: HeadStep) -> None:
+        self.sampling |= {s.row: s.request_id for s in self.batcher.take_admitted() if s.row >= 0}
+        token_ids = fake_model.sample(self._combined(step.block.layer, step.slots), self.spec)
+        finished = np.zeros(len(step.slots), np.bool_)
+        for index, row in enumerate(step.rows.tolist()):
+            sequence = self.batcher.table.sequences[row]
+            assert self.sampling[row] == sequence.request_id, "sampled with somebody else's parameters"
+            if sequence.params.prompt_logprobs is not None:
+                assert len(self.scored[sequence.request_id]) == sequence.prompt_len - 1, "sampled before it was scored"
+            streamed = self.streamed[sequence.request_id]
+            streamed.append(int(token_ids[index]))
+            if sequence.request_id in self.unchecked:
+                is_last = len(streamed) == self.max_tokens[sequence.request_id]
+            else:
+                generated = self.oracles[sequence.request_id].generated
+                assert streamed == generated[: len(streamed)], f"request {sequence.request_id} got wrong tokens"
+                is_last = len(streamed) == len(generated)
+            if is_last:
+                finished[index] = True
+                self.terminal[sequence.request_id] += 1
+        self.core.attention.on_head(step, token_ids, finished)
+
+    def _packed(self, outgoing, output) -> Batch:
+        """A copy that shares no memory with the core, with its payload."""
+        batch = outgoing.batch
+        columns = {name: getattr(batch, name).copy() for name in COLUMNS}
+        assert batch.kind is BatchKind.ANNOUNCE or batch.count == len(batch.slots)
+        packed = replace(batch, **columns)
+        if outgoing.rows is not None and batch.count:
+            packed.payload = output[outgoing.rows].copy()
+            assert len(packed.payload) == batch.count
+        return packed
