@@ -31,7 +31,7 @@ class Setting:
 
 
 FACTORS = (2.0, 1.5, 1.25, 1.0)
-SLACKS_MS = (4.0, 1.0, 0.25)  # of modelled time
+SLACKS_MS = (1.0, 0.25, 0.0)  # of modelled time
 
 
 def settings() -> list[Setting]:
