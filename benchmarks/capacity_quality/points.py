@@ -116,6 +116,13 @@ def _weights(lossless_factor: float) -> Iterator[Point]:
                 yield _point("weights", method, factor, {"keep_best": keep_best}, spread_mass=False)
 
 
+def _tight(lossless_factor: float) -> Iterator[Point]:
+    """Caps below the even share: as many pairs as stronger skew than the built-in model's loses at a wider one."""
+    for method in _TWO:
+        for factor in (0.75, 0.5, 0.35):
+            yield _point("tight", method, factor)
+
+
 TABLES = {
     "baselines": _baselines,
     "main": _main,
@@ -123,4 +130,5 @@ TABLES = {
     "sizes": _sizes,
     "local": _local,
     "weights": _weights,
+    "tight": _tight,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,18 @@ def write(out: Path) -> Path:
 
 
 def perplexity_by_loss(quality: list[Row]) -> dict[str, tuple[list[float], list[float]]]:
-    """By method: shares of pairs touched, ascending, and the perplexity of continuations at each."""
-    curves = {}
+    """By method: shares of pairs touched, ascending, and the perplexity of continuations at each.
+
+    Of what is added to the loss of the same text: tables may be of more text or of less.
+    """
+    dropless, curves = _dropless(quality), {}
     for method in ("drop by score", "reroute"):
-        points = [(0.0, _dropless(quality))]
+        points = [(0.0, dropless)]
         for row in quality:
-            if row["table"] == "main" and row["method"] == method and row["phase"] == "both" and row["keep_best"]:
-                points.append((row["dropped"] + row["rerouted"], row["perplexity"]))
+            is_capped = row["table"] in ("main", "tight") and row["phase"] == "both" and row["keep_best"]
+            if is_capped and row["method"] == method:
+                perplexity = dropless * math.exp(row["continuation_added_nats"])
+                points.append((row["dropped"] + row["rerouted"], perplexity))
         points.sort()
         curves[method] = [share for share, _ in points], [perplexity for _, perplexity in points]
     return curves

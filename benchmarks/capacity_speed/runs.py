@@ -16,7 +16,7 @@ from benchmarks.emulated_run import run_emulated
 WORKERS = 8
 SIGMA = 1.25
 TOKENS = 6
-# Every modelled time is so much longer. Passes of the small model would be over before the server has told their tokens.
+# Every modelled time is so much longer. Passes of the small model would be over before the server has told of them.
 SLOW = {"mixtral-8x7b-mqa": 100.0, "olmoe-1b-7b": 500.0}
 
 
