@@ -365,8 +365,9 @@ FLOOR = {
 @pytest.mark.parametrize("num_tokens", [8, 16, 32, 64, 128, 512])
 def test_the_floor_of_small_batches(factor, num_tokens):
     dropped = 0.0
-    repeats = max(8, 4096 // num_tokens)
+    repeats = max(24, 4096 // num_tokens)
     for seed in range(repeats):
         case = make_case(seed, 64, 8, num_tokens, sigma=0.0, factor=factor, keep_best=False)
         dropped += run(case, "drop").num_dropped.sum() / (num_tokens * 8)
-    assert dropped / repeats == pytest.approx(FLOOR[factor][num_tokens], abs=0.006)
+    # The table is rounded, and this is an average over some batches: but an empty cell must be told from 0.2 %.
+    assert dropped / repeats == pytest.approx(FLOOR[factor][num_tokens], rel=0.05, abs=0.0012)
