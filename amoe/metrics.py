@@ -269,7 +269,7 @@ class _WorkerCollector(Collector):
         )
         over = CounterMetricFamily(
             "amoe:capacity_pairs_over",
-            "Pairs computed beyond the capacity: of exact requests, or a token's best.",
+            "Pairs computed beyond the capacity, in batches that were cut: of exact requests, or a token's best.",
             labels=("worker",),
         )
         mass = CounterMetricFamily(

@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from amoe.config import CapacityConfig
+from amoe.models import reference
+from amoe.models.config import load_model_config
+from amoe.models.layers import MlpWeights
+from amoe.models.loader import load_model
+from amoe.models.model import Blocks
+from amoe.policy import capacity_reference as slow
 from amoe.types import CapacityUsage, SamplingParams
 from tests.cluster import Finished, InprocCluster
 from tests.integration.exactness import Case, checkpoint, expected
@@ -121,3 +128,53 @@ def test_marked_spans_lose_first(root: Path) -> None:
         lost.append([cluster.requests[number].capacity.pairs_dropped for number in numbers])
         cluster.close()
     assert lost[0][0] > lost[1][0] and lost[1][1] > lost[0][1]
+
+
+@pytest.mark.parametrize("spread_mass", [True, False])
+@pytest.mark.parametrize("mode", ["drop", "reroute"])
+def test_what_is_left_is_computed_right(mode: str, spread_mass: bool, root: Path, monkeypatch: Any) -> None:
+    """A prompt in one micro-batch, against the dense oracle with the same pairs and weights."""
+    case = Case("progress", 1, "mixtral", "1", "plain", 0)
+    path = checkpoint(root, case.arch, case.variant)
+    capacity = CapacityConfig(factor=1.0, mode=mode, spread_mass=spread_mass)
+    config = replace(case.config(path), capacity=capacity, max_model_len=64)
+    config = replace(config, scheduler=replace(config.scheduler, max_num_batched_tokens=64))
+    prompt = [3 + 7 * i % 97 for i in range(40)]
+    cluster = InprocCluster(config)
+    number = cluster.add(prompt, SamplingParams(max_tokens=1, temperature=0.0, logprobs=1))
+    cluster.run()
+    cluster.close()
+    result = cluster.requests[number]
+    assert result.capacity.pairs_dropped + result.capacity.pairs_rerouted > 10
+
+    model_config = load_model_config(path)
+    model = load_model(path, model_config, Blocks.whole(model_config), dtype=torch.float32, device=torch.device("cpu"))
+    layers = iter(range(model_config.num_layers))
+
+    def capped_moe(x: torch.Tensor, router: torch.Tensor, experts: Any, model_config: Any) -> torch.Tensor:
+        # In the last layer only the last token goes on, alone in its batch.
+        rows = [len(x) - 1] if next(layers) == model_config.num_layers - 1 else list(range(len(x)))
+        scores = torch.softmax(router.float() @ x[rows].T, dim=0).T
+        problem = slow.Problem(
+            scores.topk(model_config.top_k).indices.tolist(),
+            lambda token, expert: float(scores[token, expert]),
+            [True] * len(rows),
+            lambda token, expert: expert,
+            [slow.capacity(1.0, len(rows), model_config.top_k, model_config.num_experts)] * model_config.num_experts,
+        )
+        kept, _ = slow.drop(problem) if mode == "drop" else slow.reroute(problem, model_config.num_experts)
+        out = torch.zeros_like(x)
+        for token, row in enumerate(rows):
+            mine = [expert for pair_token, expert in kept if pair_token == token]
+            over = mine if spread_mass or set(mine) == set(problem.topk[token]) else problem.topk[token]
+            for expert in mine:
+                weight = scores[token, expert] / scores[token, over].sum()
+                local = experts.ids.index(expert)
+                out[row] += weight * reference._mlp(x[row], MlpWeights(experts.w13[local], experts.w2[local]))
+        return out
+
+    monkeypatch.setattr(reference, "_moe", capped_moe)
+    with torch.inference_mode():
+        logits = reference.forward(model, prompt)[-1]
+    assert result.token_ids == [int(logits.argmax())]
+    assert abs(result.logprobs[0].logprob - float(torch.log_softmax(logits, 0).max())) < 1e-4
