@@ -21,6 +21,7 @@ CAPACITY_SCOPES: tuple[str, ...] = get_args(CapacityScope)
 CAPACITY_PHASES: tuple[str, ...] = get_args(CapacityPhase)
 CPU_RIDGE_TOKENS, GPU_RIDGE_TOKENS = 32, 222
 MAX_WAVES = 16
+TELEMETRY_S = 1.0
 MAX_NUM_SEQS = 65_536
 MAX_BATCHED_TOKENS = 262_144
 
@@ -226,7 +227,7 @@ class CapacityConfig:
     keep_best: bool = True
     exceed_top_k: bool = False
     spread_mass: bool = True
-    telemetry_s: float = 1.0
+    telemetry_s: float = TELEMETRY_S
 
     def __post_init__(self) -> None:
         choices = {
@@ -256,6 +257,19 @@ class CapacityConfig:
         _require(
             self.metric == "score" or (self.mode == "drop" and self.slack_s is None),
             "--capacity-metric is for --capacity-mode drop with --capacity-factor: the other ways go by score",
+        )
+        _require(
+            self.slack_s is None or self.scope == "expert",
+            "--capacity-scope is for --capacity-factor: a slack always looks at workers",
+        )
+        _require(
+            self.slack_s is not None or self.telemetry_s == TELEMETRY_S,
+            "--capacity-telemetry is for --capacity-slack: a factor needs no telemetry",
+        )
+        idle = (self.mode, self.phase, self.scope, self.keep_best, self.spread_mass)
+        _require(
+            self.is_on or idle == ("drop", "prefill", "expert", True, True),
+            "the --capacity flags do nothing without --capacity-factor X or --capacity-slack SECONDS: add one of them",
         )
         _require(
             not self.exceed_top_k or self.mode == "expanded",

@@ -52,6 +52,8 @@ class BatchKind(IntEnum):
     ANNOUNCE = 3  # waves and lockstep: "this home starts epoch e of wave w with n tokens"
 
 
+_SHOWN = 200  # characters of a wrong value in a message
+
 # Shared by all batches that have no such column: markers are many, and nothing can be written into an empty array.
 _NO_INT32: Int32Array = np.empty(0, np.int32)
 _NO_IDS: Int16Array = np.empty((0, 0), np.int16)
@@ -187,7 +189,9 @@ class SamplingParams:
         )
         for name, holds, rule in checks:
             if not holds:
-                raise RequestError(f"{name} {rule}, not {getattr(self, name)!r}", param=name)
+                given = repr(getattr(self, name))
+                shown = given if len(given) <= _SHOWN else given[:_SHOWN] + "..."
+                raise RequestError(f"{name} {rule}, not {shown}", param=name)
 
 
 @dataclass(slots=True)

@@ -93,6 +93,11 @@ def test_a_capacity_without_effect_is_refused():
         ("--capacity-slack 1 --capacity-metric random", "--capacity-metric is for"),
         ("--capacity-factor 1 --capacity-exceed-top-k", "--capacity-exceed-top-k is for"),
         ("--capacity-slack 1 --capacity-telemetry 0", "--capacity-telemetry must be"),
+        ("--capacity-factor 1 --capacity-telemetry 2", "--capacity-telemetry is for"),
+        ("--capacity-slack 1 --capacity-scope device", "--capacity-scope is for"),
+        ("--capacity-mode reroute", "do nothing without"),
+        ("--capacity-phase both", "do nothing without"),
+        ("--no-capacity-keep-best", "do nothing without"),
     ],
 )
 def test_capacities_that_cannot_work_are_refused(flags, message):
