@@ -91,14 +91,14 @@ class HomeCapacity:
             topk_ids, topk_weights: [n, K] what the router wants, and its weights.
             scores: [n, E] its softmax over all experts.
         """
-        owners = self._replicas.choose(layer, topk_ids)
+        wanted = Pairs(topk_ids, topk_weights, self._replicas.choose(layer, topk_ids))
         droppable = self._droppable(slots, is_prefill)
         if self._backlog is not None:
-            pairs = self._relieve(layer, slots, droppable, Pairs(topk_ids, topk_weights, owners), scores, now)
+            pairs = self._relieve(layer, slots, droppable, wanted, scores, now)
         elif droppable.any():
-            pairs = self._cap(layer, slots, droppable, Pairs(topk_ids, topk_weights, owners), scores)
+            pairs = self._cap(layer, slots, droppable, wanted, scores)
         else:
-            pairs = self._untouched(slots, Pairs(topk_ids, topk_weights, owners))
+            pairs = self._untouched(slots, wanted)
         width = self._config.pairs_per_token(topk_ids.shape[1], self._num_experts)
         return pairs if pairs.expert_ids.shape[1] == width else _widened(pairs, width)
 

@@ -190,11 +190,6 @@ def expand(
     return replaced(batch, lost, chosen & ~routed, scores, over)
 
 
-def untouched(batch: RoutedBatch) -> Selection:
-    """All that the router wants."""
-    return without(batch, np.zeros(batch.topk_ids.shape, np.bool_))
-
-
 def without(batch: RoutedBatch, lost: BoolArray, over: int = 0) -> Selection:
     """The router's pairs without `lost` [n, K]; `over`: see `Selection.num_over`."""
     stays = batch.is_pair & ~lost

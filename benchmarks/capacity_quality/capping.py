@@ -103,7 +103,8 @@ class Capping:
             noise = policy.pair_noise(_SEED, names.astype(np.uint64), topk_ids)
         topk_scores = np.take_along_axis(scores, topk_ids, axis=1)
         batch = RoutedBatch(topk_ids, topk_scores, np.ones(len(topk_ids), np.bool_), noise=noise)
-        selection = self._select(batch, scores, rows) if self._active else policy.untouched(batch)
+        nothing = np.zeros(batch.topk_ids.shape, np.bool_)
+        selection = self._select(batch, scores, rows) if self._active else policy.without(batch, nothing)
         self._count(batch, selection)
         weights = policy.weigh(
             selection,
