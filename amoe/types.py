@@ -121,6 +121,13 @@ class SamplingParams:
         prompt_logprobs: the same for the tokens of the prompt, each given those before it.
         capacity: `exact`: no pair of this sequence is dropped or rerouted, whatever the server may do to others.
         droppable_spans: (start, end) positions of the prompt whose tokens lose pairs before all others do.
+        logit_bias: (token id, bias in [-100, 100]) pairs, added to the logits.
+        allowed_token_ids: nothing else is sampled; empty: anything is.
+        bad_words: token sequences of which none is completed.
+        grammar: what the text must be, as llguidance serialises it; None: anything.
+        priority: who waits with the least number is admitted first, where the server schedules by priority.
+        cache_salt: the prefix cache is shared with requests of the same salt only.
+        return_routed_experts: tell which experts each token took.
     """
 
     max_tokens: int = 16
@@ -142,6 +149,13 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     capacity: CapacityChoice = "best_effort"
     droppable_spans: tuple[tuple[int, int], ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: str | None = None
+    priority: int = 0
+    cache_salt: str = ""
+    return_routed_experts: bool = False
 
     MAX_LOGPROBS: ClassVar[int] = 20
     MAX_STOP_IDS: ClassVar[int] = 64
@@ -201,11 +215,13 @@ class TokenLogprobs:
     Attributes:
         logprob: of the token that is there: sampled, or of the prompt.
         top_ids, top_logprobs: of the k best tokens, best first.
+        rank: of the token that is there: 1 is the best one. 0: nobody has asked.
     """
 
     logprob: float
     top_ids: list[int]
     top_logprobs: list[float]
+    rank: int = 0
 
 
 @dataclass(slots=True)
@@ -238,6 +254,8 @@ class SequenceOutput:
         capacity: None where capacity is off.
         prompt_logprobs: the next ones, if asked for: one per prompt token but the first, in order, over several outputs
             that come before the first new token.
+        routed_experts: if asked for: little-endian int16 [m, L, K] in C order, the experts that the next m tokens took in
+            the L MoE layers; over all outputs of a sequence every token that went through the model, once and in order.
     """
 
     request_id: int
@@ -248,3 +266,4 @@ class SequenceOutput:
     num_cached_tokens: int = 0
     capacity: CapacityUsage | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    routed_experts: bytes = b""

@@ -14,11 +14,18 @@ from amoe.types import SamplingParams, SequenceOutput
 
 
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Server to attention worker: serve this sequence. `request_id` is unique for the server's lifetime."""
+    """Server to attention worker: serve this sequence.
+
+    Attributes:
+        request_id: unique for the server's lifetime.
+        sibling_of: a request sent before to the same worker with the same prompt (another choice of one user's
+            request): its KV of the prompt is shared instead of computed again.
+    """
 
     request_id: int
     prompt_token_ids: list[int]
     params: SamplingParams
+    sibling_of: int | None = None
 
 
 class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag=True):

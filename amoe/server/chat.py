@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from amoe.engine.async_engine import Generation
 from amoe.engine.generation import GenerationDelta
-from amoe.engine.tokenizer import Tokenizer
-from amoe.errors import RequestError
-from amoe.policy.admission import fitting_max_tokens
 from amoe.server import fields
 from amoe.server.context import ServerContext, new_id
+from amoe.server.conversation import ChatDelta, ChatJob, start_chat
 from amoe.server.encoding import event, json_response
 from amoe.server.logprobs import chat_logprobs
-from amoe.server.sampling import check_spans, sampling_params
-from amoe.server.schemas import ChatCompletionRequest, ChatMessage
-from amoe.server.streaming import EventStream, UsageCounter, collect, interleave, unless_disconnected
-
-
-@dataclass(slots=True)
-class _Job:
-    """A request that the engine has admitted."""
-
-    request: ChatCompletionRequest
-    head: dict[str, Any]
-    generations: list[Generation]
-    tokenizer: Tokenizer
-
-    def logprobs(self, delta: GenerationDelta) -> dict[str, Any] | None:
-        """`choices[].logprobs` of a delta, if asked for."""
-        if not self.request.logprobs:
-            return None
-        top = self.request.top_logprobs or 0
-        return chat_logprobs(delta.token_ids, delta.logprobs, top, self.tokenizer.token_bytes)
+from amoe.server.schemas import ChatCompletionRequest
+from amoe.server.streaming import EventStream, UsageCounter, unless_disconnected
 
 
 def chat_router(context: ServerContext) -> APIRouter:
@@ -51,103 +28,52 @@ def chat_router(context: ServerContext) -> APIRouter:
         fields.refuse_unsupported(body.model_extra or {}, fields.CHAT)
         fields.refuse_best_of(body.model_extra or {}, body.n)
         if body.stream:
-            job = await _start(context, body)
+            job = await start_chat(context, body)
             return EventStream(_events(job), job.generations)
         return await unless_disconnected(request, _complete(context, body))
 
     return router
 
 
-def _text_of(content: Any, where: str) -> str:
-    """Text of a message's content, which is a string or a list of text parts."""
-    if isinstance(content, str):
-        return content
-    if content is None:
-        return ""
-    if not isinstance(content, list):
-        raise RequestError(f"{where} must be a string or a list of parts", param=where)
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise RequestError(
-                f"{where}.{index}: only parts of type 'text' are supported, not {kind!r}", param=f"{where}.{index}"
-            )
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def template_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as chat templates expect them: content is text.
-
-    Raises:
-        RequestError: naming what is not supported yet (tool calls, images).
-    """
-    result = []
-    for index, message in enumerate(messages):
-        where = f"messages.{index}"
-        extra = message.model_extra or {}
-        for name in ("tool_calls", "function_call", "audio"):
-            if extra.get(name):
-                raise RequestError(f"{where}.{name} is not supported by this server", param=f"{where}.{name}")
-        if message.role in ("tool", "function"):
-            raise RequestError(f"{where}: the role {message.role!r} is not supported: there are no tools", where)
-        if message.content is None and message.role != "assistant":
-            raise RequestError(f"{where}.content is missing", param=f"{where}.content")
-        text = _text_of(message.content, f"{where}.content")
-        result.append({**extra, "role": message.role, "content": text})
-    return result
-
-
-async def _start(context: ServerContext, body: ChatCompletionRequest) -> _Job:
-    model = context.resolve_model(body.model)
-    engine = context.engine
-    variables: dict[str, Any] = {"add_generation_prompt": body.add_generation_prompt, "documents": body.documents}
-    if body.reasoning_effort is not None:
-        variables["reasoning_effort"] = body.reasoning_effort
-    variables.update(body.chat_template_kwargs or {})
-    text = engine.tokenizer.render_chat(template_messages(body.messages), variables)
-    prompt = await context.tokenize(text, body.add_special_tokens, "messages")
-    check_spans(body, [len(prompt)])
-    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    if max_tokens is None:
-        max_tokens = fitting_max_tokens(len(prompt), engine.model.max_model_len, "messages")
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    starts = [
-        (prompt, sampling_params(body, context.defaults, max_tokens, logprobs, choice)) for choice in range(body.n)
-    ]
-    generations = engine.start(starts, param="messages")
-    head = {
-        "id": new_id("chatcmpl", body.request_id),
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model,
+def _head(job: ChatJob, kind: str) -> dict[str, Any]:
+    """What every part of the response says."""
+    return {
+        "id": new_id("chatcmpl", job.request.request_id),
+        "object": kind,
+        "created": job.created,
+        "model": job.model,
     }
-    return _Job(body, head, generations, engine.tokenizer)
+
+
+def _logprobs(job: ChatJob, delta: GenerationDelta) -> dict[str, Any] | None:
+    """`choices[].logprobs` of a delta, if asked for."""
+    if not job.request.logprobs:
+        return None
+    return chat_logprobs(delta.token_ids, delta.logprobs, job.request.top_logprobs or 0, job.tokenizer.token_bytes)
 
 
 async def _complete(context: ServerContext, body: ChatCompletionRequest) -> Response:
-    job = await _start(context, body)
-    totals = await collect(job.generations)
-    usage = UsageCounter(len(totals), body.n)
-    choices = []
-    for index, total in enumerate(totals):
-        usage.update(index, total)
-        choices.append(
+    job = await start_chat(context, body)
+    choices = await job.collect()
+    usage = UsageCounter(len(choices), body.n)
+    content = []
+    for choice in choices:
+        usage.update(choice.index, choice.raw)
+        content.append(
             {
-                "index": index,
-                "message": {"role": "assistant", "content": total.text, "refusal": None},
-                "logprobs": job.logprobs(total),
-                "finish_reason": total.finish_reason,
-                "stop_reason": total.stop_reason,
+                "index": choice.index,
+                "message": {"role": "assistant", "content": choice.content, "refusal": None},
+                "logprobs": _logprobs(job, choice.raw),
+                "finish_reason": choice.finish_reason,
+                "stop_reason": choice.raw.stop_reason,
             }
         )
-    return json_response({**job.head, "choices": choices, "usage": usage.as_json()})
+    return json_response({**_head(job, "chat.completion"), "choices": content, "usage": usage.as_json()})
 
 
-async def _events(job: _Job) -> AsyncGenerator[bytes]:
+async def _events(job: ChatJob) -> AsyncGenerator[bytes]:
     body = job.request
-    head = {**job.head, "object": "chat.completion.chunk"}
+    head = _head(job, "chat.completion.chunk")
     usage = UsageCounter(len(job.generations), body.n)
 
     def chunk(index: int, delta: dict[str, Any], **rest: Any) -> bytes:
@@ -158,15 +84,23 @@ async def _events(job: _Job) -> AsyncGenerator[bytes]:
         return event(content)
 
     introduced: set[int] = set()
-    async with contextlib.aclosing(interleave(job.generations)) as deltas:
-        async for index, delta in deltas:
-            usage.update(index, delta)
-            if index not in introduced:
-                introduced.add(index)
-                yield chunk(index, {"role": "assistant", "content": ""})
-            if delta.text or (body.logprobs and delta.token_ids):
-                yield chunk(index, {"content": delta.text}, logprobs=job.logprobs(delta))
-            if delta.finish_reason is not None:
-                yield chunk(index, {}, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason)
+    async with contextlib.aclosing(job.deltas()) as deltas:
+        async for delta in deltas:
+            usage.update(delta.index, delta.raw)
+            if delta.index not in introduced:
+                introduced.add(delta.index)
+                yield chunk(delta.index, {"role": "assistant", "content": ""})
+            for part in _parts(job, delta, chunk):
+                yield part
     if body.include_usage:
         yield event({**head, "choices": [], "usage": usage.as_json()})
+
+
+def _parts(job: ChatJob, delta: ChatDelta, chunk: Any) -> list[bytes]:
+    """The events that say what is new in one choice."""
+    parts = []
+    if delta.content or (job.request.logprobs and delta.raw.token_ids):
+        parts.append(chunk(delta.index, {"content": delta.content}, logprobs=_logprobs(job, delta.raw)))
+    if delta.finish_reason is not None:
+        parts.append(chunk(delta.index, {}, finish_reason=delta.finish_reason, stop_reason=delta.raw.stop_reason))
+    return parts
