@@ -254,8 +254,8 @@ class SequenceOutput:
         capacity: None where capacity is off.
         prompt_logprobs: the next ones, if asked for: one per prompt token but the first, in order, over several outputs
             that come before the first new token.
-        routed_experts: if asked for: little-endian int16 [m, L, K] in C order, the experts that the next m tokens took in
-            the L MoE layers; over all outputs of a sequence every token that went through the model, once and in order.
+        routed_experts: if asked for: little-endian int16 [m, L, K] in C order, the experts that the next m tokens took
+            in the L MoE layers; over all outputs of a sequence every token that went through the model, once, in order.
     """
 
     request_id: int
