@@ -10,11 +10,11 @@ from fastapi import APIRouter, Request, Response
 
 from amoe.engine.generation import GenerationDelta
 from amoe.server import fields
+from amoe.server.chat_schemas import ChatCompletionRequest
 from amoe.server.context import ServerContext, new_id
 from amoe.server.conversation import ChatDelta, ChatJob, start_chat
 from amoe.server.encoding import event, json_response
 from amoe.server.logprobs import chat_logprobs
-from amoe.server.schemas import ChatCompletionRequest
 from amoe.server.streaming import EventStream, UsageCounter, unless_disconnected
 
 

@@ -15,10 +15,11 @@ from typing import Any, Literal
 from amoe.engine.async_engine import Generation
 from amoe.engine.generation import GenerationDelta
 from amoe.engine.tokenizer import Tokenizer
+from amoe.errors import RequestError
 from amoe.policy.admission import fitting_max_tokens
+from amoe.server.chat_schemas import ChatCompletionRequest
 from amoe.server.context import ServerContext
 from amoe.server.sampling import check_spans, sampling_params
-from amoe.server.schemas import ChatCompletionRequest
 from amoe.server.streaming import interleave
 from amoe.server.template_input import template_messages
 
@@ -146,6 +147,9 @@ async def start_chat(context: ServerContext, body: ChatCompletionRequest) -> Cha
     """
     model = context.resolve_model(body.model)
     engine = context.engine
+    for name in ("tools", "chat_template", "continue_final_message", "echo"):
+        if getattr(body, name):
+            raise RequestError(f"{name} is not supported by this server: leave it out", param=name)
     variables: dict[str, Any] = {"add_generation_prompt": body.add_generation_prompt, "documents": body.documents}
     if body.reasoning_effort is not None:
         variables["reasoning_effort"] = body.reasoning_effort

@@ -52,21 +52,11 @@ COMPLETIONS: Neutral = {
 CHAT: Neutral = {
     **COMMON,
     "audio": (),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "documents": ([],),
-    "reasoning_effort": ("none",),
-    "continue_final_message": (False,),
-    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "include_reasoning": (True,),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": ("medium",),
     "web_search_options": (),
 }
 

@@ -1,21 +1,21 @@
-"""Request bodies of the two generation endpoints. What is not here is refused (see `fields`) or unknown."""
+"""Fields of the generation endpoints, and /v1/completions. What is not here is refused (see `fields`) or unknown."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from amoe.errors import RequestError
-from amoe.types import CapacityChoice, SamplingParams
+from amoe.types import CapacityChoice
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 32
 MAX_STOP_CHARS = 1024
 
 
-def _default(value: Any) -> BeforeValidator:
-    """null means the default, as in OpenAI's API."""
+def null_means(value: Any) -> BeforeValidator:
+    """null means the default `value`, as in OpenAI's API."""
 
     def choose(given: Any) -> Any:
         return value if given is None else given
@@ -62,7 +62,7 @@ Prompts = Annotated[
     list[str | list[int]],
     PlainValidator(_parse_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]
-StopTokenIds = Annotated[tuple[int, ...], _default(())]
+StopTokenIds = Annotated[tuple[int, ...], null_means(())]
 Spans = Annotated[
     tuple[tuple[int, int], ...], PlainValidator(_parse_spans, json_schema_input_type=list[list[int]] | None)
 ]
@@ -74,8 +74,8 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    include_usage: Annotated[bool, _default(False)] = False
-    continuous_usage_stats: Annotated[bool, _default(False)] = False
+    include_usage: Annotated[bool, null_means(False)] = False
+    continuous_usage_stats: Annotated[bool, null_means(False)] = False
 
 
 class GenerationRequest(BaseModel):
@@ -84,28 +84,28 @@ class GenerationRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), _default(1)] = 1
-    stream: Annotated[bool, _default(False)] = False
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), null_means(1)] = 1
+    stream: Annotated[bool, null_means(False)] = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
-    min_tokens: Annotated[int, _default(0)] = 0
+    min_tokens: Annotated[int, null_means(0)] = 0
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
     seed: Seed | None = None
-    presence_penalty: Annotated[float, _default(0.0)] = 0.0
-    frequency_penalty: Annotated[float, _default(0.0)] = 0.0
+    presence_penalty: Annotated[float, null_means(0.0)] = 0.0
+    frequency_penalty: Annotated[float, null_means(0.0)] = 0.0
     repetition_penalty: float | None = None
     stop: Stop = ()
     stop_token_ids: StopTokenIds = ()
-    include_stop_str_in_output: Annotated[bool, _default(False)] = False
-    skip_special_tokens: Annotated[bool, _default(True)] = True
-    spaces_between_special_tokens: Annotated[bool, _default(True)] = Field(
+    include_stop_str_in_output: Annotated[bool, null_means(False)] = False
+    skip_special_tokens: Annotated[bool, null_means(True)] = True
+    spaces_between_special_tokens: Annotated[bool, null_means(True)] = Field(
         True, description="Without effect: fast tokenizers, the only ones here, put no spaces there."
     )
-    ignore_eos: Annotated[bool, _default(False)] = False
-    capacity: Annotated[CapacityChoice, _default("best_effort")] = Field(
+    ignore_eos: Annotated[bool, null_means(False)] = False
+    capacity: Annotated[CapacityChoice, null_means("best_effort")] = Field(
         "best_effort",
         description="exact: no pair of this request is dropped or rerouted, whatever the server is set to.",
     )
@@ -136,36 +136,6 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: Prompts
-    echo: Annotated[bool, _default(False)] = False
+    echo: Annotated[bool, null_means(False)] = False
     logprobs: int | None = None
-    add_special_tokens: Annotated[bool, _default(True)] = True
-
-
-class ChatMessage(BaseModel):
-    """One message; other keys (`name`, ...) reach the chat template as they are."""
-
-    model_config = ConfigDict(extra="allow")
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Any = None
-
-
-class ChatCompletionRequest(GenerationRequest):
-    """POST /v1/chat/completions."""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: int | None = None
-    logprobs: Annotated[bool, _default(False)] = False
-    top_logprobs: Annotated[int, Field(ge=0, le=SamplingParams.MAX_LOGPROBS)] | None = None
-    add_generation_prompt: Annotated[bool, _default(True)] = True
-    add_special_tokens: Annotated[bool, _default(False)] = False
-    chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, Any]] | None = None
-    reasoning_effort: str | None = None
-    parallel_tool_calls: bool | None = Field(None, description="Without effect: there are no tools.")
-
-    @model_validator(mode="after")
-    def _check_logprobs(self) -> ChatCompletionRequest:
-        if self.top_logprobs and not self.logprobs:
-            raise RequestError("top_logprobs goes with logprobs=true only", param="top_logprobs")
-        return self
+    add_special_tokens: Annotated[bool, null_means(True)] = True
