@@ -21,7 +21,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from amoe.stats import BATCH_SIZE_EDGES, JOIN_WAIT_EDGES, HistogramSnapshot, SteeringStats, WorkerStats
+from amoe.stats import BATCH_SIZE_EDGES, JOIN_WAIT_EDGES, HistogramSnapshot, RequestFlow, SteeringStats, WorkerStats
 from amoe.types import FinishReason
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -49,12 +49,14 @@ class EngineMetrics:
 
     Attributes:
         workers: the latest snapshot of each worker, by rank.
+        flow: tokens and latencies of the last minutes.
     """
 
     def __init__(self, model_name: str, max_model_len: int) -> None:
         self.registry = CollectorRegistry()
         self._model_name = model_name
         self.workers: dict[int, WorkerStats] = {}
+        self.flow = RequestFlow()
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed.")
         self._prompt_tokens_cached = self._counter("prompt_tokens_cached", "Prompt tokens found in the prefix cache.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
@@ -107,6 +109,7 @@ class EngineMetrics:
         """A request's first token came `seconds` after its arrival: its prompt has been processed."""
         labels = (self._model_name, str(rank))
         self._ttft.labels(*labels).observe(seconds)
+        self.flow.first_token(seconds, num_prompt_tokens)
         self._prompt_tokens.labels(*labels).inc(num_prompt_tokens)
         self._prompt_tokens_cached.labels(*labels).inc(num_cached_tokens)
 
@@ -114,6 +117,7 @@ class EngineMetrics:
         """A step brought `count` tokens of one request; None with its first ones."""
         labels = (self._model_name, str(rank))
         self._generation_tokens.labels(*labels).inc(count)
+        self.flow.tokens(count, seconds_since_last)
         if seconds_since_last is not None:
             self._itl.labels(*labels).observe(seconds_since_last)
 

@@ -5,13 +5,18 @@ Counters and histograms are cumulative since the worker started, so that a lost 
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 BATCH_SIZE_EDGES: tuple[float, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+ITERATION_EDGES: tuple[float, ...] = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 JOIN_WAIT_EDGES: tuple[float, ...] = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1.0)
+# Fine enough for percentiles that are shown: 16 to a decade (15 % wide), 0.1 ms to 1000 s.
+LATENCY_EDGES: tuple[float, ...] = tuple(1e-4 * 10 ** (index / 16) for index in range(7 * 16 + 1))
 
 
 @dataclass(slots=True)
@@ -88,11 +93,44 @@ class CapacitySnapshot:
 
 
 @dataclass(slots=True)
+class DecisionSnapshot:
+    """How often a worker's scheduler has decided so, cumulative.
+
+    Attributes:
+        block: kind of the block that ran, lower case; "none" where it ran none.
+        reason: see `amoe.policy.decision`.
+    """
+
+    block: str
+    reason: str
+    count: int
+
+
+@dataclass(slots=True)
+class TrafficSnapshot:
+    """What a worker has sent, cumulative.
+
+    Attributes:
+        kind: of the batches: "dispatch", "result" or "announce".
+        path: "local" (to this very worker) or "remote".
+        messages: batches, markers included; tokens: rows in them.
+        payload_bytes: of hidden states; a dispatch to this very worker leaves them where they are.
+    """
+
+    kind: str
+    path: str
+    messages: int
+    tokens: int
+    payload_bytes: int
+
+
+@dataclass(slots=True)
 class WorkerStats:
     """Snapshot of one worker.
 
     Attributes:
         rank, role: `role` is "attention", "experts" or "colocated" (both).
+        at_s: the worker's own clock: the time between two snapshots is their difference.
         loops: turns of the worker's loop: they prove that it makes progress.
         busy_s: seconds in which a block ran, cumulative.
         home_s: of these, in attention blocks and heads; experts_s: in experts.
@@ -111,6 +149,12 @@ class WorkerStats:
         join_waits: seconds between a token's dispatch and its last answer, by layer.
         expert_pairs: [num_layers][num_experts] (token, expert) pairs computed, cumulative (expert workers).
         capacity: None where it is off (attention workers).
+        num_deferred: of the waiting sequences, those that wait for another sequence, not for room.
+        busy_by_block: `busy_s` by kind of block.
+        wait_s: seconds in which the loop slept, by reason: "idle" (no token here) or "held" (tokens here, which wait
+            for others elsewhere), cumulative.
+        iteration_tokens: tokens that entered the model at one time (attention workers that have run).
+        decisions: of the scheduler; traffic: what was sent.
     """
 
     rank: int
@@ -137,6 +181,13 @@ class WorkerStats:
     experts_s: float = 0.0
     expert_work: int = 0
     capacity: CapacitySnapshot | None = None
+    at_s: float = 0.0
+    num_deferred: int = 0
+    busy_by_block: dict[str, float] = field(default_factory=dict)
+    wait_s: dict[str, float] = field(default_factory=dict)
+    iteration_tokens: HistogramSnapshot | None = None
+    decisions: list[DecisionSnapshot] = field(default_factory=list)
+    traffic: list[TrafficSnapshot] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -154,3 +205,80 @@ class SteeringStats:
     home_share: dict[int, float]
     moved: float = 0.0
     num_plans: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FlowSample:
+    """What had gone through the server at one moment; all counts are cumulative.
+
+    Attributes:
+        at_s: the server's clock.
+        prompt_tokens: of the requests that had got their first token; generated_tokens: of all requests.
+        ttft, itl: [len(LATENCY_EDGES) + 1] times to the first token and between tokens, per bucket.
+    """
+
+    at_s: float
+    prompt_tokens: int
+    generated_tokens: int
+    ttft: npt.NDArray[np.int64]
+    itl: npt.NDArray[np.int64]
+
+
+class RequestFlow:
+    """Counts what goes through the server, and remembers the last minutes, for people who watch.
+
+    The histograms in `amoe.metrics` have the buckets of vLLM's, the first of which ends at 10 ms.
+
+    Attributes:
+        samples: the last ones, oldest first, about one per second.
+    """
+
+    MEMORY = 300
+
+    def __init__(self) -> None:
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+        self._ttft = [0] * (len(LATENCY_EDGES) + 1)
+        self._itl = [0] * (len(LATENCY_EDGES) + 1)
+        self.samples: deque[FlowSample] = deque(maxlen=self.MEMORY)
+
+    def first_token(self, seconds: float, num_prompt_tokens: int) -> None:
+        """A request's first token came after `seconds`."""
+        self._prompt_tokens += num_prompt_tokens
+        self._ttft[bisect_left(LATENCY_EDGES, seconds)] += 1
+
+    def tokens(self, count: int, seconds_since_last: float | None) -> None:
+        """A request got `count` tokens; None with its first ones."""
+        self._generated_tokens += count
+        if seconds_since_last is not None:
+            self._itl[bisect_left(LATENCY_EDGES, seconds_since_last)] += 1
+
+    def now(self, at_s: float) -> FlowSample:
+        """What has gone through so far."""
+        return FlowSample(
+            at_s,
+            self._prompt_tokens,
+            self._generated_tokens,
+            np.array(self._ttft, np.int64),
+            np.array(self._itl, np.int64),
+        )
+
+    def mark(self, at_s: float) -> None:
+        """Remember this moment, unless the last one is not a second old. To be called about twice a second."""
+        if not self.samples or at_s - self.samples[-1].at_s >= 0.9:
+            self.samples.append(self.now(at_s))
+
+
+def latency_quantile(counts: npt.NDArray[np.int64], q: float) -> float | None:
+    """The `q` quantile (0 to 1) in seconds of counts [len(LATENCY_EDGES) + 1]; None if there is no value."""
+    total = int(counts.sum())
+    if not total:
+        return None
+    cumulated = counts.cumsum()
+    place = max(1.0, q * total)
+    bucket = int(cumulated.searchsorted(place))
+    low = LATENCY_EDGES[max(0, bucket - 1)]
+    high = LATENCY_EDGES[min(bucket, len(LATENCY_EDGES) - 1)]
+    before = int(cumulated[bucket - 1]) if bucket else 0
+    inside = (place - before) / max(1, int(counts[bucket]))
+    return float(low * (high / low) ** inside)

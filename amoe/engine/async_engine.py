@@ -398,3 +398,4 @@ class AsyncEngine:
                 else:
                     logger.error("worker %d makes no progress: not healthy", stalled)
             self.metrics.healthy(self.healthy)
+            self.metrics.flow.mark(now)

@@ -8,12 +8,13 @@ import numpy as np
 
 from amoe.core.batcher import Batcher
 from amoe.core.experts import count_pairs
-from amoe.core.steps import ExpertsStep, Step
+from amoe.core.steps import AttentionStep, ExpertsStep, Step
 from amoe.core.worker import WorkerCore
 from amoe.engine.home import Home
+from amoe.engine.traffic import TrafficCounts
 from amoe.policy.steering import count_work
-from amoe.stats import BATCH_SIZE_EDGES, LayerHistograms, QueueSnapshot, WorkerStats
-from amoe.types import BlockKind
+from amoe.stats import BATCH_SIZE_EDGES, ITERATION_EDGES, LayerHistograms, QueueSnapshot, WorkerStats
+from amoe.types import Batch, BlockKind
 
 _NAMES = {BlockKind.ATTENTION: "attention", BlockKind.EXPERTS: "experts", BlockKind.HEAD: "head"}
 
@@ -39,9 +40,11 @@ class StatsKeeper:
         self.role = role
         self.loops = 0
         self.steps = 0
-        self.busy_s = 0.0
-        self.experts_s = 0.0
         self.expert_work = 0
+        self._busy_s = dict.fromkeys(BlockKind, 0.0)
+        self._wait_s = {"idle": 0.0, "held": 0.0}
+        self._iterations = LayerHistograms(1, ITERATION_EDGES)
+        self._traffic = TrafficCounts(rank)
         self._ridge_tokens = ridge_tokens
         self._batch_sizes = {kind: LayerHistograms(num_layers + 1, BATCH_SIZE_EDGES) for kind in BlockKind}
         self._modelled_s = modelled_s
@@ -50,31 +53,51 @@ class StatsKeeper:
     def observe(self, step: Step, seconds: float) -> None:
         """A step has run."""
         self.steps += 1
-        self.busy_s += seconds
+        self._busy_s[step.block.kind] += seconds
         self._batch_sizes[step.block.kind].observe(step.block.layer, step.num_tokens)
-        if isinstance(step, ExpertsStep):
-            self.experts_s += seconds
-            if step.num_tokens:
-                counts = count_pairs(step.expert_ids, self._expert_pairs.shape[1])
-                self._expert_pairs[step.block.layer] += counts
-                self.expert_work += count_work(counts, self._ridge_tokens)
+        if isinstance(step, AttentionStep) and step.block.layer == 0 and step.num_tokens:
+            self._iterations.observe(0, step.num_tokens)
+        if isinstance(step, ExpertsStep) and step.num_tokens:
+            counts = count_pairs(step.expert_ids, self._expert_pairs.shape[1])
+            self._expert_pairs[step.block.layer] += counts
+            self.expert_work += count_work(counts, self._ridge_tokens)
+
+    def slept(self, seconds: float, *, is_holding: bool) -> None:
+        """The loop had nothing to run; `is_holding`: because the tokens here wait for others elsewhere."""
+        self._wait_s["held" if is_holding else "idle"] += seconds
+
+    def sent(self, batch: Batch) -> None:
+        """A batch is about to be sent."""
+        self._traffic.count(batch)
 
     def snapshot(self, core: WorkerCore, home: Home | None, now: float) -> WorkerStats:
         """Everything, as it is now."""
-        stats = WorkerStats(self.rank, self.role, self.loops, self.busy_s, self.steps, modelled_s=self._modelled_s())
-        stats.home_s, stats.experts_s = self.busy_s - self.experts_s, self.experts_s
+        busy_s, experts_s = sum(self._busy_s.values()), self._busy_s[BlockKind.EXPERTS]
+        stats = WorkerStats(self.rank, self.role, self.loops, busy_s, self.steps, modelled_s=self._modelled_s())
+        stats.home_s, stats.experts_s = busy_s - experts_s, experts_s
+        stats.busy_by_block = self._busy_by_block(core)
+        stats.wait_s = dict(self._wait_s)
+        stats.decisions, stats.traffic = core.decisions.snapshot(), self._traffic.snapshot()
         stats.expert_work = self.expert_work
+        stats.at_s = now
         stats.num_waves, stats.num_slips = core.num_waves, core.num_slips
         stats.queues = self._queues(core, now)
         stats.batch_sizes = [item for kind in BlockKind for item in self._batch_sizes[kind].snapshot(_NAMES[kind])]
         if core.experts is not None:
             stats.expert_pairs = self._expert_pairs.tolist()
         if home is not None:
+            stats.iteration_tokens = next(iter(self._iterations.snapshot("attention")), None)
             stats.join_waits = home.core.join_waits.snapshot("experts")
             if home.core.capacity is not None:
                 stats.capacity = home.core.capacity.snapshot()
             _describe_sequences(stats, home.core.batcher)
         return stats
+
+    def _busy_by_block(self, core: WorkerCore) -> dict[str, float]:
+        """Of the kinds of block that live here."""
+        kinds = [BlockKind.ATTENTION, BlockKind.HEAD] if core.attention is not None else []
+        kinds += [BlockKind.EXPERTS] if core.experts is not None else []
+        return {_NAMES[kind]: self._busy_s[kind] for kind in kinds}
 
     @staticmethod
     def _queues(core: WorkerCore, now: float) -> list[QueueSnapshot]:
