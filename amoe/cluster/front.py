@@ -11,21 +11,39 @@ from amoe.config import EngineConfig
 from amoe.engine.async_engine import AsyncEngine, ModelInfo
 from amoe.engine.messages import Ready
 from amoe.engine.tokenizer import Tokenizer
+from amoe.engine.watchdog import HEARTBEAT_TIMEOUT_S, STALL_TIMEOUT_S
 from amoe.models.config import load_model_config
 
 
-def connect_engine(cluster: LocalCluster, ready: Sequence[Ready], *, name: str, tokenizer: Tokenizer) -> AsyncEngine:
+def connect_engine(
+    cluster: LocalCluster,
+    ready: Sequence[Ready],
+    *,
+    name: str,
+    tokenizer: Tokenizer,
+    heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
+    stall_timeout_s: float = STALL_TIMEOUT_S,
+) -> AsyncEngine:
     """An engine that listens to the workers of a started cluster, and dies with any of them.
 
     Args:
         ready: what `LocalCluster.start` returned.
         name: of the model, as users see it.
+        heartbeat_timeout_s, stall_timeout_s: see `amoe.engine.watchdog`.
     """
     config = cluster.config
     # Expert workers have no say in the length of a sequence: they have no KV cache.
     longest = min(ready[rank].max_model_len for rank in config.placement.attention_ranks)
     model = ModelInfo(name=name, max_model_len=longest, vocab_size=load_model_config(config.model).vocab_size)
-    engine = AsyncEngine(cluster.channels, config, tokenizer, model, owners=cluster.owners)
+    engine = AsyncEngine(
+        cluster.channels,
+        config,
+        tokenizer,
+        model,
+        owners=cluster.owners,
+        heartbeat_timeout_s=heartbeat_timeout_s,
+        stall_timeout_s=stall_timeout_s,
+    )
     cluster.on_death = lambda _, reason: engine.die(reason)
     engine.run()
     return engine

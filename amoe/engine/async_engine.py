@@ -17,10 +17,10 @@ from typing import Protocol
 from amoe.clock import Clock, MonotonicClock
 from amoe.config import EngineConfig
 from amoe.engine.generation import GenerationDelta, GenerationState
-from amoe.engine.messages import AbortRequests, AddRequest, Failed, Heartbeat, Outputs, ToServer, ToWorker
+from amoe.engine.messages import AbortRequests, AddRequest, Failed, Heartbeat, Outputs, Pulse, ToServer, ToWorker
 from amoe.engine.steering import Steering
 from amoe.engine.tokenizer import Tokenizer
-from amoe.engine.watchdog import Watchdog
+from amoe.engine.watchdog import HEARTBEAT_TIMEOUT_S, STALL_TIMEOUT_S, Stall, Watchdog
 from amoe.errors import AmoeError, EngineDeadError, EngineOverloadedError, RequestError
 from amoe.metrics import EngineMetrics
 from amoe.policy import admission
@@ -119,9 +119,9 @@ class AsyncEngine:
         config: of the workers.
         model: what they have loaded.
         owners: [num_layers, num_experts, R] where experts live; None: replicas, if there are any, are not steered.
-        heartbeat_timeout_s: a worker that says nothing for so long is dead.
-        stall_timeout_s: a worker that says nothing, or has work and runs no block, for so long makes the engine
-            unhealthy until it goes on.
+        heartbeat_timeout_s: a worker whose loop does not turn for so long is dead.
+        stall_timeout_s: a worker that gives no sign of life, or has work and runs no block, for so long makes the
+            engine unhealthy until it goes on.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ class AsyncEngine:
         *,
         owners: Int16Array | None = None,
         clock: Clock | None = None,
-        heartbeat_timeout_s: float = 120.0,
-        stall_timeout_s: float = 15.0,
+        heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -345,6 +345,8 @@ class AsyncEngine:
             self._watchdog.beat(rank, message.stats)
             self.metrics.worker(message.stats)
             self._steering.observe(message.stats)
+        elif isinstance(message, Pulse):
+            self._watchdog.pulse(rank, message.step_s, message.usual_s)
         elif isinstance(message, Failed):
             self.die(f"worker {rank} failed: {message.message}")
 
@@ -379,7 +381,7 @@ class AsyncEngine:
 
     async def _watch(self) -> None:
         last = self._clock.now()
-        stalled: int | None = None
+        reported: Stall | None = None
         while True:
             await asyncio.sleep(WATCHDOG_PERIOD_S)
             now = self._clock.now()
@@ -391,11 +393,16 @@ class AsyncEngine:
             if silent is not None:
                 self.die(f"worker {silent} has made no progress for {self._watchdog.heartbeat_timeout_s:g} s")
                 return
-            if self._watchdog.stalled != stalled:
-                stalled = self._watchdog.stalled
-                if stalled is None:
-                    logger.warning("all workers make progress again")
-                else:
-                    logger.error("worker %d makes no progress: not healthy", stalled)
+            reported = self._report(self._watchdog.stalled, reported)
             self.metrics.healthy(self.healthy)
             self.metrics.flow.mark(now)
+
+    @staticmethod
+    def _report(stall: Stall | None, reported: Stall | None) -> Stall | None:
+        """Log what has changed, once for each worker and kind of stall."""
+        if stall is None:
+            if reported is not None:
+                logger.warning("all workers make progress again: healthy")
+        elif reported is None or (stall.rank, stall.kind) != (reported.rank, reported.kind):
+            logger.error("%s: not healthy", stall)
+        return stall

@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import struct
+import threading
 from collections import deque
 from collections.abc import AsyncIterator
 
@@ -73,7 +74,7 @@ class FrameReader:
 
 
 class SocketControlPort:
-    """A worker's end. See `amoe.engine.messages.ControlPort`.
+    """A worker's end. See `amoe.engine.messages.ControlPort`. `send` may be called from another thread.
 
     Args:
         sock: a connected stream socket, owned from now on.
@@ -85,6 +86,7 @@ class SocketControlPort:
         self._reader = FrameReader()
         self._decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
         self._unsent = bytearray()
+        self._sending = threading.Lock()  # over `_unsent` and the way out
         self._wants_write = False  # the descriptor is readable when the socket takes bytes
         self._gone = False  # the server has closed its end
         self._stop_delivered = False
@@ -102,7 +104,8 @@ class SocketControlPort:
             TransportError: the server broke the protocol.
         """
         if self._unsent and not self._gone:
-            self._flush()
+            with self._sending:
+                self._flush()
         messages: list[ToWorker] = []
         while not self._gone:
             try:
@@ -128,10 +131,12 @@ class SocketControlPort:
         """Queue a message and send what the socket takes. To a server that has gone: nothing happens."""
         if self._gone:
             return
-        had_unsent = bool(self._unsent)
-        self._unsent += encode_frame(message)
-        if not had_unsent:
-            self._flush()
+        frame = encode_frame(message)
+        with self._sending:
+            had_unsent = bool(self._unsent)
+            self._unsent += frame
+            if not had_unsent:
+                self._flush()
 
     def fileno(self) -> int:
         return self._epoll.fileno()
@@ -173,7 +178,8 @@ class SocketControlPort:
 
     def _lose_server(self) -> None:
         self._gone = True
-        self._unsent.clear()
+        with self._sending:
+            self._unsent.clear()
         # An ended stream stays readable for ever, which would make the descriptor useless.
         self._epoll.unregister(self._socket)
 

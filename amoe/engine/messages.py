@@ -84,6 +84,18 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=True):
     stats: WorkerStats
 
 
+class Pulse(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Worker to server, from beside the worker's loop: the process lives, its loop is inside one turn.
+
+    Attributes:
+        step_s: for so long.
+        usual_s: what a step of that size usually takes; None: it is the first of its kind.
+    """
+
+    step_s: float
+    usual_s: float | None
+
+
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Worker to server: the worker cannot start or go on. `user_error`: the message is meant for the user as it is."""
 
@@ -92,7 +104,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 ToWorker = AddRequest | AbortRequests | Steer | Stop
-ToServer = Loading | Ready | Outputs | Heartbeat | Failed
+ToServer = Loading | Ready | Outputs | Heartbeat | Pulse | Failed
 
 
 class ControlPort(Protocol):

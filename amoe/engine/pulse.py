@@ -1,0 +1,77 @@
+"""The thread beside a worker's loop that tells how long the loop has been inside one turn: `amoe.engine.watchdog`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from amoe.clock import Clock
+from amoe.core.steps import Step
+from amoe.engine.messages import ControlPort, Pulse
+from amoe.types import BlockKind
+
+PULSE_S = 0.5
+LONG_TURN_S = 0.75  # the loop's own heartbeats speak for any shorter one
+
+
+class StepTimes:
+    """What steps have taken so far, by kind of block."""
+
+    def __init__(self) -> None:
+        self._spent = {kind: [0.0, 0] for kind in BlockKind}
+
+    def observe(self, step: Step, seconds: float) -> None:
+        """A step has run."""
+        spent = self._spent[step.block.kind]
+        spent[0] += seconds
+        spent[1] += step.num_tokens
+
+    def usual_s(self, step: Step) -> float | None:
+        """What so many tokens have taken on average; None: there have been none."""
+        seconds, num_tokens = self._spent[step.block.kind]
+        return seconds / num_tokens * step.num_tokens if num_tokens else None
+
+
+@dataclass(slots=True)
+class Turn:
+    """Where the loop is. Written by the loop, read by the thread.
+
+    Attributes:
+        since: when the turn began; None: the loop sleeps.
+        step: the step that it runs; None: it is at something else, which should take no time.
+    """
+
+    since: float | None = None
+    step: Step | None = None
+
+
+class PulseThread:
+    """Runs while its `with` block does. Costs two reads of an attribute per half second, unless a turn is long."""
+
+    def __init__(self, turn: Turn, times: StepTimes, control: ControlPort, clock: Clock) -> None:
+        self._turn = turn
+        self._times = times
+        self._control = control
+        self._clock = clock
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="amoe-pulse", daemon=True)
+
+    def __enter__(self) -> PulseThread:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(PULSE_S):
+            self.look(self._control.send)
+
+    def look(self, send: Callable[[Pulse], None]) -> None:
+        """Send a pulse if the turn is a long one."""
+        since, step = self._turn.since, self._turn.step
+        if since is None or (seconds := self._clock.now() - since) < LONG_TURN_S:
+            return
+        send(Pulse(seconds, 0.0 if step is None else self._times.usual_s(step)))
