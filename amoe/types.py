@@ -6,6 +6,7 @@ Shape letters: n tokens, K experts per token (top-k), H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
@@ -101,6 +102,11 @@ class Batch:
     row_s: float = -1.0
 
 
+def _are_ids(ids: Sequence[int]) -> bool:
+    """Different numbers that may be token ids."""
+    return not ids or (min(ids) >= 0 and max(ids) < 2**31 and len(set(ids)) == len(ids))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How to choose the tokens of one sequence, validated at construction.
@@ -123,8 +129,9 @@ class SamplingParams:
         droppable_spans: (start, end) positions of the prompt whose tokens lose pairs before all others do.
         logit_bias: (token id, bias in [-100, 100]) pairs, added to the logits.
         allowed_token_ids: nothing else is sampled; empty: anything is.
-        bad_words: token sequences of which none is completed.
-        grammar: what the text must be, as llguidance serialises it; None: anything.
+        bad_words: token sequences of which none is completed by generated tokens.
+        grammar: what the text must be, as llguidance serialises it; None: anything. A text that cannot go on ends the
+            sequence, whatever `min_tokens` and `ignore_eos` say.
         priority: who waits with the least number is admitted first, where the server schedules by priority.
         cache_salt: the prefix cache is shared with requests of the same salt only.
         return_routed_experts: tell which experts each token took.
@@ -160,6 +167,9 @@ class SamplingParams:
     MAX_LOGPROBS: ClassVar[int] = 20
     MAX_STOP_IDS: ClassVar[int] = 64
     MAX_SPANS: ClassVar[int] = 64
+    MAX_BIASES: ClassVar[int] = 1024
+    MAX_BAD_WORDS: ClassVar[int] = 128
+    MAX_SALT_CHARS: ClassVar[int] = 256
 
     def __post_init__(self) -> None:
         if self.top_k == -1:
@@ -199,6 +209,26 @@ class SamplingParams:
                 "droppable_spans",
                 len(self.droppable_spans) <= self.MAX_SPANS and all(0 <= a < b for a, b in self.droppable_spans),
                 f"must hold at most {self.MAX_SPANS} pairs [start, end) of token positions, 0 <= start < end",
+            ),
+            (
+                "logit_bias",
+                len(self.logit_bias) <= self.MAX_BIASES
+                and _are_ids([token_id for token_id, _ in self.logit_bias])
+                and all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias),
+                f"must give at most {self.MAX_BIASES} different token ids a bias in [-100, 100] each",
+            ),
+            ("allowed_token_ids", _are_ids(self.allowed_token_ids), "must hold different ids, each at least 0"),
+            (
+                "bad_words",
+                len(self.bad_words) <= self.MAX_BAD_WORDS
+                and all(word and min(word) >= 0 and max(word) < 2**31 for word in self.bad_words),
+                f"must hold at most {self.MAX_BAD_WORDS} words of at least one token each",
+            ),
+            ("priority", -(2**31) <= self.priority < 2**31, "must be a 32-bit integer"),
+            (
+                "cache_salt",
+                len(self.cache_salt) <= self.MAX_SALT_CHARS,
+                f"has at most {self.MAX_SALT_CHARS} characters",
             ),
         )
         for name, holds, rule in checks:
@@ -256,6 +286,7 @@ class SequenceOutput:
             that come before the first new token.
         routed_experts: if asked for: little-endian int16 [m, L, K] in C order, the experts that the next m tokens took
             in the L MoE layers; over all outputs of a sequence every token that went through the model, once, in order.
+        error: with the finish reason `error`: what is wrong with the request, for its user; empty: it is not to blame.
     """
 
     request_id: int
@@ -267,3 +298,4 @@ class SequenceOutput:
     capacity: CapacityUsage | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     routed_experts: bytes = b""
+    error: str = ""
