@@ -16,11 +16,12 @@ from amoe.engine.generation import GenerationDelta
 from amoe.errors import RequestError
 from amoe.policy.admission import fitting_max_tokens
 from amoe.server import fields
+from amoe.server.completion_schemas import CompletionRequest
+from amoe.server.constraints import constraints_of
 from amoe.server.context import ServerContext, new_id
 from amoe.server.encoding import event, json_response
 from amoe.server.logprobs import CompletionLogprobs
 from amoe.server.sampling import check_spans, sampling_params
-from amoe.server.schemas import CompletionRequest
 from amoe.server.streaming import EventStream, UsageCounter, collect, interleave, unless_disconnected
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -91,7 +92,8 @@ async def _start(context: ServerContext, body: CompletionRequest) -> _Job:
         for prompt in body.prompt
     ]
     check_spans(body, [len(prompt) for prompt in prompts])
-    prompt_logprobs = body.logprobs if body.echo else None
+    constraints = await constraints_of(context, body)
+    echo_logprobs = body.logprobs if body.echo else None
     starts = []
     for prompt in prompts:
         max_tokens = body.max_tokens
@@ -99,7 +101,15 @@ async def _start(context: ServerContext, body: CompletionRequest) -> _Job:
             room = fitting_max_tokens(len(prompt), engine.model.max_model_len, "prompt")
             max_tokens = min(DEFAULT_MAX_TOKENS, room)
         for choice in range(body.n):
-            params = sampling_params(body, context.defaults, max_tokens, body.logprobs, choice, prompt_logprobs)
+            params = sampling_params(
+                body,
+                context.defaults,
+                max_tokens,
+                body.logprobs,
+                choice,
+                constraints=constraints,
+                echo_logprobs=echo_logprobs,
+            )
             starts.append((prompt, params))
     generations = engine.start(starts)
     echoes = []

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from amoe.engine.async_engine import AsyncEngine
 from amoe.errors import RequestError
 from amoe.server.errors import ModelNotFoundError
+from amoe.server.grammar_check import GrammarCheck, check_in_thread
 from amoe.server.sampling import SamplingDefaults
 
 # A text of this many characters tokenizes in well under a millisecond: not worth a thread.
@@ -24,12 +25,14 @@ class ServerContext:
         model_names: names that requests may use; the first one is the default.
         defaults: sampling values of requests that bring none.
         created: Unix time of the server's start.
+        check_grammar: says what is wrong with a user's grammar.
     """
 
     engine: AsyncEngine
     model_names: tuple[str, ...]
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     created: int = field(default_factory=lambda: int(time.time()))
+    check_grammar: GrammarCheck = check_in_thread
 
     def resolve_model(self, name: str | None) -> str:
         """The served name that a request means.

@@ -18,6 +18,7 @@ from amoe.engine.tokenizer import Tokenizer
 from amoe.errors import RequestError
 from amoe.policy.admission import fitting_max_tokens
 from amoe.server.chat_schemas import ChatCompletionRequest
+from amoe.server.constraints import constraints_of
 from amoe.server.context import ServerContext
 from amoe.server.sampling import check_spans, sampling_params
 from amoe.server.streaming import interleave
@@ -161,8 +162,10 @@ async def start_chat(context: ServerContext, body: ChatCompletionRequest) -> Cha
     if max_tokens is None:
         max_tokens = fitting_max_tokens(len(prompt), engine.model.max_model_len, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    constraints = await constraints_of(context, body)
     starts = [
-        (prompt, sampling_params(body, context.defaults, max_tokens, logprobs, choice)) for choice in range(body.n)
+        (prompt, sampling_params(body, context.defaults, max_tokens, logprobs, choice, constraints=constraints))
+        for choice in range(body.n)
     ]
     generations = engine.start(starts, param="messages")
     return ChatJob(body, model, int(time.time()), prompt, generations, engine.tokenizer)

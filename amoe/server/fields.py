@@ -14,9 +14,6 @@ from amoe.errors import RequestError
 Neutral = Mapping[str, tuple[Any, ...]]
 
 COMMON: Neutral = {
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "cache_salt": (),
     "early_stopping": (False,),
     "ec_transfer_params": (),
     "guided_choice": (),
@@ -26,18 +23,9 @@ COMMON: Neutral = {
     "guided_regex": (),
     "kv_transfer_params": (),
     "length_penalty": (1.0,),
-    "logit_bias": ({},),
     "logits_processors": ([],),
-    "priority": (0,),
-    "prompt_logprobs": (),
     "repetition_detection": (),
-    "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "structured_outputs": (),
     "thinking_token_budget": (),
-    "truncate_prompt_tokens": (),
-    "truncation_side": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
 }

@@ -54,6 +54,14 @@ class SamplingDefaults:
         return {name: value for name, value in asdict(self).items() if value != plain[name]}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Constraints:
+    """What the tokens of a request are held to, in the words of the workers; see `amoe.server.constraints`."""
+
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: str | None = None
+
+
 def check_spans(request: GenerationRequest, prompt_lens: Sequence[int]) -> None:
     """Refuse spans that no tokenized prompt has.
 
@@ -84,9 +92,16 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     choice: int,
-    prompt_logprobs: int | None = None,
+    *,
+    constraints: Constraints,
+    echo_logprobs: int | None = None,
 ) -> SamplingParams:
     """Parameters of the sequence for choice number `choice` of `request`.
+
+    Args:
+        logprobs: best tokens to tell at every position; None: no log-probabilities.
+        constraints: what `constraints_of` made of the request.
+        echo_logprobs: best tokens to tell at every position of a prompt that is echoed.
 
     Raises:
         RequestError: naming the field that is out of range.
@@ -113,7 +128,36 @@ def sampling_params(
         skip_special_tokens=request.skip_special_tokens,
         ignore_eos=request.ignore_eos,
         logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
+        prompt_logprobs=_prompt_logprobs(request, choice, echo_logprobs),
         capacity=request.capacity,
         droppable_spans=request.droppable_spans,
+        logit_bias=request.logit_bias,
+        allowed_token_ids=request.allowed_token_ids,
+        bad_words=constraints.bad_words,
+        grammar=constraints.grammar,
+        priority=request.priority,
+        cache_salt=request.cache_salt or "",
+        return_routed_experts=request.return_routed_experts,
     )
+
+
+def _prompt_logprobs(request: GenerationRequest, choice: int, echo_logprobs: int | None) -> int | None:
+    """The prompt is scored once for all of its choices, for whoever wants more of the best tokens."""
+    wanted = [k for k in (request.prompt_logprobs, echo_logprobs) if k is not None]
+    return max(wanted) if wanted and choice == 0 else None
+
+
+def truncated(request: GenerationRequest, prompt: list[int], max_model_len: int, max_tokens: int) -> list[int]:
+    """The part of a prompt that `truncate_prompt_tokens` keeps.
+
+    Args:
+        max_tokens: to be generated, which -1 leaves room for.
+    """
+    count = request.truncate_prompt_tokens
+    if count is None:
+        return prompt
+    if count == -1:
+        count = max(1, max_model_len - max_tokens)
+    if count >= len(prompt):
+        return prompt
+    return prompt[:count] if request.truncation_side == "right" else prompt[len(prompt) - count :]
