@@ -24,4 +24,9 @@ def event(body: Mapping[str, Any]) -> bytes:
     return b"data: " + json_bytes(body) + b"\n\n"
 
 
+def named_event(name: str, body: Mapping[str, Any]) -> bytes:
+    """One server-sent event with a name, as /v1/responses and /v1/messages have them."""
+    return b"event: " + name.encode() + b"\n" + event(body)
+
+
 DONE = b"data: [DONE]\n\n"

@@ -25,8 +25,12 @@ TYPES = {
 }
 
 
-class ModelNotFoundError(RequestError):
-    """The request names a model that is not served (HTTP 404)."""
+class NotFoundError(RequestError):
+    """The request names something that is not here (HTTP 404)."""
+
+
+class ModelNotFoundError(NotFoundError):
+    """The request names a model that is not served."""
 
 
 def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
@@ -37,7 +41,13 @@ def error_body(message: str, status: int, param: str | None = None) -> dict[str,
 
 def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     """HTTP status and JSON of any error. What nobody raised on purpose is logged, and told without its details."""
-    if isinstance(error, ModelNotFoundError):
+    if isinstance(error, RequestValidationError):
+        details = error.errors()
+        message, param = _validation_message(details[0] if details else {})
+        return 400, error_body(message, 400, param)
+    if isinstance(error, HTTPException):
+        return error.status_code, error_body(str(error.detail), error.status_code)
+    if isinstance(error, NotFoundError):
         return 404, error_body(str(error), 404, error.param)
     if isinstance(error, RequestError):
         return 400, error_body(str(error), 400, error.param)
@@ -76,12 +86,6 @@ async def _on_amoe_error(_: Request, error: Exception) -> Response:
     return error_response(error)
 
 
-async def _on_validation_error(_: Request, error: Exception) -> Response:
-    details = error.errors() if isinstance(error, RequestValidationError) else []
-    message, param = _validation_message(details[0] if details else {})
-    return json_response(error_body(message, 400, param), 400)
-
-
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     headers = error.headers if isinstance(error, HTTPException) else None
@@ -96,6 +100,6 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every error of `app` in the one format."""
     app.add_exception_handler(AmoeError, _on_amoe_error)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(RequestValidationError, _on_amoe_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_amoe_error)

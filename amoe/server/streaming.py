@@ -54,15 +54,19 @@ class EventStream(Response):
 
     starlette's own StreamingResponse notices a client that has gone only when it sends, on servers of newer ASGI
     versions; a request that waits in the queue sends nothing.
+
+    Args:
+        end: the last bytes, whatever happened before.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], generations: Sequence[Generation]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], generations: Sequence[Generation], *, end: bytes = DONE) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._generations = generations
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pump = asyncio.create_task(self._pump(send))
@@ -92,7 +96,8 @@ class EventStream(Response):
                     yield chunk
         except Exception as error:
             yield event(describe(error)[1])
-        yield DONE
+        if self._end:
+            yield self._end
 
 
 async def interleave(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, GenerationDelta]]:
