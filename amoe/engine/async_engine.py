@@ -60,7 +60,12 @@ class ModelInfo:
 
 
 class Generation:
-    """The deltas of one sequence, to be iterated once. `close` it, or iterate to its end: either frees the sequence."""
+    """The deltas of one sequence, to be iterated once. `close` it, or iterate to its end: either frees the sequence.
+
+    Attributes:
+        finish_reason: how it has ended; None while it is open.
+        queue_s, prefill_s: seconds before it was first computed, and from there to its first token; None: not yet told.
+    """
 
     def __init__(self, engine: AsyncEngine, request_id: int, rank: int, state: GenerationState, now: float) -> None:
         self.request_id = request_id
@@ -69,6 +74,9 @@ class Generation:
         self.arrived_at = now
         self.first_token_at: float | None = None
         self.last_token_at = now
+        self.finish_reason: FinishReason | None = None
+        self.queue_s: float | None = None
+        self.prefill_s: float | None = None
         self._engine = engine
         self._pending: GenerationDelta | None = None
         self._error: AmoeError | None = None
@@ -301,6 +309,7 @@ class AsyncEngine:
     def _forget(self, generation: Generation, reason: FinishReason) -> None:
         """Take a sequence, which ends now, out of all tables."""
         del self._open[generation.request_id]
+        generation.finish_reason = reason
         self._num_requests[generation.rank] -= 1
         self._num_tokens[generation.rank] -= generation.state.num_prompt_tokens + generation.state.num_generated_tokens
         if not self._open:
