@@ -14,6 +14,7 @@ from amoe.server.completions import completions_router
 from amoe.server.context import ServerContext
 from amoe.server.encoding import json_response
 from amoe.server.errors import error_body, install_error_handlers
+from amoe.server.responses import responses_router
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 
@@ -54,6 +55,7 @@ def create_app(context: ServerContext, max_body_bytes: int = MAX_BODY_BYTES) -> 
     install_error_handlers(app)
     app.include_router(completions_router(context))
     app.include_router(chat_router(context))
+    app.include_router(responses_router(context))
     _add_model_routes(app, context)
     _add_operations_routes(app, context)
     return app
