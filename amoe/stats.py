@@ -66,12 +66,22 @@ class LayerHistograms:
 
 @dataclass(slots=True)
 class QueueSnapshot:
-    """One μ-queue: `depth` tokens, the oldest of which has waited `age_s` seconds."""
+    """One μ-queue: `depth` tokens, the oldest of which has waited `age_s` seconds.
+
+    Queues fill and drain many times between two snapshots, so what one moment shows is chance. The change of `waited_s`
+    over some time, divided by that time, is the mean depth.
+
+    Attributes:
+        waited_s: seconds that tokens have waited here, cumulative and summed over the tokens.
+        ran_s: seconds that tokens have been in the block itself, likewise.
+    """
 
     kind: str
     layer: int
     depth: int
     age_s: float
+    waited_s: float = 0.0
+    ran_s: float = 0.0
 
 
 @dataclass(slots=True)

@@ -21,6 +21,7 @@ from amoe.core.attention import AttentionCore
 from amoe.core.backlog import WorkMeter
 from amoe.core.batcher import Batcher
 from amoe.core.capacity import HomeCapacity
+from amoe.core.decisions import DecisionCounts
 from amoe.core.expert_waves import ExpertWaves
 from amoe.core.experts import ExpertsCore
 from amoe.core.home_waves import HomeWaves
@@ -30,6 +31,7 @@ from amoe.core.replica_shares import ReplicaShares
 from amoe.core.steps import Outgoing, Step
 from amoe.core.waves import WaveController, WaveGates, make_controller
 from amoe.errors import TransportError
+from amoe.policy.decision import Reason, reason_to_run
 from amoe.policy.placement import place_experts
 from amoe.policy.scheduler import NEVER, QueueView, choose_block, make_policy, num_stages
 from amoe.types import Batch, BatchKind, BlockKind, BoolArray, Int16Array
@@ -80,6 +82,7 @@ class WorkerCore:
         homes = placement.attention_ranks
         self.rank = rank
         self.max_wait_s = scheduler.max_wait_s
+        self.decisions = DecisionCounts()
         self.queues = MicroQueues(shape.num_layers, scheduler.num_lanes)
         self._config = config
         self._shape = shape
@@ -214,8 +217,10 @@ class WorkerCore:
         view = self._view(now)
         index = choose_block(self._policy, view, now, self.max_wait_s)
         if index is None:
+            self.decisions.waited(Reason.HELD if self.is_holding else Reason.IDLE)
             return None
         kind = self.queues.block(index).kind
+        self._count_decision(kind, view, index, now)
         if kind is BlockKind.EXPERTS:
             assert self.experts is not None
             return self.experts.experts_step(index)
@@ -223,6 +228,20 @@ class WorkerCore:
         if kind is BlockKind.HEAD:
             return self.attention.head_step(index)
         return self.attention.attention_step(index)
+
+    @property
+    def is_holding(self) -> bool:
+        """Tokens are in the μ-queues here. If no block is ready, they wait for others elsewhere."""
+        return bool(self.queues.depth.any())
+
+    def _count_decision(self, kind: BlockKind, view: QueueView, index: int, now: float) -> None:
+        reason = reason_to_run(
+            int(np.count_nonzero(view.ready)),
+            is_open=self._gates is None or bool(self._gates.open.flat[index]),
+            age_s=now - float(view.oldest[index]),
+            max_wait_s=self.max_wait_s,
+        )
+        self.decisions.ran(kind, reason)
 
     def observe(self, step: Step, seconds: float) -> None:
         """A step has taken so long. Needed only where capacity looks at backlogs."""

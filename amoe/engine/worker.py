@@ -13,6 +13,7 @@ from amoe.core.worker import WorkerCore
 from amoe.engine.executor import ExpertBlocks
 from amoe.engine.home import Home
 from amoe.engine.messages import AbortRequests, AddRequest, ControlPort, Heartbeat, Steer, Stop
+from amoe.engine.pulse import PulseThread, StepTimes, Turn
 from amoe.engine.worker_stats import StatsKeeper
 from amoe.transport.base import Transport
 from amoe.types import Batch, BatchKind, Int32Array
@@ -50,6 +51,8 @@ class Worker:
         self._next_heartbeat = 0.0
         self._next_control = 0.0
         self._stopped = False
+        self._turn = Turn()
+        self._times = StepTimes()
 
     @property
     def is_stopped(self) -> bool:
@@ -60,14 +63,23 @@ class Worker:
         poller = select.poll()
         poller.register(self._transport.fileno(), select.POLLIN)
         poller.register(self._control.fileno(), select.POLLIN)
-        while not self._stopped:
-            if not self.turn():
-                poller.poll(self._seconds_to_sleep() * 1000)
-                self._next_control = 0.0
+        with PulseThread(self._turn, self._times, self._control, self._clock):
+            while not self._stopped:
+                if not self.turn():
+                    self._sleep(poller)
 
-    def _seconds_to_sleep(self) -> float:
-        """Until the next heartbeat, or until somebody has waited long enough for another worker."""
+    def _sleep(self, poller: select.poll) -> None:
+        """Until something comes, or the next timer."""
+        self._turn.since = None
         now = self._clock.now()
+        poller.poll(self._seconds_to_sleep(now) * 1000)
+        self._next_control = 0.0
+        seconds = self._clock.now() - now
+        self.stats.slept(seconds, is_holding=self.core.is_holding)
+        self.stats.waited(self.core.queues.depth, seconds)
+
+    def _seconds_to_sleep(self, now: float) -> float:
+        """Until the next heartbeat, or until somebody has waited long enough for another worker."""
         deadline = self.core.next_deadline(now)
         until = self._next_heartbeat if deadline is None else min(self._next_heartbeat, deadline)
         return max(0.0, until - now)
@@ -75,7 +87,7 @@ class Worker:
     @torch.inference_mode()
     def turn(self) -> bool:
         """Take what has come, run one block. False if there was nothing to do."""
-        now = self._clock.now()
+        self._turn.since = now = self._clock.now()
         self.stats.loops += 1
         if now >= self._next_control:
             self._next_control = now + CONTROL_INTERVAL_S
@@ -86,9 +98,13 @@ class Worker:
         self._send(self.core.start(now), None)
         step = self.core.next_step(now)
         if step is not None:
+            self._turn.step = step
             self._run(step)
+            self._turn.step = None
             seconds = self._clock.now() - now
+            self._times.observe(step, seconds)
             self.stats.observe(step, seconds)
+            self.stats.waited(self.core.queues.depth, seconds)
             self.core.observe(step, seconds)
         self._transport.flush()
         if now >= self._next_heartbeat:
@@ -123,6 +139,7 @@ class Worker:
             local_dispatch = batch.kind is BatchKind.DISPATCH and batch.dst == batch.src
             if payload is not None and rows is not None and batch.count and not local_dispatch:
                 batch.payload = payload[rows] if isinstance(rows, slice) else _take_rows(payload, rows)
+            self.stats.sent(batch)
             self._transport.send(batch)
 
     def _handle_messages(self) -> None:

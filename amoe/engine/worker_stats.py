@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from amoe.core.batcher import Batcher
 from amoe.core.experts import count_pairs
@@ -43,6 +44,8 @@ class StatsKeeper:
         self.expert_work = 0
         self._busy_s = dict.fromkeys(BlockKind, 0.0)
         self._wait_s = {"idle": 0.0, "held": 0.0}
+        self._waited_s = np.zeros(1)  # by μ-queue, as soon as one has been seen
+        self._ran_s = {kind: np.zeros(num_layers + 1) for kind in BlockKind}
         self._iterations = LayerHistograms(1, ITERATION_EDGES)
         self._traffic = TrafficCounts(rank)
         self._ridge_tokens = ridge_tokens
@@ -53,6 +56,7 @@ class StatsKeeper:
     def observe(self, step: Step, seconds: float) -> None:
         """A step has run."""
         self.steps += 1
+        self._ran_s[step.block.kind][step.block.layer] += step.num_tokens * seconds
         self._busy_s[step.block.kind] += seconds
         self._batch_sizes[step.block.kind].observe(step.block.layer, step.num_tokens)
         if isinstance(step, AttentionStep) and step.block.layer == 0 and step.num_tokens:
@@ -61,6 +65,10 @@ class StatsKeeper:
             counts = count_pairs(step.expert_ids, self._expert_pairs.shape[1])
             self._expert_pairs[step.block.layer] += counts
             self.expert_work += count_work(counts, self._ridge_tokens)
+
+    def waited(self, depth: npt.NDArray[np.int64], seconds: float) -> None:
+        """While the loop ran a step, or slept, `depth` tokens were in the μ-queues, by their index."""
+        self._waited_s = self._waited_s + depth * seconds
 
     def slept(self, seconds: float, *, is_holding: bool) -> None:
         """The loop had nothing to run; `is_holding`: because the tokens here wait for others elsewhere."""
@@ -99,10 +107,11 @@ class StatsKeeper:
         kinds += [BlockKind.EXPERTS] if core.experts is not None else []
         return {_NAMES[kind]: self._busy_s[kind] for kind in kinds}
 
-    @staticmethod
-    def _queues(core: WorkerCore, now: float) -> list[QueueSnapshot]:
+    def _queues(self, core: WorkerCore, now: float) -> list[QueueSnapshot]:
+        """Of the blocks that live here; the waves of a block share one."""
         queues = core.queues
-        depths: dict[tuple[str, int], tuple[int, float]] = {}
+        waited_s = np.broadcast_to(self._waited_s, queues.depth.shape)
+        snapshots: dict[tuple[BlockKind, int], QueueSnapshot] = {}
         for index in range(len(queues.depth)):
             block = queues.block(index)
             held = core.experts if block.kind is BlockKind.EXPERTS else core.attention
@@ -110,10 +119,13 @@ class StatsKeeper:
                 continue
             depth = int(queues.depth[index])
             age = max(0.0, now - float(queues.oldest[index])) if depth else 0.0
-            name = (_NAMES[block.kind], block.layer)
-            before = depths.get(name, (0, 0.0))
-            depths[name] = (before[0] + depth, max(before[1], age))  # waves share a series
-        return [QueueSnapshot(kind, layer, depth, age) for (kind, layer), (depth, age) in depths.items()]
+            ran_s = float(self._ran_s[block.kind][block.layer])
+            new = QueueSnapshot(_NAMES[block.kind], block.layer, 0, 0.0, ran_s=ran_s)
+            snapshot = snapshots.setdefault((block.kind, block.layer), new)
+            snapshot.depth += depth
+            snapshot.age_s = max(snapshot.age_s, age)
+            snapshot.waited_s += float(waited_s[index])
+        return list(snapshots.values())
 
 
 def _describe_sequences(stats: WorkerStats, batcher: Batcher) -> None:
