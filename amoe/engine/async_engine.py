@@ -147,7 +147,7 @@ class AsyncEngine:
         self.config = config
         self.tokenizer = tokenizer
         self.model = model
-        self.metrics = EngineMetrics(model.name, model.max_model_len)
+        self.metrics = EngineMetrics(model.name, model.max_model_len, config.cache)
         self._channels = channels
         self._clock = clock or MonotonicClock()
         self._attention_ranks = config.placement.attention_ranks
@@ -394,6 +394,7 @@ class AsyncEngine:
         while True:
             await asyncio.sleep(WATCHDOG_PERIOD_S)
             now = self._clock.now()
+            self.metrics.http.lagged(now - last - WATCHDOG_PERIOD_S)
             # Time in which this process did not run (a suspended machine, a busy loop) says nothing about the workers,
             # whose messages lie unread: count a period for two at most.
             self._watchdog.advance(min(now - last, 2 * WATCHDOG_PERIOD_S))
