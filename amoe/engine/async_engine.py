@@ -52,11 +52,14 @@ class ModelInfo:
         name: as users see it.
         max_model_len: tokens of one sequence at most, as the workers that loaded it say.
         vocab_size: rows of the embedding.
+        num_moe_layers, pairs_per_token: shape of what is told of a token's experts.
     """
 
     name: str
     max_model_len: int
     vocab_size: int
+    num_moe_layers: int = 1
+    pairs_per_token: int = 1
 
 
 class Generation:
@@ -201,6 +204,11 @@ class AsyncEngine:
     def healthy(self) -> bool:
         """Every worker makes progress."""
         return self._death is None and self._watchdog.stalled is None
+
+    @property
+    def is_draining(self) -> bool:
+        """New requests are refused, for good."""
+        return self._draining
 
     @property
     def num_open(self) -> int:

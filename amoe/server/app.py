@@ -1,103 +1,75 @@
-"""The HTTP application: routes over an `AsyncEngine`."""
+"""The HTTP application: routes over an `AsyncEngine`, and what requests pass on their way to them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
-from fastapi import FastAPI, Response
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi import APIRouter, FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
-from amoe import __version__, metrics
+from amoe import __version__
+from amoe.server.access_log import AccessLog, RequestLog
 from amoe.server.chat import chat_router
 from amoe.server.completions import completions_router
 from amoe.server.context import ServerContext
-from amoe.server.encoding import json_response
-from amoe.server.errors import error_body, install_error_handlers
-from amoe.server.responses import responses_router
-
-MAX_BODY_BYTES = 16 * 1024 * 1024
-
-
-class BodyLimit:
-    """ASGI middleware: refuses a body of more than `limit` bytes, without reading it where its length is told."""
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self._app = app
-        self._limit = limit
-        self._message = f"the body is larger than {limit} bytes"
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._limit:
-            await json_response(error_body(self._message, 413), 413)(scope, receive, send)
-            return
-        received = 0
-
-        async def limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._limit:
-                raise HTTPException(413, self._message)
-            return message
-
-        await self._app(scope, limited, send)
+from amoe.server.errors import install_error_handlers
+from amoe.server.middleware.auth import ApiKeyGuard
+from amoe.server.middleware.body import BodyLimit
+from amoe.server.middleware.request_scope import Observer, RequestScope
+from amoe.server.models import models_router
+from amoe.server.operations import LoadCounter, operations_router
+from amoe.server.options import HttpOptions
 
 
-def create_app(context: ServerContext, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """The application. It neither starts nor stops the engine."""
+def create_app(
+    context: ServerContext, options: HttpOptions | None = None, observers: Sequence[Observer] = ()
+) -> FastAPI:
+    """The application. It neither starts nor stops the engine.
+
+    Args:
+        observers: told of every request, beside those that `options` ask for.
+    """
+    options = options or HttpOptions()
+    load = LoadCounter()
     app = FastAPI(title="amoe", version=__version__, description="OpenAI-compatible API of an amoe server.")
-    app.add_middleware(BodyLimit, limit=max_body_bytes)
     install_error_handlers(app)
-    app.include_router(completions_router(context))
-    app.include_router(chat_router(context))
-    app.include_router(responses_router(context))
-    _add_model_routes(app, context)
-    _add_operations_routes(app, context)
+    for router in _routers(context, load):
+        app.include_router(router)
+    _add_middleware(app, context, options, [load, *_logs(context, options), *observers])
     return app
 
 
-def _add_model_routes(app: FastAPI, context: ServerContext) -> None:
-    def card(name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": context.created,
-            "owned_by": "amoe",
-            "root": context.model_names[0],
-            "parent": None,
-            "max_model_len": context.engine.model.max_model_len,
-        }
-
-    @app.get("/v1/models")
-    async def list_models() -> Response:
-        """The served names."""
-        return json_response({"object": "list", "data": [card(name) for name in context.model_names]})
-
-    @app.get("/v1/models/{name:path}")
-    async def get_model(name: str) -> Response:
-        """One served name."""
-        return json_response(card(context.resolve_model(name)))
+def _routers(context: ServerContext, load: LoadCounter) -> list[APIRouter]:
+    return [
+        completions_router(context),
+        chat_router(context),
+        models_router(context),
+        operations_router(context, load),
+    ]
 
 
-def _add_operations_routes(app: FastAPI, context: ServerContext) -> None:
-    @app.get("/health")
-    @app.get("/ping")
-    @app.post("/ping")
-    async def health() -> Response:
-        """200 while every worker makes progress, else 503; no body."""
-        return Response(status_code=200 if context.engine.healthy else 503)
+def _logs(context: ServerContext, options: HttpOptions) -> list[Observer]:
+    logs: list[Observer] = []
+    if options.access_log:
+        logs.append(AccessLog())
+    if options.log_requests:
+        logs.append(RequestLog(context.engine.tokenizer, options.max_log_len))
+    return logs
 
-    @app.get("/version")
-    async def version() -> Response:
-        """The version of amoe."""
-        return json_response({"version": __version__})
 
-    @app.get("/metrics")
-    async def expose_metrics() -> Response:
-        """Prometheus text."""
-        return Response(context.engine.metrics.render(), headers={"Content-Type": metrics.CONTENT_TYPE})
+def _add_middleware(app: FastAPI, context: ServerContext, options: HttpOptions, observers: list[Observer]) -> None:
+    """What is added later is further outside."""
+    app.add_middleware(BodyLimit, limit=options.max_body_bytes, timeout_s=options.body_timeout_s)
+    if options.key_digests:
+        app.add_middleware(ApiKeyGuard, digests=options.key_digests)
+    cors = options.cors
+    if cors.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors.origins,
+            allow_methods=cors.methods,
+            allow_headers=cors.headers,
+            allow_credentials=cors.credentials,
+            expose_headers=("x-request-id", "retry-after", "retry-after-ms"),
+        )
+    app.add_middleware(RequestScope, observers=observers, is_draining=lambda: context.engine.is_draining)

@@ -111,7 +111,7 @@ async def _start(context: ServerContext, body: CompletionRequest) -> _Job:
                 echo_logprobs=echo_logprobs,
             )
             starts.append((prompt, params))
-    generations = engine.start(starts)
+    generations = context.start(starts)
     echoes = []
     if body.echo:
         echoes = [p if isinstance(p, str) else tokenizer.decode(p, body.skip_special_tokens) for p in body.prompt]

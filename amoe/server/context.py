@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from amoe.engine.async_engine import AsyncEngine
+from amoe.engine.async_engine import AsyncEngine, Generation
 from amoe.errors import RequestError
 from amoe.server.errors import ModelNotFoundError
 from amoe.server.grammar_check import GrammarCheck, check_in_thread
+from amoe.server.request_record import current_record
+from amoe.server.request_record import new_id as new_id
 from amoe.server.sampling import SamplingDefaults
+from amoe.types import SamplingParams
 
 # A text of this many characters tokenizes in well under a millisecond: not worth a thread.
 SHORT_TEXT_CHARS = 4096
@@ -40,12 +43,22 @@ class ServerContext:
         Raises:
             ModelNotFoundError: if it is none of this server's.
         """
-        if not name:
-            return self.model_names[0]
+        name = name or self.model_names[0]
         if name not in self.model_names:
             served = ", ".join(self.model_names)
             raise ModelNotFoundError(f"the model {name!r} is not served here; served: {served}", param="model")
+        if (record := current_record()) is not None:
+            record.model = name
         return name
+
+    def start(
+        self, requests: Sequence[tuple[Sequence[int], SamplingParams]], *, param: str = "prompt"
+    ) -> list[Generation]:
+        """`AsyncEngine.start`, remembered in the record of the HTTP request that this task serves."""
+        generations = self.engine.start(requests, param=param)
+        if (record := current_record()) is not None:
+            record.started(requests, generations)
+        return generations
 
     async def tokenize(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         """Token ids of `text`; a long one is tokenized beside the event loop, a hopelessly long one not at all.
@@ -64,8 +77,3 @@ class ServerContext:
             return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
         except RequestError as error:
             raise RequestError(str(error), param=param) from error
-
-
-def new_id(prefix: str, request_id: str | None) -> str:
-    """Id of a response: the client's own, if it brought one."""
-    return f"{prefix}-{request_id or uuid.uuid4().hex}"

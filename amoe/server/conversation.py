@@ -167,5 +167,5 @@ async def start_chat(context: ServerContext, body: ChatCompletionRequest) -> Cha
         (prompt, sampling_params(body, context.defaults, max_tokens, logprobs, choice, constraints=constraints))
         for choice in range(body.n)
     ]
-    generations = engine.start(starts, param="messages")
+    generations = context.start(starts, param="messages")
     return ChatJob(body, model, int(time.time()), prompt, generations, engine.tokenizer)

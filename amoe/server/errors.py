@@ -17,9 +17,12 @@ logger = logging.getLogger(__name__)
 
 TYPES = {
     400: "BadRequestError",
+    401: "AuthenticationError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "RequestTooLargeError",
+    431: "HeadersTooLargeError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
@@ -62,8 +65,14 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
 def error_response(error: Exception) -> Response:
     """The response to a request that failed with `error`."""
     status, body = describe(error)
-    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, EngineOverloadedError) else {}
-    return json_response(body, status, headers)
+    return json_response(body, status, _retry_headers(error))
+
+
+def _retry_headers(error: Exception) -> dict[str, str]:
+    """When to come again: in seconds for everybody, in milliseconds for OpenAI's clients, which prefer that."""
+    if not isinstance(error, EngineOverloadedError):
+        return {}
+    return {"Retry-After": str(error.retry_after_s), "retry-after-ms": str(error.retry_after_s * 1000)}
 
 
 def _field_path(location: Sequence[str | int]) -> str:

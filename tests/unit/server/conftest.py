@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from amoe.engine.async_engine import AsyncEngine
 from amoe.server.app import create_app
 from amoe.server.context import ServerContext
+from amoe.server.options import HttpOptions
 from amoe.server.sampling import SamplingDefaults
 from tests.fake_workers import FakeWorker, make_engine, make_tokenizer
 
@@ -84,7 +85,7 @@ def defaults() -> SamplingDefaults:
 async def server(tokenizer_directory: Path, defaults: SamplingDefaults) -> AsyncIterator[Harness]:
     engine, (worker,) = make_engine(tokenizer_directory)
     context = ServerContext(engine=engine, model_names=("fake", "alias"), defaults=defaults, created=1)
-    app = create_app(context, max_body_bytes=100_000)
+    app = create_app(context, HttpOptions(max_body_bytes=100_000))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         yield Harness(app, engine, worker, http)
