@@ -9,6 +9,7 @@ from pathlib import Path
 from amoe.cluster.local import LocalCluster
 from amoe.config import EngineConfig
 from amoe.engine.async_engine import AsyncEngine, ModelInfo
+from amoe.engine.emulated_device import served_shape
 from amoe.engine.messages import Ready
 from amoe.engine.tokenizer import Tokenizer
 from amoe.engine.watchdog import HEARTBEAT_TIMEOUT_S, STALL_TIMEOUT_S
@@ -34,7 +35,14 @@ def connect_engine(
     config = cluster.config
     # Expert workers have no say in the length of a sequence: they have no KV cache.
     longest = min(ready[rank].max_model_len for rank in config.placement.attention_ranks)
-    model = ModelInfo(name=name, max_model_len=longest, vocab_size=load_model_config(config.model).vocab_size)
+    sizes = served_shape(config)
+    model = ModelInfo(
+        name=name,
+        max_model_len=longest,
+        vocab_size=load_model_config(config.model).vocab_size,
+        num_moe_layers=sum(sizes.sparse_layers),
+        pairs_per_token=config.capacity.pairs_per_token(sizes.top_k, sizes.num_experts),
+    )
     engine = AsyncEngine(
         cluster.channels,
         config,

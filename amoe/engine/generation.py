@@ -22,6 +22,7 @@ class GenerationDelta:
         num_prompt_tokens, num_cached_tokens: of the whole request.
         num_generated_tokens: up to and including this delta.
         capacity: what capacity has done to the sequence so far; None where it is off.
+        routed_experts: if asked for: int16 [m, L, P] of the next m tokens, see `SequenceOutput`.
     """
 
     text: str = ""
@@ -34,6 +35,7 @@ class GenerationDelta:
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
     capacity: CapacityUsage | None = None
+    routed_experts: bytes | bytearray = b""
 
     def merge(self, later: GenerationDelta) -> None:
         """Append `later`: a consumer that is slower than the engine gets larger deltas, not more of them."""
@@ -46,6 +48,13 @@ class GenerationDelta:
         self.num_cached_tokens = later.num_cached_tokens
         self.num_generated_tokens = later.num_generated_tokens
         self.capacity = later.capacity
+        if later.routed_experts:
+            self._add_routed(later.routed_experts)
+
+    def _add_routed(self, routed_experts: bytes | bytearray) -> None:
+        if not isinstance(self.routed_experts, bytearray):  # grows in place: a long sequence has thousands of parts
+            self.routed_experts = bytearray(self.routed_experts)
+        self.routed_experts += routed_experts
 
 
 class GenerationState:
@@ -59,14 +68,16 @@ class GenerationState:
         self.num_cached_tokens = 0
         self._capacity: CapacityUsage | None = None
         self._prompt_logprobs: list[TokenLogprobs] = []
+        self._routed_experts = b""
 
     def advance(self, output: SequenceOutput) -> GenerationDelta | None:
         """The delta that `output` brings. A stop string in it ends the sequence, whatever the worker says.
 
         Returns:
-            None: it brings a part of the prompt's log-probabilities, which are told with the first token.
+            None: it brings a part of what is told of the prompt, which comes with the first token.
         """
         self._prompt_logprobs += output.prompt_logprobs
+        self._routed_experts += output.routed_experts
         if not output.token_ids and output.finish_reason is None:
             return None
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
@@ -94,6 +105,7 @@ class GenerationState:
         elif output.stop_token in self._params.stop_token_ids:
             stop_reason = output.stop_token
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, []
+        routed_experts, self._routed_experts = self._routed_experts, b""
         return GenerationDelta(
             text=text,
             token_ids=output.token_ids[:count],
@@ -105,4 +117,5 @@ class GenerationState:
             num_cached_tokens=self.num_cached_tokens,
             num_generated_tokens=self.num_generated_tokens,
             capacity=self._capacity,
+            routed_experts=routed_experts,
         )
