@@ -19,6 +19,7 @@ from amoe.server.middleware.request_scope import Observer, RequestScope
 from amoe.server.models import models_router
 from amoe.server.operations import LoadCounter, operations_router
 from amoe.server.options import HttpOptions
+from amoe.server.responses import responses_router
 
 
 def create_app(
@@ -43,6 +44,7 @@ def _routers(context: ServerContext, load: LoadCounter) -> list[APIRouter]:
     return [
         completions_router(context),
         chat_router(context),
+        responses_router(context),
         models_router(context),
         operations_router(context, load),
     ]
