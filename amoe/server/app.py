@@ -13,6 +13,7 @@ from amoe.server.chat import chat_router
 from amoe.server.completions import completions_router
 from amoe.server.context import ServerContext
 from amoe.server.errors import install_error_handlers
+from amoe.server.messages import AnthropicErrors, messages_router
 from amoe.server.middleware.auth import ApiKeyGuard
 from amoe.server.middleware.body import BodyLimit
 from amoe.server.middleware.request_scope import Observer, RequestScope
@@ -45,6 +46,7 @@ def _routers(context: ServerContext, load: LoadCounter) -> list[APIRouter]:
         completions_router(context),
         chat_router(context),
         responses_router(context),
+        messages_router(context),
         models_router(context),
         operations_router(context, load),
     ]
@@ -75,3 +77,4 @@ def _add_middleware(app: FastAPI, context: ServerContext, options: HttpOptions, 
             expose_headers=("x-request-id", "retry-after", "retry-after-ms"),
         )
     app.add_middleware(RequestScope, observers=observers, is_draining=lambda: context.engine.is_draining)
+    app.add_middleware(AnthropicErrors)

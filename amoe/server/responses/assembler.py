@@ -134,13 +134,14 @@ class ResponseAssembler:
     def fail(self, error: Exception) -> list[Event]:
         """The answer broke off. `error` is kept, for whoever can still tell it by a status."""
         self.error = error
-        _, content = describe(error)
-        message = content["error"]["message"]
+        status, content = describe(error)
+        message, param = content["error"]["message"], content["error"]["param"]
+        code = "server_error" if status >= 500 else "invalid_prompt"  # OpenAI has no other word for it
         events = self._end_item("incomplete")
-        self._body |= {"status": "failed", "error": {"code": "server_error", "message": message}}
+        self._body |= {"status": "failed", "error": {"code": code, "message": message}}
         return [
             *events,
-            self._emit("error", code="server_error", message=message, param=None),
+            self._emit("error", code=code, message=message, param=param),
             self._emit("response.failed", response=self.body),
         ]
 
