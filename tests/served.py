@@ -57,6 +57,11 @@ class ServedModel:
         answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
         return answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 8
 
+    def tracebacks(self) -> str:
+        """What it has printed from its first traceback on; nobody's request may cause one."""
+        starts = [index for index, line in enumerate(self.output) if "Traceback" in line]
+        return "".join(self.output[max(0, starts[0] - 1) : starts[0] + 60]) if starts else ""
+
     def __enter__(self) -> ServedModel:
         return self
 
