@@ -122,6 +122,7 @@ class SamplingParams:
         repetition_penalty: > 0, over prompt and generated tokens.
         stop: strings that end the text; not part of it unless `include_stop_str_in_output`.
         stop_token_ids: ids that end the sequence.
+        skip_special_tokens: special tokens are no text, but for those of `visible_token_ids`.
         ignore_eos: go on after the end-of-sequence token.
         logprobs: None is off; k >= 0 gives the sampled token's and the k best.
         prompt_logprobs: the same for the tokens of the prompt, each given those before it.
@@ -151,6 +152,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    visible_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 
-from amoe.engine.chat_template import ChatTemplate
+from amoe.engine.chat_template import ChatTemplate, ChatTemplates
 from amoe.engine.detokenizer import ByteDecoder, Detokenizer, TokenDecoder, WindowDecoder
 from amoe.errors import CheckpointError, RequestError
 from amoe.models.config import read_json_object
@@ -43,12 +43,13 @@ class Tokenizer:
 
     Attributes:
         vocab_size: ids that the tokenizer knows; the model's embedding may have more rows.
+        special_ids: tokens that stand for no text.
 
     Raises:
         CheckpointError: if the directory has no tokenizer.json, or a file in it cannot be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, chat_template: str | Path | None = None) -> None:
         directory = Path(path)
         file = directory / "tokenizer.json"
         if not file.is_file():
@@ -62,10 +63,13 @@ class Tokenizer:
         self._config = read_json(directory / "tokenizer_config.json")
         self._special_tokens = self._read_special_tokens(directory)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self._special_ids = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        self.special_ids: set[int] = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
         self._is_byte_level = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
         self._bytes: dict[int, bytes] = {}
-        self._template = ChatTemplate.from_directory(directory, self._config)
+        if chat_template is None:
+            self._templates = ChatTemplates.from_directory(directory, self._config)
+        else:
+            self._templates = ChatTemplates.from_file(Path(chat_template))
         # Every token stands for at least one and at most this many characters, which bounds a text's length in tokens.
         self.max_token_chars = max((len(token) for token in self._tokenizer.get_vocab()), default=1)
 
@@ -99,32 +103,54 @@ class Tokenizer:
             return token.encode("utf-8")
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes([int(token[3:5], 16)])
-        if token_id in self._special_ids:
+        if token_id in self.special_ids:
             return token.encode("utf-8")
         return token.replace("▁", " ").encode("utf-8")
 
     def detokenizer(self, params: SamplingParams) -> Detokenizer:
         """A fresh detokenizer for one sequence."""
         decoder: TokenDecoder
+        skipped = self.special_ids.difference(params.visible_token_ids) if params.skip_special_tokens else set[int]()
         if self._is_byte_level:
-            skipped = self._special_ids if params.skip_special_tokens else frozenset[int]()
             decoder = ByteDecoder(lambda token_id: b"" if token_id in skipped else self.token_bytes(token_id))
         else:
-            decoder = WindowDecoder(lambda ids: self.decode(ids, params.skip_special_tokens))
+            decoder = WindowDecoder(lambda ids: self.decode([i for i in ids if i not in skipped], False))
         return Detokenizer(decoder, params.stop, params.include_stop_str_in_output, params.min_tokens)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
-        """Prompt text of a conversation.
+    def chat_template(self, *, with_tools: bool = False) -> ChatTemplate:
+        """The template for a conversation with or without tools.
 
         Raises:
-            RequestError: if the checkpoint has no chat template, or the template rejects the messages.
+            RequestError: if there is none.
         """
-        if self._template is None:
+        template = self._templates.choose(with_tools=with_tools)
+        if template is None:
             raise RequestError(
                 "this model has no chat template (chat_template.jinja or tokenizer_config.json): use /v1/completions",
                 param="messages",
             )
-        return self._template.render(messages, {**self._special_tokens, **variables})
+        return template
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        template: ChatTemplate | None = None,
+    ) -> str:
+        """Prompt text of a conversation.
+
+        Args:
+            template: None: the checkpoint's own.
+
+        Raises:
+            RequestError: if the checkpoint has no chat template, or the template rejects the messages.
+        """
+        return (template or self.chat_template()).render(messages, {**self._special_tokens, **variables})
+
+    def special_token_id(self, text: str) -> int | None:
+        """Id of the special token `text`; None if that is ordinary text here, or several tokens."""
+        token_id: int | None = self._tokenizer.token_to_id(text)
+        return token_id if token_id in self.special_ids else None
 
     def _read_special_tokens(self, directory: Path) -> dict[str, str]:
         """Special tokens by name: from tokenizer_config.json, or, in older checkpoints, special_tokens_map.json."""
