@@ -125,13 +125,18 @@ class WorkerCollector(Collector):
 def _queue_families(stats: list[WorkerStats]) -> Iterator[Metric]:
     depth = GaugeMetricFamily("amoe:micro_queue_depth", "Tokens waiting for a block.", labels=_BLOCK_LABELS)
     age = GaugeMetricFamily("amoe:micro_queue_age_seconds", "How long the oldest of them waits.", labels=_BLOCK_LABELS)
+    waited = CounterMetricFamily(
+        "amoe:micro_queue_token_seconds",
+        "Seconds that tokens have waited for a block, summed over the tokens: its rate is the mean depth.",
+        labels=_BLOCK_LABELS,
+    )
     for worker in stats:
         for queue in worker.queues:
             values = (str(worker.rank), queue.kind, str(queue.layer))
             depth.add_metric(values, queue.depth)
             age.add_metric(values, queue.age_s)
-    yield depth
-    yield age
+            waited.add_metric(values, queue.waited_s)
+    yield from (depth, age, waited)
 
 
 def _histogram_families(stats: list[WorkerStats]) -> Iterator[Metric]:

@@ -20,6 +20,7 @@ from amoe.server.middleware.request_scope import Observer, RequestScope
 from amoe.server.models import models_router
 from amoe.server.operations import LoadCounter, operations_router
 from amoe.server.options import HttpOptions
+from amoe.server.request_metrics import RequestMetrics
 from amoe.server.responses import responses_router
 
 
@@ -37,7 +38,8 @@ def create_app(
     install_error_handlers(app)
     for router in _routers(context, load):
         app.include_router(router)
-    _add_middleware(app, context, options, [load, *_logs(context, options), *observers])
+    counters: list[Observer] = [load, RequestMetrics(context.engine.metrics)]
+    _add_middleware(app, context, options, [*counters, *_logs(context, options), *observers])
     return app
 
 

@@ -42,6 +42,7 @@ GOLDEN = {
     "amoe:kv_cache_usage_perc": ("gauge", REQUEST_LABELS),
     "amoe:micro_queue_age_seconds": ("gauge", BLOCK_LABELS),
     "amoe:micro_queue_depth": ("gauge", BLOCK_LABELS),
+    "amoe:micro_queue_token_seconds": ("counter", BLOCK_LABELS),
     "amoe:num_preemptions": ("counter", REQUEST_LABELS),
     "amoe:num_requests_running": ("gauge", REQUEST_LABELS),
     "amoe:num_requests_waiting": ("gauge", REQUEST_LABELS),
@@ -153,7 +154,7 @@ def metrics() -> EngineMetrics:
                 TrafficSnapshot("dispatch", "remote", 3, 20, 4096),
                 TrafficSnapshot("announce", "local", 5, 0, 0),
             ],
-            queues=[QueueSnapshot("attention", 1, 4, 0.25)],
+            queues=[QueueSnapshot("attention", 1, 4, 0.25, waited_s=7.5)],
             batch_sizes=batch_sizes.snapshot("attention"),
             join_waits=joins.snapshot("experts"),
             capacity=CapacitySnapshot("slack", [[1, 4, 6, 0], [2, 0, 1, 3]], 5, 2.5, 80),
@@ -221,6 +222,7 @@ def test_worker_values(metrics: EngineMetrics):
     assert found["amoe:prefix_cache_hits_total{engine=0}"] == 40
     assert found["amoe:micro_queue_depth{block=attention,layer=1,worker=0}"] == 4
     assert found["amoe:micro_queue_age_seconds{block=attention,layer=1,worker=0}"] == 0.25
+    assert found["amoe:micro_queue_token_seconds_total{block=attention,layer=1,worker=0}"] == 7.5
     assert found["amoe:worker_steps_total{worker=1}"] == 3
     assert (found["amoe:waves{worker=0}"], found["amoe:wave_slips_total{worker=0}"]) == (2, 5)
     assert "amoe:waves{worker=1}" not in found, "a schedule without waves"
