@@ -33,7 +33,7 @@ from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, Step
 from amoe.engine.build import build_worker
 from amoe.engine.devices import threads_per_worker
 from amoe.engine.messages import AddRequest
-from amoe.engine.sampler import SamplingTable
+from amoe.engine.sampling_table import SamplingTable
 from amoe.engine.worker import Worker
 from amoe.models.config import ModelConfig, load_model_config
 from amoe.profiles.checkpoints import checkpoint_sizes

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from amoe.clock import Clock
 from amoe.config import EngineConfig
 from amoe.core.worker import WorkerCore
+from amoe.engine.devices import threads_per_worker
 from amoe.engine.executor import AttentionBlocks, ExpertBlocks
+from amoe.engine.grammar_compiler import GrammarCompiler, GrammarVocabulary
 from amoe.engine.home import Home
 from amoe.engine.messages import ControlPort
-from amoe.engine.sampler import SamplingTable
+from amoe.engine.sampling_table import SamplingTable
+from amoe.engine.structured import Grammars
 from amoe.engine.worker import Worker
 from amoe.engine.worker_stats import StatsKeeper
 from amoe.models.config import ModelConfig
@@ -57,6 +60,7 @@ def assemble(
             attention,
             SamplingTable(config.scheduler.max_num_seqs, checkpoint.vocab_size),
             ports.control,
+            _grammars(config, checkpoint),
             owner_of_rank={owner_rank: owner for owner, owner_rank in enumerate(config.placement.expert_ranks)},
             eos_token_ids=checkpoint.eos_token_ids,
             seed=config.seed,
@@ -72,3 +76,8 @@ def assemble(
             core.rank, role_of(config, core.rank), *num_layers_experts, modelled_s, ridge_tokens=config.ridge_tokens
         ),
     )
+
+
+def _grammars(config: EngineConfig, checkpoint: ModelConfig) -> Grammars:
+    vocabulary = GrammarVocabulary(config.model, checkpoint.vocab_size, checkpoint.eos_token_ids)
+    return Grammars(GrammarCompiler(vocabulary), checkpoint.vocab_size, threads_per_worker(config))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +16,7 @@ from typing import Protocol
 from amoe.clock import Clock, MonotonicClock
 from amoe.config import EngineConfig
 from amoe.engine.generation import GenerationDelta, GenerationState
+from amoe.engine.load import Choices, OpenLoad, first_choices
 from amoe.engine.messages import AbortRequests, AddRequest, Failed, Heartbeat, Outputs, Pulse, ToServer, ToWorker
 from amoe.engine.steering import Steering
 from amoe.engine.tokenizer import Tokenizer
@@ -68,9 +68,20 @@ class Generation:
     Attributes:
         finish_reason: how it has ended; None while it is open.
         queue_s, prefill_s: seconds before it was first computed, and from there to its first token; None: not yet told.
+        num_preemptions: times that it lost its KV to others, as far as is known.
+        choices: it is one of them.
+        num_waiting_tokens: of its prompt, until its first token: another choice computes them, if it is 0.
     """
 
-    def __init__(self, engine: AsyncEngine, request_id: int, rank: int, state: GenerationState, now: float) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        request_id: int,
+        rank: int,
+        state: GenerationState,
+        choices: Choices,
+        now: float,
+    ) -> None:
         self.request_id = request_id
         self.rank = rank
         self.state = state
@@ -80,6 +91,9 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.queue_s: float | None = None
         self.prefill_s: float | None = None
+        self.num_preemptions = 0
+        self.choices = choices
+        self.num_waiting_tokens = 0
         self._engine = engine
         self._pending: GenerationDelta | None = None
         self._error: AmoeError | None = None
@@ -153,15 +167,9 @@ class AsyncEngine:
         self.metrics = EngineMetrics(model.name, model.max_model_len, config.cache)
         self._channels = channels
         self._clock = clock or MonotonicClock()
-        self._attention_ranks = config.placement.attention_ranks
-        self._capacity = admission.queue_capacity(
-            len(self._attention_ranks), config.scheduler.max_num_seqs, config.max_waiting
-        )
         self._open: dict[int, Generation] = {}
-        self._num_requests = dict.fromkeys(self._attention_ranks, 0)
-        self._num_tokens = dict.fromkeys(self._attention_ranks, 0)
+        self._load = OpenLoad(config)
         self._next_id = 0
-        self._finished_at: deque[float] = deque(maxlen=64)
         self._tasks: list[asyncio.Task[None]] = []
         self._death: EngineDeadError | None = None
         self._draining = False
@@ -169,7 +177,7 @@ class AsyncEngine:
         self._all_closed = asyncio.Event()
         self._all_closed.set()
         self._watchdog = Watchdog(range(len(channels)), heartbeat_timeout_s, stall_timeout_s)
-        self.metrics.prepare(self._attention_ranks)
+        self.metrics.prepare(config.placement.attention_ranks)
         self._steering = Steering(config, owners, self._clock, send=self._send, tell=self.metrics.steered)
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -240,19 +248,29 @@ class AsyncEngine:
         """Admit all of these sequences, or none.
 
         Args:
-            requests: prompt token ids and parameters of each.
+            requests: prompt token ids and parameters of each. Neighbours with the same prompt are choices: they go to
+                one worker, where the first one's KV of the prompt serves all.
             param: the field of the user's request that the prompt comes from, for error messages.
 
         Raises:
-            RequestError: a prompt that is empty, too long, or holds an unknown token id.
+            RequestError: a prompt that is empty, too long, or holds an unknown token id; a priority that means nothing.
             EngineOverloadedError: no room now.
             EngineDeadError: no room ever.
         """
-        for prompt_token_ids, params in requests:
-            admission.validate_prompt(prompt_token_ids, self.model.vocab_size, param)
+        firsts = first_choices(requests)
+        num_prompt_tokens = 0
+        for index, (prompt_token_ids, params) in enumerate(requests):
+            if firsts[index] == index:
+                admission.validate_prompt(prompt_token_ids, self.model.vocab_size, param)
+                num_prompt_tokens += len(prompt_token_ids)
             admission.validate_length(len(prompt_token_ids), params.max_tokens, self.model.max_model_len, param)
-        self._check_room(len(requests))
-        return [self._start_one(prompt_token_ids, params) for prompt_token_ids, params in requests]
+            admission.validate_priority(params.priority, self.config.scheduler.scheduling_policy)
+        self._check_room(len(requests), num_prompt_tokens)
+        generations: list[Generation] = []
+        for (prompt_token_ids, params), first in zip(requests, firsts, strict=True):
+            sibling = generations[first] if first < len(generations) else None
+            generations.append(self._start_one(prompt_token_ids, params, sibling))
+        return generations
 
     async def generate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[GenerationDelta]:
         """The deltas of one sequence. Leaving the iteration early frees it."""
@@ -271,46 +289,34 @@ class AsyncEngine:
         self._forget(generation, "abort")
         generation.fail(None)
 
-    def _check_room(self, count: int) -> None:
-        if count > self._capacity:
-            raise RequestError(
-                f"the request asks for {count} sequences at once, but this server holds {self._capacity}: split it"
-            )
+    def _check_room(self, count: int, num_prompt_tokens: int) -> None:
+        refusal = self._load.refusal(count, num_prompt_tokens, self._clock.now())
         if self._death is not None:
             self.metrics.rejected("dead")
             raise EngineDeadError(str(self._death))
         if self._draining:
             self.metrics.rejected("shutdown")
             raise EngineOverloadedError("the server is shutting down and takes no new requests", 5)
-        excess = len(self._open) + count - self._capacity
-        if excess > 0:
-            self.metrics.rejected("queue_full")
-            raise EngineOverloadedError(
-                f"the queue is full: {len(self._open)} requests are open, and {self._capacity} is the limit "
-                "(--max-num-seqs, --max-waiting); try again later",
-                admission.retry_after_s(excess, self._finish_rate()),
-            )
+        if refusal is not None:
+            self.metrics.rejected(refusal.reason)
+            raise EngineOverloadedError(refusal.message, refusal.retry_after_s)
 
-    def _finish_rate(self) -> float:
-        """Requests that ended per second, lately; 0 if too few have."""
-        if len(self._finished_at) < 2:
-            return 0.0
-        return len(self._finished_at) / max(1e-3, self._clock.now() - self._finished_at[0])
-
-    def _start_one(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> Generation:
-        shares = self._steering.state.home_share
-        rank = admission.choose_worker(
-            [admission.WorkerLoad(r, self._num_requests[r], self._num_tokens[r], shares[r]) for r in shares],
-            self.config.scheduler.max_num_seqs,
-        )
-        state = GenerationState(params, self.tokenizer.detokenizer(params), len(prompt_token_ids))
-        generation = Generation(self, self._next_id, rank, state, self._clock.now())
+    def _start_one(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, sibling: Generation | None
+    ) -> Generation:
+        count = len(prompt_token_ids)
+        rank = self._load.choose(self._steering.state.home_share) if sibling is None else sibling.rank
+        state = GenerationState(params, self.tokenizer.detokenizer(params), count)
+        choices = Choices() if sibling is None else sibling.choices
+        generation = Generation(self, self._next_id, rank, state, choices, self._clock.now())
         self._next_id += 1
+        sibling_of = None if sibling is None else sibling.request_id
         # First of all: what cannot be sent raises here, and must not stay open for ever.
-        self._send(rank, AddRequest(generation.request_id, list(prompt_token_ids), params))
+        self._send(rank, AddRequest(generation.request_id, list(prompt_token_ids), params, sibling_of))
         self._open[generation.request_id] = generation
-        self._num_requests[rank] += 1
-        self._num_tokens[rank] += len(prompt_token_ids)
+        generation.num_waiting_tokens = count if sibling is None else 0
+        self._load.enter(rank, count, generation.num_waiting_tokens)
+        choices.enter()
         self._all_closed.clear()
         return generation
 
@@ -318,21 +324,32 @@ class AsyncEngine:
         """Take a sequence, which ends now, out of all tables."""
         del self._open[generation.request_id]
         generation.finish_reason = reason
-        self._num_requests[generation.rank] -= 1
-        self._num_tokens[generation.rank] -= generation.state.num_prompt_tokens + generation.state.num_generated_tokens
         if not self._open:
             self._all_closed.set()
-        now = self._clock.now()
-        self._finished_at.append(now)
+        now, state, choices = self._clock.now(), generation.state, generation.choices
+        self._load.leave(generation.rank, state.num_prompt_tokens + state.num_generated_tokens, now)
+        self._begin(generation)
         has_tokens = generation.first_token_at is not None
         self.metrics.finished(
             generation.rank,
             reason,
             seconds=now - generation.arrived_at,
             decode_seconds=generation.last_token_at - (generation.first_token_at or 0.0) if has_tokens else None,
-            num_prompt_tokens=generation.state.num_prompt_tokens,
-            num_generated_tokens=generation.state.num_generated_tokens,
+            num_prompt_tokens=state.num_prompt_tokens,
+            num_generated_tokens=state.num_generated_tokens,
+            num_cached_tokens=state.num_cached_tokens,
+            max_tokens=state.params.max_tokens,
+            queue_seconds=generation.queue_s,
+            prefill_seconds=generation.prefill_s,
+            num_preemptions=generation.num_preemptions,
         )
+        if choices.leave(state.num_generated_tokens):
+            self.metrics.all_choices_finished(generation.rank, choices.count, choices.longest)
+
+    def _begin(self, generation: Generation) -> None:
+        """Its prompt waits no longer."""
+        self._load.begin(generation.num_waiting_tokens)
+        generation.num_waiting_tokens = 0
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
@@ -372,15 +389,19 @@ class AsyncEngine:
         # No generation: aborted, or ended by a stop string, while the worker was still at it.
         if generation is None or (delta := generation.state.advance(output)) is None:
             return
+        if output.times is not None:
+            generation.queue_s, generation.prefill_s = output.times.queue_s, output.times.prefill_s
+            generation.num_preemptions = output.times.num_preemptions
         if delta.token_ids:
-            self._num_tokens[generation.rank] += len(delta.token_ids)
+            self._load.grow(generation.rank, len(delta.token_ids))
             self._count_tokens(generation, delta)
         if delta.finish_reason is not None:
             self._forget(generation, delta.finish_reason)
             if output.finish_reason is None:  # a stop string, which the worker does not know of
                 self._send(generation.rank, AbortRequests([generation.request_id]))
         if delta.finish_reason == "error":
-            generation.fail(AmoeError("the worker could not serve the request"))
+            blame = RequestError(output.error) if output.error else AmoeError("the worker could not serve the request")
+            generation.fail(blame)
         else:
             generation.deliver(delta)
 
@@ -388,6 +409,7 @@ class AsyncEngine:
         now = self._clock.now()
         if generation.first_token_at is None:
             generation.first_token_at = now
+            self._begin(generation)
             self.metrics.first_token(
                 generation.rank, now - generation.arrived_at, delta.num_prompt_tokens, delta.num_cached_tokens
             )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,9 @@ from amoe.core.batcher import Batcher
 from amoe.core.experts import count_pairs
 from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, PromptTokens
 from amoe.engine.executor import Routed
-from amoe.engine.sampler import SampledTokens, SamplingTable
+from amoe.engine.sampler import SampledTokens
+from amoe.engine.sampling_table import MASKED, SamplingTable
+from amoe.engine.token_masks import MaskArray, ids_of
 from amoe.profiles.context import ContextCounter
 from amoe.profiles.costs import BlockCosts
 from amoe.profiles.models import ModelSizes
@@ -149,17 +151,47 @@ class EmulatedAttention:
         topk_ids, scores = drawn
         return Routed(topk_ids, self._weights[:count], self._rows[:count], scores)
 
-    def sample(self, step: HeadStep, sampling: SamplingTable, num_generated: Int64Array) -> SampledTokens:
-        """See `AttentionBlocks`. Any ids will do, but none that ends a sequence; log-probabilities are zeros."""
+    def sample(
+        self,
+        step: HeadStep,
+        sampling: SamplingTable,
+        num_generated: Int64Array,
+        grammar_masks: Callable[[], Mapping[int, MaskArray]] = dict,
+    ) -> SampledTokens:
+        """See `AttentionBlocks`. Any ids will do that the rules of a sequence permit, but none that ends it, unless it
+        has to; log-probabilities are zeros."""
         self.waiter.start()
         count = len(step.slots)
         token_ids = self._vocabulary[self._rng.integers(len(self._vocabulary), size=count)]
         sampled = SampledTokens(token_ids)
+        restricted = np.flatnonzero(sampling.needs[step.rows] & MASKED)
+        if len(restricted):
+            self._restrict(sampled, step.rows.astype(np.int64), restricted, sampling, grammar_masks())
         num_logprobs = int(sampling.num_logprobs[step.rows].max(initial=-1))
         if num_logprobs >= 0:
             _attach_zeros(sampled, num_logprobs)
         self.waiter.finish(self._costs.head(count))
         return sampled
+
+    def _restrict(
+        self,
+        sampled: SampledTokens,
+        rows: Int64Array,
+        index: npt.NDArray[np.intp],
+        sampling: SamplingTable,
+        grammar_masks: Mapping[int, MaskArray],
+    ) -> None:
+        """Draw the tokens of `rows[index]` from those that their rules permit."""
+        table = self._batcher.table
+        masks = sampling.masks(rows[index], table.tokens, table.prompt_len, table.num_tokens, grammar_masks)
+        sampled.stuck = np.zeros(len(rows), np.bool_)
+        for i, mask in zip(index.tolist(), masks, strict=True):
+            permitted = ids_of(mask)
+            going_on = np.intersect1d(permitted, self._vocabulary, assume_unique=True)
+            permitted = going_on if len(going_on) else permitted
+            sampled.stuck[i] = len(permitted) == 0
+            if len(permitted):
+                sampled.token_ids[i] = self._rng.choice(permitted)
 
     def score(self, prompt: PromptTokens, token_ids: Int64Array, num_top: int) -> SampledTokens:
         """See `AttentionBlocks`. Log-probabilities are zeros."""
@@ -178,6 +210,7 @@ def _attach_zeros(sampled: SampledTokens, num_top: int) -> None:
     sampled.logprobs = np.zeros(count, np.float32)
     sampled.top_ids = np.broadcast_to(sampled.token_ids[:, None], (count, num_top))
     sampled.top_logprobs = np.zeros((count, num_top), np.float32)
+    sampled.ranks = np.ones(count, np.int64)
 
 
 class EmulatedExperts:

@@ -5,7 +5,7 @@ Everything is addressed by token slot: S slots at each home, H hidden size, D ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,7 +14,9 @@ import torch
 
 from amoe.core.batcher import Batcher
 from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, PromptTokens
-from amoe.engine.sampler import SampledTokens, SamplingTable, sample, score
+from amoe.engine.sampler import SampledTokens, sample, score
+from amoe.engine.sampling_table import SamplingTable
+from amoe.engine.token_masks import MaskArray
 from amoe.kernels.attention import AttentionBatch, ChunkSpan, KVCache
 from amoe.kernels.permute import plan_pairs
 from amoe.models.model import Model
@@ -45,11 +47,19 @@ class AttentionBlocks(Protocol):
         """Run attention(layer). None at a dense layer."""
         ...
 
-    def sample(self, step: HeadStep, sampling: SamplingTable, num_generated: Int64Array) -> SampledTokens:
+    def sample(
+        self,
+        step: HeadStep,
+        sampling: SamplingTable,
+        num_generated: Int64Array,
+        grammar_masks: Callable[[], Mapping[int, MaskArray]] = dict,
+    ) -> SampledTokens:
         """The next tokens [n] of tokens that have passed the last layer.
 
         Args:
             num_generated: [n] tokens that their sequences have generated so far.
+            grammar_masks: [W] what the grammar of a row admits, of the rows that have one; may have to wait for it, so
+                it is called as late as possible.
         """
         ...
 
@@ -143,11 +153,18 @@ class AttentionExecutor:
         """Logits [n, V] float32 of the tokens in `slots` [n], which have passed the last layer."""
         return self._model.head(self._combine(len(self._sparse) - 1, slots, to_device(slots, self._model.device)))
 
-    def sample(self, step: HeadStep, sampling: SamplingTable, num_generated: Int64Array) -> SampledTokens:
+    def sample(
+        self,
+        step: HeadStep,
+        sampling: SamplingTable,
+        num_generated: Int64Array,
+        grammar_masks: Callable[[], Mapping[int, MaskArray]] = dict,
+    ) -> SampledTokens:
         """See `AttentionBlocks`."""
         table, rows = self._batcher.table, step.rows.astype(np.int64)
         logits = self.head(step.slots)
-        return sample(logits, sampling, rows, num_generated, table.tokens, table.prompt_len, table.num_tokens)
+        histories = (table.tokens, table.prompt_len, table.num_tokens)
+        return sample(logits, sampling, rows, num_generated, *histories, grammar_masks())
 
     def score(self, prompt: PromptTokens, token_ids: Int64Array, num_top: int) -> SampledTokens:
         """See `AttentionBlocks`."""

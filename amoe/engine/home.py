@@ -13,10 +13,27 @@ from amoe.core.sequence import Sequence, UsageColumn
 from amoe.core.steps import AttentionStep, HeadStep, Outgoing, PromptTokens
 from amoe.engine.executor import AttentionBlocks
 from amoe.engine.messages import AddRequest, ControlPort, Outputs, Steer
-from amoe.engine.sampler import FINISH_LENGTH, FINISH_STOP, GO_ON, SampledTokens, SamplingTable, finish_reasons
+from amoe.engine.sampler import SampledTokens
+from amoe.engine.sampling_table import (
+    FINISH_COMPLETE,
+    FINISH_LENGTH,
+    FINISH_STOP,
+    FINISH_STUCK,
+    GO_ON,
+    MASKED,
+    SamplingTable,
+    finish_reasons,
+)
+from amoe.engine.structured import Grammars
 from amoe.types import Batch, BoolArray, CapacityUsage, FinishReason, Int64Array, SequenceOutput, TokenLogprobs
 
-_FINISH: dict[int, FinishReason | None] = {GO_ON: None, FINISH_STOP: "stop", FINISH_LENGTH: "length"}
+_FINISH: dict[int, FinishReason | None] = {
+    GO_ON: None,
+    FINISH_STOP: "stop",
+    FINISH_LENGTH: "length",
+    FINISH_COMPLETE: "stop",
+    FINISH_STUCK: "error",
+}
 _SEED_STRIDE = 0x9E3779B9  # so that neighbouring base seeds do not share the seeds of neighbouring requests
 
 
@@ -33,9 +50,11 @@ def capacity_usage(columns: npt.NDArray[np.float64]) -> CapacityUsage:
 
 def _logprobs(sampled: SampledTokens, indices: range, num_top: int) -> list[TokenLogprobs]:
     """Of some of the tokens, each with the `num_top` best."""
-    assert sampled.logprobs is not None and sampled.top_ids is not None and sampled.top_logprobs is not None
+    assert sampled.logprobs is not None and sampled.ranks is not None
+    assert sampled.top_ids is not None and sampled.top_logprobs is not None
     where = slice(indices.start, indices.stop)
-    columns = (sampled.logprobs[where], sampled.top_ids[where, :num_top], sampled.top_logprobs[where, :num_top])
+    best = (sampled.top_ids[where, :num_top], sampled.top_logprobs[where, :num_top])
+    columns = (sampled.logprobs[where], *best, sampled.ranks[where])
     return [TokenLogprobs(*entry) for entry in zip(*(column.tolist() for column in columns), strict=True)]
 
 
@@ -53,6 +72,7 @@ class Home:
         executor: AttentionBlocks,
         sampling: SamplingTable,
         control: ControlPort,
+        grammars: Grammars,
         *,
         owner_of_rank: dict[int, int],
         eos_token_ids: tuple[int, ...],
@@ -62,6 +82,8 @@ class Home:
         self._executor = executor
         self._sampling = sampling
         self._control = control
+        self._grammars = grammars
+        self._compiling: dict[int, AddRequest] = {}  # requests that wait for their grammar
         self._owner_of_rank = owner_of_rank
         self._eos_token_ids = eos_token_ids
         self._seed = seed
@@ -74,17 +96,56 @@ class Home:
         if count == 0 or count + max(1, message.params.max_tokens) > batcher.max_model_len:
             self._control.send(Outputs([SequenceOutput(message.request_id, [], finish_reason="error")]))
             return
+        if message.params.grammar is not None:
+            self._compiling[message.request_id] = message
+            self._grammars.add(message.request_id, message.params.grammar)
+            return
+        self._enter(message)
+
+    def _enter(self, message: AddRequest) -> None:
+        batcher = self.core.batcher
         batcher.add(message.request_id, np.asarray(message.prompt_token_ids, np.int32), message.params)
+
+    @property
+    def is_compiling(self) -> bool:
+        """Requests wait for their grammars: `poll` will bring them in, and nobody wakes the worker for it."""
+        return bool(self._compiling)
+
+    def warm_up(self) -> None:
+        """Do beside the loop what the first request with a grammar would otherwise wait for."""
+        self._grammars.warm_up()
+
+    def poll(self) -> None:
+        """Requests whose grammars have been compiled may run; those with a wrong one end."""
+        if not self._compiling:
+            return
+        for request_id, complaint in self._grammars.take_ready():
+            message = self._compiling.pop(request_id)
+            if complaint:
+                output = SequenceOutput(request_id, [], finish_reason="error", error=complaint)
+                self._control.send(Outputs([output]))
+            else:
+                self._enter(message)
+
+    def close(self) -> None:
+        """The worker leaves."""
+        self._grammars.close()
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """Free sequences at any stage. One that has just ended is none of our business any more."""
         aborted = [
             SequenceOutput(request_id, [], finish_reason="abort")
             for request_id in request_ids
-            if self.core.batcher.abort(request_id) is not None
+            if self._drop(request_id)
         ]
         if aborted:
             self._control.send(Outputs(aborted))
+
+    def _drop(self, request_id: int) -> bool:
+        """Free a sequence. False: it is not here."""
+        self._grammars.discard(request_id)
+        was_compiling = self._compiling.pop(request_id, None) is not None
+        return was_compiling or self.core.batcher.abort(request_id) is not None
 
     def steer(self, message: Steer) -> None:
         """Tokens choose among the replicas of their experts by other shares.
@@ -122,11 +183,37 @@ class Home:
         self._set_sampling_rows()
         table, rows = self.core.batcher.table, step.rows.astype(np.int64)
         num_generated = table.num_tokens[rows] - table.prompt_len[rows]
-        sampled = self._executor.sample(step, self._sampling, num_generated)
+        requests = self._requests_with_grammars(rows)
+        sampled = self._executor.sample(step, self._sampling, num_generated, lambda: self._grammars.masks(requests))
         codes = finish_reasons(self._sampling, rows, sampled.token_ids, num_generated + 1)
+        if sampled.stuck is not None:
+            codes[sampled.stuck] = FINISH_STUCK
+        if requests:
+            self._advance_grammars(rows, requests, sampled.token_ids, codes)
         outputs = self._outputs(rows, sampled, codes)
+        for row in rows[codes != GO_ON].tolist():
+            if row in requests:
+                self._grammars.discard(requests[row])
         self.core.on_head(step, sampled.token_ids, codes != GO_ON)
         self._control.send(Outputs(outputs))
+
+    def _requests_with_grammars(self, rows: Int64Array) -> dict[int, int]:
+        """Request ids by row."""
+        table, needs = self.core.batcher.table, self._sampling.needs
+        asking = rows[(needs[rows] & MASKED) != 0]
+        requests = {int(row): int(table.request_id[row]) for row in asking}
+        return {row: request_id for row, request_id in requests.items() if request_id in self._grammars}
+
+    def _advance_grammars(
+        self, rows: Int64Array, requests: dict[int, int], token_ids: Int64Array, codes: npt.NDArray[np.int8]
+    ) -> None:
+        """Tell the grammars of `requests` their new tokens. Sets the `codes` [n] of those whose text is whole."""
+        for index, (row, token_id) in enumerate(zip(rows.tolist(), token_ids.tolist(), strict=True)):
+            if row in requests and codes[index] in (GO_ON, FINISH_LENGTH):
+                verdict = self._grammars.advance(requests[row], token_id)
+                codes[index] = codes[index] if verdict == GO_ON else verdict
+        going_on = rows[codes == GO_ON].tolist()
+        self._grammars.prepare([requests[row] for row in going_on if row in requests])
 
     def _score(self, prompt: PromptTokens) -> list[SequenceOutput]:
         """What the model thought of prompts: an output for each of their chunks."""
@@ -162,7 +249,9 @@ class Home:
                 output.capacity = capacity_usage(self.core.batcher.table.usage[row])
             if sequence.params.max_tokens == 0:  # nobody has asked for this token
                 output.token_ids, output.finish_reason = [], "length"
-            elif code == FINISH_STOP:
+            elif code == FINISH_STUCK:
+                output.token_ids, output.error = [], self._grammars.complaint(sequence.request_id)
+            elif code == FINISH_STOP or (code == FINISH_COMPLETE and token in self._eos_token_ids):
                 output.stop_token = token
             outputs.append(output)
         if sampled.logprobs is not None:

@@ -1,7 +1,8 @@
 """The sampler: from logits to tokens, vectorised over sequences, the same tokens whatever else is in the batch.
 
-Order of operations, as in vLLM: penalties and the `min_tokens` mask, temperature, min-p, top-k, top-p; each truncation
-works on what the one before it left. Log-probabilities are those of the raw logits.
+Order of operations, as in vLLM: allowed ids, bad words and the grammar (`token_masks.py`), the `min_tokens` mask,
+`logit_bias`, penalties, temperature, min-p, top-k, top-p; each truncation works on what the one before it left.
+Log-probabilities and ranks are those of the raw logits, before all of it.
 
 Batch independence rests on two things:
 
@@ -19,101 +20,34 @@ Shape letters: n rows of this step, V vocabulary, S stop ids, m top log-probabil
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from amoe.types import Float32Array, Int32Array, Int64Array, SamplingParams
+from amoe.engine.sampling_table import (
+    BIAS,
+    LOGPROBS,
+    MASKED,
+    MIN_P,
+    MIN_TOKENS,
+    PENALTIES,
+    RANDOM,
+    TRUNCATION,
+    SamplingTable,
+)
+from amoe.engine.token_masks import MaskArray, apply_masks
+from amoe.types import BoolArray, Float32Array, Int32Array, Int64Array
 
 UInt64Array = npt.NDArray[np.uint64]
 Float64Array = npt.NDArray[np.float64]
-Int8Array = npt.NDArray[np.int8]
 
-GO_ON, FINISH_STOP, FINISH_LENGTH = 0, 1, 2
-
-MIN_TEMPERATURE = 1e-5  # below it, sampling is greedy: dividing by less says nothing more and may overflow
 WEIGHT_SCALE = 2.0**45  # a total stays under 2^46, so float64 sums of weights are exact with bits to spare
 _CPU_CHUNK = 1 << 19  # elements at a time: the float64 sums (4 MiB) stay in cache and in the allocator's pool
 _DEVICE_CHUNK = 1 << 26  # elements at a time: bounds the scratch memory to a few 100 MiB
 _SCORE_CHUNK = 1 << 25  # logits at a time (128 MiB) of prompts: few enough for memory, enough rows for the matmul
-
-
-# What a row asks for beyond an argmax: bits of `SamplingTable.needs`. Plain integers: `IntFlag` costs 1 µs per test.
-RANDOM = 1
-MIN_P = 2
-TRUNCATION = 4  # top-k or top-p
-PENALTIES = 8
-MIN_TOKENS = 16
-LOGPROBS = 32
-
-
-class SamplingTable:
-    """Sampling parameters of the running sequences: a struct of arrays, one row per sequence. Rows are reused.
-
-    Attributes:
-        temperature, top_p, min_p: [num_rows] float32.
-        top_k: [num_rows] int64, `vocab_size` where it is off.
-        seed: [num_rows] uint64.
-        presence, frequency, repetition: [num_rows] float32 penalties.
-        num_logprobs: [num_rows] int32, -1 where off.
-        min_tokens, max_tokens: [num_rows] int64.
-        stop_ids: [num_rows, S] int32, padded with -1; end-of-sequence ids included unless ignored. S grows on demand.
-        needs: [num_rows] uint8, the bits above.
-    """
-
-    def __init__(self, num_rows: int, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self.temperature = np.zeros(num_rows, np.float32)
-        self.top_p = np.ones(num_rows, np.float32)
-        self.min_p = np.zeros(num_rows, np.float32)
-        self.top_k = np.full(num_rows, vocab_size, np.int64)
-        self.seed = np.zeros(num_rows, np.uint64)
-        self.presence = np.zeros(num_rows, np.float32)
-        self.frequency = np.zeros(num_rows, np.float32)
-        self.repetition = np.ones(num_rows, np.float32)
-        self.num_logprobs = np.full(num_rows, -1, np.int32)
-        self.min_tokens = np.zeros(num_rows, np.int64)
-        self.max_tokens = np.ones(num_rows, np.int64)
-        self.stop_ids = np.full((num_rows, 1), -1, np.int32)
-        self.needs = np.zeros(num_rows, np.uint8)
-
-    def set(self, row: int, params: SamplingParams, default_seed: int, eos_token_ids: tuple[int, ...]) -> None:
-        """Fill `row` for a new sequence; `default_seed` serves where `params` brings no seed."""
-        self.temperature[row] = min(params.temperature, float(np.finfo(np.float32).max))
-        self.top_p[row] = max(params.top_p, float(np.finfo(np.float32).tiny))
-        self.min_p[row] = params.min_p
-        self.top_k[row] = min(params.top_k or self.vocab_size, self.vocab_size)
-        self.seed[row] = (default_seed if params.seed is None else params.seed) & 0xFFFF_FFFF_FFFF_FFFF
-        self.presence[row] = params.presence_penalty
-        self.frequency[row] = params.frequency_penalty
-        self.repetition[row] = params.repetition_penalty
-        self.num_logprobs[row] = -1 if params.logprobs is None else min(params.logprobs, self.vocab_size)
-        self.min_tokens[row] = params.min_tokens
-        self.max_tokens[row] = params.max_tokens
-        stop_ids = sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)})
-        self._set_stop_ids(row, stop_ids)
-        needs = 0
-        if params.temperature >= MIN_TEMPERATURE:
-            needs |= RANDOM
-            needs |= MIN_P if params.min_p > 0 else 0
-            needs |= TRUNCATION if params.top_p < 1 or self.top_k[row] < self.vocab_size else 0
-        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
-            needs |= PENALTIES
-        if params.min_tokens > 0 and stop_ids:
-            needs |= MIN_TOKENS
-        if params.logprobs is not None:
-            needs |= LOGPROBS
-        self.needs[row] = needs
-
-    def _set_stop_ids(self, row: int, stop_ids: list[int]) -> None:
-        missing = len(stop_ids) - self.stop_ids.shape[1]
-        if missing > 0:
-            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, missing)), constant_values=-1)
-        self.stop_ids[row] = -1
-        self.stop_ids[row, : len(stop_ids)] = stop_ids
 
 
 @dataclass(slots=True)
@@ -125,12 +59,16 @@ class SampledTokens:
         logprobs: [n] float32 of those tokens; NaN in rows that did not ask; None if none did.
         top_ids: [n, m] int64, best first, -1 in rows that did not ask; a row uses its first `num_logprobs`.
         top_logprobs: [n, m] float32 of those.
+        ranks: [n] int64 of the tokens: 1 + how many are more probable; 0 in rows that did not ask; None if none did.
+        stuck: [n] no token was possible, and `token_ids` says nothing; None: wherever rules were asked, there was one.
     """
 
     token_ids: Int64Array
     logprobs: Float32Array | None = None
     top_ids: Int64Array | None = None
     top_logprobs: Float32Array | None = None
+    ranks: Int64Array | None = None
+    stuck: BoolArray | None = None
 
 
 def sample(
@@ -141,6 +79,7 @@ def sample(
     tokens: Int32Array,
     prompt_lens: Int64Array,
     lens: Int64Array,
+    grammar_masks: Mapping[int, MaskArray] | None = None,
 ) -> SampledTokens:
     """Sample the next token of each row.
 
@@ -154,6 +93,7 @@ def sample(
         tokens: [num_rows, max_len] histories, prompt then output.
         prompt_lens: [num_rows] of those.
         lens: [num_rows] prompt and output together.
+        grammar_masks: [W] what the grammar of a row admits, of the rows that have one.
     """
     needs = table.needs[rows]
     union = int(np.bitwise_or.reduce(needs)) if len(rows) else 0
@@ -163,10 +103,16 @@ def sample(
     logits = logits.contiguous()
     asking = np.flatnonzero(needs & LOGPROBS) if union & LOGPROBS else np.empty(0, np.int64)
     raw_logprobs = torch.log_softmax(_take(logits, asking), dim=-1) if len(asking) else None  # before any change
+    stuck = None
+    if union & MASKED:
+        stuck = _restrict(logits, table, rows, np.flatnonzero(needs & MASKED), tokens, prompt_lens, lens, grammar_masks)
+    if union & MIN_TOKENS:
+        late = np.flatnonzero((needs & MIN_TOKENS).astype(np.bool_) & (step < table.min_tokens[rows]))
+        _mask_stop_ids(logits, table, rows, late)
+    if union & BIAS:
+        _add_bias(logits, table, rows, np.flatnonzero(needs & BIAS))
     if union & PENALTIES:
         _penalise(logits, table, rows, np.flatnonzero(needs & PENALTIES), tokens, prompt_lens, lens)
-    if union & MIN_TOKENS:
-        _mask_stop_ids(logits, table, rows, np.flatnonzero(step < table.min_tokens[rows]))
 
     if union & RANDOM:
         random = np.flatnonzero(needs & RANDOM)
@@ -178,7 +124,7 @@ def sample(
     else:
         token_ids = _argmax(logits)
 
-    sampled = SampledTokens(token_ids)
+    sampled = SampledTokens(token_ids, stuck=stuck)
     if raw_logprobs is not None:
         _attach_logprobs(sampled, raw_logprobs, asking, int(table.num_logprobs[rows].max()))
     return sampled
@@ -201,36 +147,16 @@ def score(
         np.empty(len(token_ids), np.float32),
         np.empty((len(token_ids), num_top), np.int64),
         np.empty((len(token_ids), num_top), np.float32),
+        np.empty(len(token_ids), np.int64),
     )
     for start in range(0, len(token_ids), chunk):
         where = slice(start, min(start + chunk, len(token_ids)))
         part = SampledTokens(token_ids[where])
         logprobs = torch.log_softmax(logits(where), dim=-1)
         _attach_logprobs(part, logprobs, np.arange(len(logprobs)), num_top)
-        for name in ("logprobs", "top_ids", "top_logprobs"):
+        for name in ("logprobs", "top_ids", "top_logprobs", "ranks"):
             getattr(scored, name)[where] = getattr(part, name)
     return scored
-
-
-def finish_reasons(
-    table: SamplingTable, rows: Int64Array, token_ids: Int64Array, num_generated: Int64Array
-) -> Int8Array:
-    """What each row's new token means for its sequence.
-
-    Args:
-        table: parameters, indexed by `rows`.
-        rows: [n] rows of the table.
-        token_ids: [n] the new tokens.
-        num_generated: [n] tokens generated, the new one included.
-
-    Returns:
-        [n] `GO_ON`, `FINISH_STOP` (stop id or end of sequence; wins over length) or `FINISH_LENGTH`.
-    """
-    stops = (token_ids[:, None] == table.stop_ids[rows]).any(axis=1)
-    stops &= num_generated >= table.min_tokens[rows]
-    codes = np.where(num_generated >= table.max_tokens[rows], FINISH_LENGTH, GO_ON).astype(np.int8)
-    codes[stops] = FINISH_STOP
-    return codes
 
 
 def uniforms(seed: UInt64Array, step: Int64Array) -> Float64Array:
@@ -263,6 +189,40 @@ def _argmax(logits: torch.Tensor) -> Int64Array:
     if logits.device.type == "cpu":
         return logits.numpy().argmax(axis=1)  # vectorised, unlike torch's: 16 times faster on one core
     return logits.argmax(dim=-1).cpu().numpy()
+
+
+def _restrict(
+    logits: torch.Tensor,
+    table: SamplingTable,
+    rows: Int64Array,
+    index: Int64Array,
+    tokens: Int32Array,
+    prompt_lens: Int64Array,
+    lens: Int64Array,
+    grammar_masks: Mapping[int, MaskArray] | None,
+) -> BoolArray | None:
+    """Make what the rules of `rows[index]` forbid impossible, in place.
+
+    Returns:
+        [n] rows where nothing is left; None if there are none.
+    """
+    masks = table.masks(rows[index], tokens, prompt_lens, lens, grammar_masks or {})
+    apply_masks(logits, index, masks)
+    is_empty = ~masks.any(axis=1)
+    if not is_empty.any():
+        return None
+    stuck = np.zeros(len(rows), np.bool_)
+    stuck[index] = is_empty
+    return stuck
+
+
+def _add_bias(logits: torch.Tensor, table: SamplingTable, rows: Int64Array, index: Int64Array) -> None:
+    """Add the biases of `rows[index]`, in place."""
+    found = [table.bias[row] for row in rows[index].tolist()]
+    keys = np.concatenate([i * logits.shape[1] + ids for i, (ids, _) in zip(index.tolist(), found, strict=True)])
+    values = np.concatenate([values for _, values in found])
+    where = torch.from_numpy(keys).to(logits.device)
+    logits.view(-1).index_add_(0, where, torch.from_numpy(values).to(logits.device))
 
 
 def _penalise(
@@ -366,7 +326,10 @@ def _attach_logprobs(sampled: SampledTokens, logprobs: torch.Tensor, index: Int6
     num_rows = len(sampled.token_ids)
     chosen = torch.from_numpy(sampled.token_ids[index]).to(logprobs.device)
     sampled.logprobs = np.full(num_rows, np.nan, np.float32)
-    sampled.logprobs[index] = logprobs.gather(1, chosen[:, None]).squeeze(1).cpu().numpy()
+    of_chosen = logprobs.gather(1, chosen[:, None])
+    sampled.logprobs[index] = of_chosen.squeeze(1).cpu().numpy()
+    sampled.ranks = np.zeros(num_rows, np.int64)
+    sampled.ranks[index] = (logprobs > of_chosen).sum(dim=-1).cpu().numpy() + 1
     sampled.top_ids = np.full((num_rows, num_top), -1, np.int64)
     sampled.top_logprobs = np.full((num_rows, num_top), -np.inf, np.float32)
     if num_top:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -24,24 +24,48 @@ def uniform_reference(seed: int, step: int) -> float:
     return (mix((key + (step + 1) * 0x9E3779B97F4A7C15) & _MASK) >> 16) / 2**48
 
 
+def permitted_reference(
+    params: SamplingParams,
+    output: Sequence[int],
+    eos_token_ids: Sequence[int],
+    vocab_size: int,
+    grammar: Collection[int] | None,
+) -> set[int]:
+    """Ids that may come next. `grammar`: those that the grammar admits; None: there is none."""
+    permitted = set(params.allowed_token_ids or range(vocab_size))
+    if grammar is not None:
+        permitted &= set(grammar)
+    for word in params.bad_words:
+        prefix = list(word[:-1])
+        if list(output[len(output) - len(prefix) :]) == prefix and len(output) >= len(prefix):
+            permitted.discard(word[-1])
+    if grammar is not None and params.ignore_eos:
+        permitted = permitted.difference(eos_token_ids) or permitted
+    if len(output) < params.min_tokens:
+        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+        permitted = permitted.difference(stop_ids) or permitted
+    return permitted
+
+
 def penalised_reference(
     logits: torch.Tensor,
     params: SamplingParams,
     prompt: Sequence[int],
     output: Sequence[int],
-    stop_ids: Sequence[int],
+    permitted: Collection[int],
 ) -> torch.Tensor:
-    """Logits [V] after the penalties and the `min_tokens` mask; a new tensor."""
+    """Logits [V] of the ids `permitted` after bias and penalties, -inf of all others; a new tensor."""
     result = logits.clone()
+    for token, bias in params.logit_bias:
+        result[token] += bias
     counts = Counter(output)
     for token in {*prompt, *output}:
         value = result[token]
         value = value / params.repetition_penalty if value > 0 else value * params.repetition_penalty
         value = value - (params.frequency_penalty * counts[token] + params.presence_penalty * (counts[token] > 0))
         result[token] = value
-    if len(output) < params.min_tokens:
-        for token in stop_ids:
-            result[token] = -torch.inf
+    for token in set(range(len(logits))).difference(permitted):
+        result[token] = -torch.inf
     return result
 
 
@@ -71,8 +95,9 @@ def sample_reference(
     prompt: Sequence[int],
     output: Sequence[int],
     eos_token_ids: Sequence[int],
-) -> int:
-    """The next token of one sequence.
+    grammar: Collection[int] | None = None,
+) -> int | None:
+    """The next token of one sequence; None: the rules leave none.
 
     Args:
         logits: [V] float32, left as they are.
@@ -80,9 +105,12 @@ def sample_reference(
         seed: used where `params` brings none.
         prompt, output: the tokens so far.
         eos_token_ids: of the model.
+        grammar: ids that the grammar admits, if there is one.
     """
-    stop_ids = [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]
-    penalised = penalised_reference(logits, params, prompt, output, stop_ids)
+    permitted = permitted_reference(params, output, eos_token_ids, len(logits), grammar)
+    if not permitted:
+        return None
+    penalised = penalised_reference(logits, params, prompt, output, permitted)
     if params.temperature < 1e-5:
         return int(penalised.argmax())
     weights = weights_reference(penalised, params)

@@ -63,10 +63,16 @@ class Worker:
         poller = select.poll()
         poller.register(self._transport.fileno(), select.POLLIN)
         poller.register(self._control.fileno(), select.POLLIN)
-        with PulseThread(self._turn, self._times, self._control, self._clock):
-            while not self._stopped:
-                if not self.turn():
-                    self._sleep(poller)
+        if self._home is not None:
+            self._home.warm_up()
+        try:
+            with PulseThread(self._turn, self._times, self._control, self._clock):
+                while not self._stopped:
+                    if not self.turn():
+                        self._sleep(poller)
+        finally:
+            if self._home is not None:
+                self._home.close()
 
     def _sleep(self, poller: select.poll) -> None:
         """Until something comes, or the next timer."""
@@ -82,6 +88,8 @@ class Worker:
         """Until the next heartbeat, or until somebody has waited long enough for another worker."""
         deadline = self.core.next_deadline(now)
         until = self._next_heartbeat if deadline is None else min(self._next_heartbeat, deadline)
+        if self._home is not None and self._home.is_compiling:
+            until = min(until, now + CONTROL_INTERVAL_S)
         return max(0.0, until - now)
 
     @torch.inference_mode()
@@ -143,6 +151,8 @@ class Worker:
             self._transport.send(batch)
 
     def _handle_messages(self) -> None:
+        if self._home is not None:
+            self._home.poll()
         for message in self._control.receive():
             if isinstance(message, Stop):
                 self._stopped = True

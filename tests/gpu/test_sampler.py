@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from amoe.engine.sampler import SamplingTable, sample
+from amoe.engine.sampler import sample
 from amoe.engine.sampler_reference import sample_reference
+from amoe.engine.sampling_table import SamplingTable
 from amoe.types import SamplingParams
 
 pytestmark = pytest.mark.gpu

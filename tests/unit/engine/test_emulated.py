@@ -9,7 +9,7 @@ from amoe.config import CacheConfig, SchedulerConfig
 from amoe.core.batcher import Batcher
 from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, PromptTokens
 from amoe.engine.emulated import EmulatedAttention, EmulatedExperts, RouterPool, Waiter, valid_vocabulary
-from amoe.engine.sampler import SamplingTable
+from amoe.engine.sampling_table import SamplingTable
 from amoe.profiles.context import ContextCounter
 from amoe.profiles.costs import RooflineCosts
 from amoe.profiles.devices import DEVICES

@@ -1,5 +1,7 @@
 """The sampler against its oracle, and what must hold of it whatever the batch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,33 +9,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amoe.engine import sampler
-from amoe.engine.sampler import (
-    FINISH_LENGTH,
-    FINISH_STOP,
-    GO_ON,
-    SampledTokens,
-    SamplingTable,
-    finish_reasons,
-    sample,
-    score,
-    uniforms,
-)
+from amoe.engine.sampler import SampledTokens, sample, score, uniforms
 from amoe.engine.sampler_reference import (
     penalised_reference,
     sample_reference,
     uniform_reference,
     weights_reference,
 )
+from amoe.engine.sampling_table import FINISH_LENGTH, FINISH_STOP, GO_ON, SamplingTable, finish_reasons
+from amoe.engine.token_masks import mask_of
 from amoe.types import SamplingParams
 
 EOS = (2,)
 
 
 class Batch:
-    """A batch to sample from: rows are shuffled over a larger table, as they are in a worker."""
+    """A batch to sample from: rows are shuffled over a larger table, as they are in a worker.
 
-    def __init__(self, vocab_size, sequences):
-        self.sequences = sequences  # (params, prompt, output) each
+    Args:
+        sequences: (params, prompt, output) each.
+        grammars: ids that the grammar of each admits, None where there is none.
+    """
+
+    def __init__(self, vocab_size, sequences, grammars=None):
+        self.sequences = sequences
+        self.grammars = grammars or [None] * len(sequences)
         order = np.random.default_rng(len(sequences)).permutation(len(sequences) + 3)
         self.rows = order[: len(sequences)].astype(np.int64)
         self.table = SamplingTable(len(order), vocab_size)
@@ -50,7 +50,28 @@ class Batch:
         rows = self.rows[subset]
         step = self.lens[rows] - self.prompt_lens[rows]
         logits = logits[subset].clone()
-        return sample(logits, self.table, rows, step, self.tokens, self.prompt_lens, self.lens)
+        masks = {
+            int(row): mask_of(ids, logits.shape[1])
+            for row, ids in zip(self.rows, self.grammars, strict=True)
+            if ids is not None
+        }
+        return sample(logits, self.table, rows, step, self.tokens, self.prompt_lens, self.lens, masks)
+
+    def expected(self, logits):
+        """The oracle's tokens; None where there is none."""
+        cases = zip(self.rows, self.sequences, self.grammars, strict=True)
+        return [
+            sample_reference(
+                logits[i],
+                params,
+                seed=int(row),
+                prompt=prompt,
+                output=output,
+                eos_token_ids=EOS,
+                grammar=grammar,
+            )
+            for i, (row, (params, prompt, output), grammar) in enumerate(cases)
+        ]
 
 
 def draw(logits, params, num_draws):
@@ -67,7 +88,7 @@ def draw(logits, params, num_draws):
 @st.composite
 def batches(draw_from):
     """(batch, logits [n, V]); penalties are dyadic, so that the order of float operations does not matter."""
-    vocab_size = draw_from(st.integers(4, 40))
+    vocab_size = draw_from(st.integers(4, 70))  # one to three words of a mask
     ids = st.integers(0, vocab_size - 1)
     params = st.builds(
         SamplingParams,
@@ -84,25 +105,33 @@ def batches(draw_from):
         stop_token_ids=st.lists(ids, max_size=2).map(tuple),
         ignore_eos=st.booleans(),
         logprobs=st.sampled_from([None, None, 0, 3]),
+        logit_bias=st.dictionaries(ids, st.sampled_from([-100.0, -1.0, 0.5, 100.0]), max_size=3).map(
+            lambda biases: tuple(biases.items())
+        ),
+        allowed_token_ids=st.just(()) | st.lists(ids, max_size=5, unique=True).map(tuple),
+        bad_words=st.just(()) | st.lists(st.lists(ids, min_size=1, max_size=3).map(tuple), max_size=4).map(tuple),
+        grammar=st.sampled_from([None, None, "some"]),
     )
     sequence = st.tuples(params, st.lists(ids, min_size=1, max_size=6), st.lists(ids, max_size=6))
     sequences = draw_from(st.lists(sequence, min_size=1, max_size=6))
+    admitted = st.lists(ids, min_size=1, max_size=6)
+    grammars = [None if params.grammar is None else draw_from(admitted) for params, _, _ in sequences]
     seed = draw_from(st.integers(0, 2**32 - 1))
     scale = draw_from(st.sampled_from([0.0, 1.0, 4.0, 100.0]))
     logits = torch.randn(len(sequences), vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
     if draw_from(st.booleans()):
         logits = logits.round()  # many ties
-    return Batch(vocab_size, sequences), logits
+    return Batch(vocab_size, sequences, grammars), logits
 
 
 @given(batches())
 def test_every_row_equals_the_oracle(case):
     batch, logits = case
-    expected = [
-        sample_reference(logits[i], params, seed=int(row), prompt=prompt, output=output, eos_token_ids=EOS)
-        for i, (row, (params, prompt, output)) in enumerate(zip(batch.rows, batch.sequences, strict=True))
-    ]
-    assert batch.sample(logits).token_ids.tolist() == expected
+    sampled, expected = batch.sample(logits), batch.expected(logits)
+    stuck = sampled.stuck if sampled.stuck is not None else np.zeros(len(expected), np.bool_)
+    told = [None if gone else int(token) for gone, token in zip(stuck, sampled.token_ids, strict=True)]
+    assert told == expected
+    assert ((sampled.token_ids >= 0) & (sampled.token_ids < logits.shape[1])).all()
 
 
 @given(batches())
@@ -128,7 +157,10 @@ def test_logprobs_are_those_of_the_raw_logits(case):
         if count is None:
             assert np.isnan(sampled.logprobs[i])
             assert (sampled.top_ids[i] == -1).all()
+            assert sampled.ranks[i] == 0
             continue
+        better = torch.log_softmax(logits[i], dim=-1)
+        assert sampled.ranks[i] == 1 + int((better > better[sampled.token_ids[i]]).sum())
         np.testing.assert_allclose(sampled.logprobs[i], expected[i, sampled.token_ids[i]], rtol=1e-5)
         top = sampled.top_ids[i, :count]
         np.testing.assert_allclose(sampled.top_logprobs[i, :count], expected[i].sort(descending=True).values[:count])
@@ -268,7 +300,7 @@ def test_penalties_equal_a_naive_count(prompt, output, presence, frequency, repe
     changed = logits.clone()
     step = np.asarray([len(output)])
     sample(changed, batch.table, batch.rows, step, batch.tokens, batch.prompt_lens, batch.lens)
-    expected = penalised_reference(logits[0], params, prompt, output, ())
+    expected = penalised_reference(logits[0], params, prompt, output, range(10))
     torch.testing.assert_close(changed[0], expected)
 
 
@@ -278,6 +310,52 @@ def test_no_stop_before_min_tokens():
     params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=(5, 99), max_tokens=9)
     for output, expected in (([], 7), ([7], 7), ([7, 7], 2)):
         assert Batch(10, [(params, [1], output)]).sample(logits.unsqueeze(0)).token_ids.tolist() == [expected]
+
+
+def test_a_bad_word_is_not_completed_and_its_beginning_is_free():
+    logits = torch.zeros(10)
+    logits[4], logits[5], logits[6] = 30.0, 20.0, 10.0
+    params = SamplingParams(temperature=0, bad_words=((3,), (7, 8, 4), (8, 5)))
+    cases = [([], 4), ([7], 4), ([7, 8], 6), ([8], 4), ([1, 8], 4), ([7, 8, 1], 4), ([1, 7, 8], 6)]
+    for output, expected in cases:
+        batch = Batch(10, [(params, [7, 8], output)])  # what the prompt ends with does not count
+        assert batch.sample(logits.unsqueeze(0)).token_ids.tolist() == [expected], output
+
+
+def test_the_end_is_taken_where_nothing_else_is_left():
+    logits = torch.linspace(0, 1, 10).unsqueeze(0)
+    params = SamplingParams(temperature=0, min_tokens=5, max_tokens=9, grammar="some")
+    for extra in ({}, {"ignore_eos": True}):
+        both = Batch(10, [(replace(params, **extra), [1], [])], [[2, 1]])
+        assert both.sample(logits).token_ids.tolist() == [1]
+        alone = Batch(10, [(replace(params, **extra), [1], [])], [[2]])
+        assert alone.sample(logits).token_ids.tolist() == [2]
+        assert alone.sample(logits).stuck is None
+
+
+def test_rules_that_contradict_each_other_stop_only_their_row():
+    logits = torch.linspace(0, 1, 40).repeat(4, 1)
+    plain = (SamplingParams(temperature=0), [1], [])
+    never = (SamplingParams(temperature=0, allowed_token_ids=(3, 35), bad_words=((3,), (35,))), [1], [])
+    other = (SamplingParams(temperature=0, allowed_token_ids=(3,), grammar="some"), [1], [])
+    sampled = Batch(40, [plain, never, plain, other], [None, None, None, [4, 39]]).sample(logits)
+    assert sampled.stuck.tolist() == [False, True, False, True]
+    assert sampled.token_ids[[0, 2]].tolist() == [39, 39]
+
+
+def test_ids_that_the_vocabulary_does_not_have_are_nobodys():
+    params = SamplingParams(
+        temperature=0, logit_bias=((99, 5.0),), allowed_token_ids=(3, 99), bad_words=((99,), (1, 99), (99, 3))
+    )
+    assert Batch(10, [(params, [1], [1])]).sample(torch.zeros(1, 10)).token_ids.tolist() == [3]
+
+
+def test_a_bias_comes_before_the_penalties():
+    params = SamplingParams(temperature=0, logit_bias=((1, 4.0), (3, -1.0)), repetition_penalty=2.0)
+    batch, changed = Batch(5, [(params, [1, 3], [])]), torch.ones(1, 5)
+    zeros = np.zeros(1, np.int64)
+    sample(changed, batch.table, batch.rows, zeros, batch.tokens, batch.prompt_lens, batch.lens)
+    assert changed[0].tolist() == [1.0, 2.5, 1.0, 0.0, 1.0]  # (1 + 4) / 2
 
 
 def test_finish_reasons():
@@ -303,10 +381,13 @@ def test_finish_reasons():
 def test_rows_are_reused_without_traces():
     table = SamplingTable(1, 50)
     table.set(0, SamplingParams(stop_token_ids=tuple(range(10)), min_tokens=3, logprobs=5, min_p=0.5), 7, EOS)
+    table.set(0, SamplingParams(allowed_token_ids=(3,), logit_bias=((1, 1.0),)), 7, EOS)
     table.set(0, SamplingParams(temperature=0), 7, EOS)
     fresh = SamplingTable(1, 50)
     fresh.set(0, SamplingParams(temperature=0), 7, EOS)
     assert table.needs[0] == fresh.needs[0] == 0
+    assert not table.rules
+    assert not table.bias
     assert table.num_logprobs[0] == -1
     assert table.stop_ids[0].tolist() == [2] + [-1] * 9
 
@@ -361,6 +442,7 @@ def test_known_tokens_are_scored_slice_by_slice(monkeypatch, rows_at_a_time):
     np.testing.assert_allclose(scored.logprobs, expected[range(7), range(7)].numpy(), rtol=1e-6)
     np.testing.assert_allclose(scored.top_logprobs, expected.topk(4).values.numpy(), rtol=1e-6)
     assert scored.top_ids.tolist() == expected.topk(4).indices.tolist()
+    assert scored.ranks.tolist() == [1 + int((row > row[i]).sum()) for i, row in enumerate(expected)]
 
 
 def test_no_more_best_tokens_than_there_are():
