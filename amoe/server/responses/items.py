@@ -24,7 +24,9 @@ def kind_of(item: Mapping[str, Any]) -> Any:
     """Type of an item; clients leave it out of messages and references."""
     if item.get("type") is not None:
         return item["type"]
-    return "message" if "role" in item else "item_reference" if set(item) <= {"id", "type"} else None
+    if "role" in item:
+        return "message"
+    return "item_reference" if "id" in item and set(item) <= {"id", "type"} else None
 
 
 def user_message(text: str) -> Item:
