@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from amoe.engine.async_engine import AsyncEngine, Generation
 from amoe.errors import RequestError
+from amoe.server.chat_options import ChatOptions
 from amoe.server.errors import ModelNotFoundError
 from amoe.server.grammar_check import GrammarCheck, check_in_thread
 from amoe.server.request_record import current_record
@@ -29,6 +30,7 @@ class ServerContext:
         defaults: sampling values of requests that bring none.
         created: Unix time of the server's start.
         check_grammar: says what is wrong with a user's grammar.
+        chat: how conversations are treated.
     """
 
     engine: AsyncEngine
@@ -36,6 +38,7 @@ class ServerContext:
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     created: int = field(default_factory=lambda: int(time.time()))
     check_grammar: GrammarCheck = check_in_thread
+    chat: ChatOptions = field(default_factory=ChatOptions)
 
     def resolve_model(self, name: str | None) -> str:
         """The served name that a request means.

@@ -8,92 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from amoe.engine.async_engine import Generation
-from amoe.engine.generation import GenerationDelta
+from amoe.engine.async_engine import Generation, ModelInfo
 from amoe.engine.tokenizer import Tokenizer
 from amoe.errors import RequestError
 from amoe.policy.admission import fitting_max_tokens
+from amoe.server.answer import AnswerFormat, AnswerReader
+from amoe.server.chat_grammar import chat_grammar
 from amoe.server.chat_schemas import ChatCompletionRequest
+from amoe.server.chat_types import ChatChoice as ChatChoice
+from amoe.server.chat_types import ChatDelta as ChatDelta
+from amoe.server.chat_types import ChatFinishReason as ChatFinishReason
+from amoe.server.chat_types import ToolCall as ToolCall
 from amoe.server.constraints import constraints_of
 from amoe.server.context import ServerContext
-from amoe.server.sampling import check_spans, sampling_params
+from amoe.server.parsers.base import ToolCallDelta as ToolCallDelta
+from amoe.server.rendering import RenderedChat, render_chat
+from amoe.server.sampling import check_spans, sampling_params, truncated
 from amoe.server.streaming import interleave
-from amoe.server.template_input import template_messages
-
-ChatFinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
-
-
-@dataclass(slots=True)
-class ToolCallDelta:
-    """A piece of one tool call.
-
-    Attributes:
-        index: number of the call among those of its choice.
-        id, name: set in the first piece, and only there.
-        arguments: the next characters of the call's JSON arguments.
-    """
-
-    index: int
-    id: str | None = None
-    name: str | None = None
-    arguments: str = ""
-
-
-@dataclass(slots=True)
-class ChatDelta:
-    """What is new in one choice.
-
-    Attributes:
-        index: number of the choice.
-        raw: the delta of the generation that this is made of: tokens, log-probabilities, counts, stop reason.
-        reasoning, content: new text; both may lag behind the tokens of `raw`.
-        tool_calls: pieces of tool calls, in order.
-        finish_reason: set in the choice's last delta only.
-    """
-
-    index: int
-    raw: GenerationDelta
-    reasoning: str = ""
-    content: str = ""
-    tool_calls: list[ToolCallDelta] = field(default_factory=list)
-    finish_reason: ChatFinishReason | None = None
-
-
-@dataclass(slots=True)
-class ToolCall:
-    """A whole tool call; `arguments` is JSON."""
-
-    id: str
-    name: str
-    arguments: str
-
-
-@dataclass(slots=True)
-class ChatChoice:
-    """A whole choice. `raw` has the text as the model wrote it, and all its tokens."""
-
-    index: int
-    raw: GenerationDelta
-    reasoning: str = ""
-    content: str = ""
-    tool_calls: list[ToolCall] = field(default_factory=list)
-    finish_reason: ChatFinishReason | None = None
-
-    def add(self, delta: ChatDelta) -> None:
-        """Append what is new."""
-        self.reasoning += delta.reasoning
-        self.content += delta.content
-        for piece in delta.tool_calls:
-            if piece.index == len(self.tool_calls):
-                self.tool_calls.append(ToolCall(piece.id or "", piece.name or "", ""))
-            self.tool_calls[piece.index].arguments += piece.arguments
-        self.finish_reason = delta.finish_reason or self.finish_reason
-        if delta.raw is not self.raw:
-            self.raw.merge(delta.raw)
+from amoe.server.tools import argument_rules
 
 
 @dataclass(slots=True)
@@ -106,6 +41,7 @@ class ChatJob:
         created: Unix time.
         prompt_token_ids: of the rendered conversation.
         generations: one per choice. Whoever does not read them to their end has to close them.
+        answers: how their text is read.
     """
 
     request: ChatCompletionRequest
@@ -114,12 +50,16 @@ class ChatJob:
     prompt_token_ids: list[int]
     generations: list[Generation]
     tokenizer: Tokenizer
+    model_info: ModelInfo
+    answers: AnswerFormat
 
     async def deltas(self) -> AsyncGenerator[ChatDelta]:
         """What is new, as it comes, choices interleaved."""
+        token_bytes = self.tokenizer.token_bytes
+        readers = [AnswerReader(index, self.answers, token_bytes) for index in range(len(self.generations))]
         async with contextlib.aclosing(interleave(self.generations)) as deltas:
             async for index, raw in deltas:
-                yield ChatDelta(index, raw, content=raw.text, finish_reason=raw.finish_reason)
+                yield readers[index].read(raw)
 
     async def collect(self) -> list[ChatChoice]:
         """All choices, whole. Frees all of them if one fails, or the caller is cancelled."""
@@ -148,24 +88,70 @@ async def start_chat(context: ServerContext, body: ChatCompletionRequest) -> Cha
     """
     model = context.resolve_model(body.model)
     engine = context.engine
-    for name in ("tools", "chat_template", "continue_final_message", "echo"):
-        if getattr(body, name):
-            raise RequestError(f"{name} is not supported by this server: leave it out", param=name)
-    variables: dict[str, Any] = {"add_generation_prompt": body.add_generation_prompt, "documents": body.documents}
-    if body.reasoning_effort is not None:
-        variables["reasoning_effort"] = body.reasoning_effort
-    variables.update(body.chat_template_kwargs or {})
-    text = engine.tokenizer.render_chat(template_messages(body.messages), variables)
-    prompt = await context.tokenize(text, body.add_special_tokens, "messages")
-    check_spans(body, [len(prompt)])
+    rendered = await render_chat(context, body, parallel=body.parallel_tool_calls)
+    answers = _answer_format(context, body, rendered)
+    prompt = await context.tokenize(rendered.text, body.add_special_tokens, "messages")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    prompt = truncated(body, prompt, engine.model.max_model_len, max_tokens or 1)
+    check_spans(body, [len(prompt)])
     if max_tokens is None:
         max_tokens = fitting_max_tokens(len(prompt), engine.model.max_model_len, "messages")
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
     constraints = await constraints_of(context, body)
+    marks = _special_marks(engine.tokenizer, answers)
+    constraints = replace(constraints, grammar=await _grammar(context, answers, constraints.grammar, marks))
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
     starts = [
-        (prompt, sampling_params(body, context.defaults, max_tokens, logprobs, choice, constraints=constraints))
+        (
+            prompt,
+            replace(
+                sampling_params(body, context.defaults, max_tokens, logprobs, choice, constraints=constraints),
+                visible_token_ids=tuple(marks.values()),
+            ),
+        )
         for choice in range(body.n)
     ]
     generations = context.start(starts, param="messages")
-    return ChatJob(body, model, int(time.time()), prompt, generations, engine.tokenizer)
+    return ChatJob(body, model, int(time.time()), prompt, generations, engine.tokenizer, engine.model, answers)
+
+
+def _answer_format(context: ServerContext, body: ChatCompletionRequest, rendered: RenderedChat) -> AnswerFormat:
+    reasoning = context.chat.reasoning
+    return AnswerFormat(
+        plan=rendered.plan,
+        tools=rendered.tools,
+        reasoning=reasoning,
+        inside=None if reasoning is None else reasoning.is_inside(rendered.text),
+        include_reasoning=body.include_reasoning,
+    )
+
+
+def _special_marks(tokenizer: Tokenizer, answers: AnswerFormat) -> dict[str, int]:
+    """Ids of marks that are special tokens: they have to stay in the text for us to see."""
+    marks = () if answers.plan.mode == "none" else answers.tools.marks
+    if answers.reasoning is not None:
+        marks = (*marks, answers.reasoning.start, answers.reasoning.end)
+    found = {mark: tokenizer.special_token_id(mark) for mark in marks}
+    return {mark: token_id for mark, token_id in found.items() if token_id is not None}
+
+
+async def _grammar(
+    context: ServerContext, answers: AnswerFormat, answer: str | None, marks: Mapping[str, int]
+) -> str | None:
+    """The grammar of the whole answer.
+
+    Args:
+        answer: what the request says that its text must be.
+    """
+    plan = answers.plan
+    grammar = chat_grammar(plan, answers.tools, answer, answers.reasoning, answers.inside, marks)
+    if grammar is None or grammar == answer:
+        return grammar
+    complaint = await context.check_grammar(grammar)
+    if complaint is None:
+        return grammar
+    for index, function in plan.functions:  # which of them is it?
+        where = f"tools.{index}.function.parameters"
+        rule = f"start: arguments_0\n{argument_rules([(index, function)])}"
+        if (reason := await context.check_grammar(rule)) is not None:
+            raise RequestError(f"{where} cannot be enforced: {reason}", param=where)
+    raise RequestError(f"tools: together they cannot be enforced: {complaint}", param="tools")

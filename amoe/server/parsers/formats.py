@@ -7,7 +7,6 @@ from the caller, as `mark(text)`.
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import string
 import uuid
@@ -25,11 +24,6 @@ MISTRAL_ID_CHARS = 9  # Mistral's templates refuse ids of any other length
 
 FormatName = Literal["hermes", "mistral", "json"]
 Mark = Callable[[str], str]
-
-
-def quoted(text: str) -> str:
-    """`text` as a literal of the notation."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _openai_id() -> str:
@@ -63,7 +57,6 @@ class ToolFormat:
         marks: texts that may be special tokens, which must stay in the text for the parser to see.
         checks_names: only functions that there are can be called: nothing else tells a call from other JSON.
         rules: Lark rules `block` (one call) and `many`, over a rule `call` (the JSON object of one call).
-        head: regular expression of what comes right before the JSON of a call, marks included.
         before, after: what stands around one call in a conversation.
     """
 
@@ -71,7 +64,6 @@ class ToolFormat:
     marks: tuple[str, ...]
     checks_names: bool
     rules: Callable[[Mark], str]
-    head: str
     before: str
     after: str
     make_parser: Callable[[Callable[[], str], Collection[str] | None], ToolParser]
@@ -103,7 +95,6 @@ TOOL_FORMATS: dict[FormatName, ToolFormat] = {
         marks=(OPEN, CLOSE),
         checks_names=False,
         rules=_hermes_rules,
-        head=re.escape(OPEN) + r"\s*",
         before=OPEN + "\n",
         after="\n" + CLOSE,
         make_parser=HermesParser,
@@ -114,7 +105,6 @@ TOOL_FORMATS: dict[FormatName, ToolFormat] = {
         marks=(MARKER, "[ARGS]", "[CALL_ID]"),
         checks_names=False,
         rules=_mistral_rules,
-        head=re.escape(MARKER) + r"\s*\[?\s*",
         before=MARKER + "[",
         after="]",
         make_parser=MistralParser,
@@ -125,7 +115,6 @@ TOOL_FORMATS: dict[FormatName, ToolFormat] = {
         marks=(),
         checks_names=True,
         rules=_json_rules,
-        head="",
         before="",
         after="",
         make_parser=PlainJsonParser,
