@@ -20,6 +20,7 @@ from amoe.server.middleware.request_scope import Observer, RequestScope
 from amoe.server.models import models_router
 from amoe.server.operations import LoadCounter, operations_router
 from amoe.server.options import HttpOptions
+from amoe.server.page.routes import page_router
 from amoe.server.request_metrics import RequestMetrics
 from amoe.server.responses import responses_router
 
@@ -38,7 +39,7 @@ def create_app(
     install_error_handlers(app)
     for router in _routers(context, load):
         app.include_router(router)
-    counters: list[Observer] = [load, RequestMetrics(context.engine.metrics)]
+    counters: list[Observer] = [load, RequestMetrics(context.engine.metrics.http)]
     _add_middleware(app, context, options, [*counters, *_logs(context, options), *observers])
     return app
 
@@ -51,6 +52,7 @@ def _routers(context: ServerContext, load: LoadCounter) -> list[APIRouter]:
         messages_router(context),
         models_router(context),
         operations_router(context, load),
+        page_router(context),
     ]
 
 
