@@ -18,6 +18,7 @@ from amoe.engine.messages import (
     Heartbeat,
     Loading,
     Outputs,
+    Pulse,
     Ready,
     Stop,
     ToServer,
@@ -35,6 +36,8 @@ def front_of(request_id: int) -> int:
 
 class SharedControlPort:
     """See `amoe.engine.messages.ControlPort`. One that has lost a front end frees what that one had open.
+
+    Only the worker's loop may send outputs; anything else may come from another thread.
 
     Args:
         parent: to whoever starts and stops the worker.
@@ -75,7 +78,7 @@ class SharedControlPort:
         if isinstance(message, Outputs):
             self._send_outputs(message.outputs)
             return
-        if not isinstance(message, Heartbeat):
+        if not isinstance(message, Heartbeat | Pulse):
             self._parent.send(message)
         if not isinstance(message, Loading | Ready):
             for port in self._fronts:
