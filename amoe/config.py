@@ -9,12 +9,14 @@ from amoe.errors import ConfigError
 
 ScheduleName = Literal["fcfs", "flfs", "mtfs", "defrag", "progress", "waves", "lockstep"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
+SchedulingPolicy = Literal["fcfs", "priority"]
 CapacityMode = Literal["drop", "reroute", "expanded"]
 CapacityMetric = Literal["score", "order", "reverse", "random"]
 CapacityScope = Literal["expert", "device"]
 CapacityPhase = Literal["prefill", "decode", "both"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 DTYPES: tuple[str, ...] = get_args(DTypeName)
+SCHEDULING_POLICIES: tuple[str, ...] = get_args(SchedulingPolicy)
 CAPACITY_MODES: tuple[str, ...] = get_args(CapacityMode)
 CAPACITY_METRICS: tuple[str, ...] = get_args(CapacityMetric)
 CAPACITY_SCOPES: tuple[str, ...] = get_args(CapacityScope)
@@ -105,6 +107,7 @@ class SchedulerConfig:
         micro_batches: 1 to 3, ping-pong micro-batches of `lockstep`.
         max_num_seqs: running sequences.
         max_num_batched_tokens: prompt tokens in flight, and so the largest prefill chunk.
+        scheduling_policy: order in which waiting sequences are admitted, see `amoe.policy.admission.place_in_line`.
     """
 
     schedule: ScheduleName = "waves"
@@ -117,6 +120,7 @@ class SchedulerConfig:
     micro_batches: int = 1
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    scheduling_policy: SchedulingPolicy = "fcfs"
 
     def __post_init__(self) -> None:
         _require(self.schedule in SCHEDULES, f"--schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
@@ -140,6 +144,10 @@ class SchedulerConfig:
         _require(
             1 <= self.max_num_batched_tokens <= MAX_BATCHED_TOKENS,
             f"--max-num-batched-tokens must be between 1 and {MAX_BATCHED_TOKENS}",
+        )
+        _require(
+            self.scheduling_policy in SCHEDULING_POLICIES,
+            f"--scheduling-policy must be one of {', '.join(SCHEDULING_POLICIES)}, not {self.scheduling_policy!r}",
         )
 
     @property
@@ -309,6 +317,7 @@ class EngineConfig:
         max_model_len: prompt + generated tokens of a sequence; None: what the model was trained for.
         threads_per_worker: intra-op threads; None: the cores divided by the workers, at least one.
         max_waiting: requests that may wait beside the running ones before the engine refuses.
+        max_waiting_tokens: prompt tokens that may wait for their first answer; None: any number.
         seed: base of the seeds of requests that bring none, and of random drops.
     """
 
@@ -318,6 +327,7 @@ class EngineConfig:
     max_model_len: int | None = None
     threads_per_worker: int | None = None
     max_waiting: int = 1024
+    max_waiting_tokens: int | None = None
     seed: int = 0
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -333,6 +343,9 @@ class EngineConfig:
             self.threads_per_worker is None or self.threads_per_worker >= 1, "--threads-per-worker must be at least 1"
         )
         _require(self.max_waiting >= 0, "--max-waiting must be at least 0")
+        _require(
+            self.max_waiting_tokens is None or self.max_waiting_tokens >= 1, "--max-waiting-tokens must be at least 1"
+        )
 
     @property
     def ridge_tokens(self) -> int:

@@ -273,6 +273,20 @@ class CapacityUsage:
 
 
 @dataclass(slots=True)
+class SequenceTimes:
+    """What a sequence's time at its worker went into, by the worker's clock.
+
+    Attributes:
+        queue_s: seconds before it was first admitted; prefill_s: from there to its first token.
+        num_preemptions: times that it lost its KV cache to others so far.
+    """
+
+    queue_s: float
+    prefill_s: float
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True)
 class SequenceOutput:
     """What a worker has to say about one sequence after one head step.
 
@@ -289,6 +303,7 @@ class SequenceOutput:
         routed_experts: if asked for: little-endian int16 [m, L, K] in C order, the experts that the next m tokens took
             in the L MoE layers; over all outputs of a sequence every token that went through the model, once, in order.
         error: with the finish reason `error`: what is wrong with the request, for its user; empty: it is not to blame.
+        times: comes with the first token and, once more, with the last.
     """
 
     request_id: int
@@ -301,3 +316,4 @@ class SequenceOutput:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     routed_experts: bytes = b""
     error: str = ""
+    times: SequenceTimes | None = None

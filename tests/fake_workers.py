@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from amoe.config import EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.config import EngineConfig, PlacementConfig, SchedulerConfig, SchedulingPolicy
 from amoe.engine.async_engine import AsyncEngine, ModelInfo
 from amoe.engine.messages import AbortRequests, AddRequest, Heartbeat, Outputs, ToServer, ToWorker
 from amoe.engine.tokenizer import Tokenizer
@@ -165,6 +165,8 @@ def make_engine(
     max_model_len: int = 64,
     max_num_seqs: int = 4,
     max_waiting: int = 2,
+    max_waiting_tokens: int | None = None,
+    scheduling_policy: SchedulingPolicy = "fcfs",
     heartbeat_timeout_s: float = 1e6,
 ) -> tuple[AsyncEngine, list[FakeWorker]]:
     """A running engine over fake workers, with the tokenizer in `directory`. To be called within an event loop."""
@@ -172,8 +174,9 @@ def make_engine(
     config = EngineConfig(
         model=str(directory),
         max_waiting=max_waiting,
+        max_waiting_tokens=max_waiting_tokens,
         placement=PlacementConfig(colocated=num_workers),
-        scheduler=SchedulerConfig(max_num_seqs=max_num_seqs),
+        scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, scheduling_policy=scheduling_policy),
     )
     model = ModelInfo(name="fake", max_model_len=max_model_len, vocab_size=300)
     engine = AsyncEngine(workers, config, Tokenizer(directory), model, heartbeat_timeout_s=heartbeat_timeout_s)

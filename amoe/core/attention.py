@@ -13,6 +13,7 @@ from amoe.core.home_waves import HomeWaves
 from amoe.core.lockstep import HomeBarrier
 from amoe.core.micro_queue import MicroQueues
 from amoe.core.replica_shares import ReplicaShares
+from amoe.core.routed_experts import RoutedExperts
 from amoe.core.steps import NO_SLOTS, AttentionStep, ChunkSpan, HeadStep, Outgoing, PromptTokens
 from amoe.stats import JOIN_WAIT_EDGES, LayerHistograms
 from amoe.types import Batch, BatchKind, BlockId, BlockKind, BoolArray, Float32Array, Int32Array
@@ -54,6 +55,7 @@ class AttentionCore:
         self._owner_of_rank = {owner_rank: owner for owner, owner_rank in enumerate(owner_ranks)}
         self.capacity = capacity
         self._replicas = replicas
+        self._routed = RoutedExperts(batcher.table, batcher.slots.num_slots, sparse_layers)
         self._sparse = tuple(sparse_layers)
         self._num_layers = len(sparse_layers)
         self._queues = queues
@@ -70,7 +72,7 @@ class AttentionCore:
         if self._barrier is not None:
             return self._barrier.start(self, now)
         if self.batcher.num_ready:
-            self.enter(self.batcher.start(), 0, now)
+            self.enter(self.batcher.start(now), 0, now)
         return []
 
     def enter(self, entry: Entry, wave: int, now: float, iteration: int | None = None) -> None:
@@ -166,22 +168,31 @@ class AttentionCore:
         slots = step.slots
         self.stepping = -1
         rows = np.arange(len(slots))
-        if layer == self._num_layers - 1 and step.chunks:
+        is_last = layer == self._num_layers - 1
+        if is_last and step.chunks:
             # Only tokens that the head wants to see need the experts of the last layer.
             wanted = self.batcher.tokens.wants_logits[slots]
             for leader in self.batcher.tokens.leader[slots[[span.start for span in step.chunks]]].tolist():
                 self.batcher.finish_chunk(leader)
             slots, rows = slots[wanted], rows[wanted]
+        outgoing: list[Outgoing] = []
         if not self._sparse[layer] or topk_ids is None or topk_weights is None:
             self._advance(layer, wave, slots, now, dense=True)
-            return []
-        topk_ids, topk_weights = topk_ids[rows], topk_weights[rows]
-        if self.capacity is not None and scores is not None and len(rows):
-            is_prefill = rows >= step.num_decodes
-            pairs = self.capacity.decide(layer, slots, is_prefill, topk_ids, topk_weights, scores[rows], now)
         else:
-            pairs = Pairs(topk_ids, topk_weights, self._replicas.choose(layer, topk_ids))
-        return self._dispatch(step.block, slots, rows, pairs, now)
+            top_k = topk_ids.shape[1]
+            topk_ids, topk_weights = topk_ids[rows], topk_weights[rows]
+            if self.capacity is not None and scores is not None and len(rows):
+                is_prefill = rows >= step.num_decodes
+                pairs = self.capacity.decide(layer, slots, is_prefill, topk_ids, topk_weights, scores[rows], now)
+            else:
+                pairs = Pairs(topk_ids, topk_weights, self._replicas.choose(layer, topk_ids))
+            if step.num_tokens:
+                num_pairs = top_k if self.capacity is None else self.capacity.pairs_per_token(top_k)
+                self._routed.record(layer, slots, step.rows[rows], pairs.expert_ids, num_pairs)
+            outgoing = self._dispatch(step.block, slots, rows, pairs, now)
+        if is_last:
+            self._routed.passed(step)
+        return outgoing
 
     def _dispatch(
         self, block: BlockId, slots: Int32Array, rows: npt.NDArray[np.int64], pairs: Pairs, now: float

@@ -1,23 +1,25 @@
 """Continuous batching at one attention worker: which sequences have tokens in flight, and on which KV blocks.
 
 A sequence is WAITING, then its prompt goes through the model in chunks (PREFILL), one chunk in flight at a time, then
-one token at a time (DECODE). Whenever KV blocks run out, the sequence that arrived last gives its blocks back and waits
-again with all tokens that it has (preemption): it loses time, never a token. Since the earliest sequence is never
-preempted while others run, and any sequence alone fits, somebody always makes progress.
+one token at a time (DECODE). Whenever KV blocks run out, the last one in order (of arrival, or of priority and
+arrival) gives its blocks back and waits again with all tokens that it has (preemption): it loses time, never a token.
+Since the first in order is never preempted while others run, and any sequence alone fits, somebody always makes
+progress.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from amoe.config import CacheConfig, SchedulerConfig
-from amoe.core.block_manager import BEST_EFFORT_ROOT, ROOT_HASH, BlockManager
+from amoe.core.block_manager import BlockManager, root_hash
 from amoe.core.join import Join
 from amoe.core.sequence import Sequence, SequenceStatus, SequenceTable
 from amoe.core.token_slots import TokenSlots
+from amoe.core.waiting_line import WaitingLine
+from amoe.policy.admission import place_in_line
 from amoe.types import BoolArray, Int32Array, Int64Array, SamplingParams
 
 
@@ -76,14 +78,16 @@ class Batcher:
         has_capacity: bool = False,
     ) -> None:
         self._has_capacity = has_capacity
+        self._scheduling_policy = scheduler.scheduling_policy
+        self._caching = cache.enable_prefix_caching
         self._max_prefill_tokens = scheduler.max_num_batched_tokens
         self.max_model_len = max_model_len
-        self.blocks = BlockManager(num_blocks, cache.block_size, cache.enable_prefix_caching)
+        self.blocks = BlockManager(num_blocks, cache.block_size)
         self.slots = TokenSlots(scheduler.num_token_slots)
         self.tokens = TokenTable(scheduler.num_token_slots)
         self.join = Join(scheduler.num_token_slots, num_owners, scheduler.num_lanes)
         self.table = SequenceTable(scheduler.max_num_seqs, max_model_len, cache.block_size)
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingLine()
         self.running: dict[int, Sequence] = {}
         self.members: dict[int, Int32Array] = {}  # slots of each chunk in flight, by leader
         self.admitted: list[Sequence] = []  # since the shell last took them: they have a new row
@@ -94,16 +98,40 @@ class Batcher:
         self._prefill_in_flight = 0
         self._frontier = 0
         self._arrivals = 0
-        self._refused = (0, 0)  # arrival of the sequence that did not fit, and the block manager's changes then
+        self._refused = (-1, 0)  # request that did not fit, and the block manager's changes then
 
     # ---- sequences come and go
 
-    def add(self, request_id: int, token_ids: Int32Array, params: SamplingParams) -> Sequence:
-        """A new sequence waits. The caller has checked that prompt and output fit `max_model_len`."""
+    def add(
+        self, request_id: int, token_ids: Int32Array, params: SamplingParams, sibling_of: int | None = None
+    ) -> Sequence:
+        """A new sequence waits. The caller has checked that prompt and output fit `max_model_len`.
+
+        Args:
+            sibling_of: a request with the same prompt that came before: its KV is shared, once it is there.
+        """
         self._arrivals += 1
-        sequence = Sequence(request_id, params, token_ids, len(token_ids), self._arrivals)
-        self.waiting.append(sequence)
+        order = place_in_line(self._scheduling_policy, params.priority, self._arrivals)
+        sequence = Sequence(request_id, params, token_ids, len(token_ids), order)
+        if sibling_of is not None and self._waits_for(sequence, sibling_of):
+            self.waiting.add_aside(sequence, sibling_of)
+        else:
+            self.waiting.add(sequence)
         return sequence
+
+    def _waits_for(self, sequence: Sequence, leader_id: int) -> bool:
+        """Join the group of a sibling. Whether it is about to compute KV that this sequence can use."""
+        if sequence.num_sparable <= self.blocks.block_size:  # shorter than what could be shared
+            return False
+        sequence.group = leader_id
+        leader = self.running.get(leader_id) or self.waiting.find(leader_id)
+        if leader is None:
+            return False
+        leader.group = leader_id
+        if leader.status is not SequenceStatus.DECODE:
+            return True
+        self._commit(leader)
+        return False
 
     def take_admitted(self) -> list[Sequence]:
         """Sequences that have got a row since the last call, some perhaps aborted or preempted again (row -1)."""
@@ -116,21 +144,25 @@ class Batcher:
         if sequence is not None:
             self._retire(sequence)
             return sequence
-        for sequence in self.waiting:
-            if sequence.request_id == request_id:
-                self.waiting.remove(sequence)
-                sequence.status = SequenceStatus.FINISHED
-                return sequence
-        return None
+        sequence = self.waiting.find(request_id)
+        if sequence is not None:
+            self.waiting.remove(sequence)
+            self._end(sequence)
+        return sequence
 
     def _retire(self, sequence: Sequence) -> None:
         self._give_back(sequence)
+        self._end(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.FINISHED
+        self.waiting.let_in(sequence.request_id)
 
     def _preempt(self, sequence: Sequence) -> None:
         sequence.token_ids = self._give_back(sequence)
         sequence.status = SequenceStatus.WAITING
-        self.waiting.appendleft(sequence)  # it arrived before all that wait: admission is in order of arrival
+        self.waiting.add(sequence)
+        sequence.life.num_preemptions += 1
         self.num_preemptions += 1
 
     def _give_back(self, sequence: Sequence) -> Int32Array:
@@ -158,9 +190,9 @@ class Batcher:
     @property
     def num_ready(self) -> int:
         """Sequences that `start` could bring a step further; an estimate from above."""
-        return int(self._decode_ready.sum()) + len(self._prefilling) + len(self.waiting)
+        return int(self._decode_ready.sum()) + len(self._prefilling) + len(self.waiting) - self.waiting.num_aside
 
-    def start(self, max_decodes: int | None = None) -> Entry:
+    def start(self, now: float = 0.0, max_decodes: int | None = None) -> Entry:
         """Tokens that start an iteration now: decode tokens that are due, then prefill chunks within the budget."""
         preempted = self.num_preemptions
         entry = Entry(self._start_decodes(max_decodes))
@@ -171,7 +203,7 @@ class Batcher:
             entry.chunks.append(self._start_chunk(sequence))
         # Whoever has just been preempted would take back the blocks that were needed.
         if self.num_preemptions == preempted:
-            while self._prefill_budget > 0 and self._admit_next():
+            while self._prefill_budget > 0 and self._admit_next(now):
                 entry.chunks.append(self._start_chunk(self._prefilling.pop()))
         return entry
 
@@ -209,7 +241,7 @@ class Batcher:
     def _grow(self, rows: Int64Array) -> None:
         """Give the sequences of `rows` the block for their next token, preempting from the back where none is left."""
         short = rows[self.table.num_tokens[rows] > self._num_blocks[rows] * self.blocks.block_size]
-        for sequence in sorted((self._sequence_at(row) for row in short), key=lambda s: s.arrival):
+        for sequence in sorted((self._sequence_at(row) for row in short), key=lambda s: s.order):
             while sequence.status is SequenceStatus.DECODE:
                 blocks = self.blocks.allocate(1)
                 if blocks is not None:
@@ -217,14 +249,14 @@ class Batcher:
                     sequence.blocks += blocks
                     self._num_blocks[sequence.row] += 1
                     break
-                self._preempt(max(self.running.values(), key=lambda s: s.arrival))
+                self._preempt(max(self.running.values(), key=lambda s: s.order))
 
-    def _admit_next(self) -> bool:
-        """Give the longest waiting sequence a row and blocks for all its tokens, if there are any."""
-        if not self.waiting or self.table.num_free_rows == 0:
+    def _admit_next(self, now: float) -> bool:
+        """Give the first waiting sequence a row and blocks for all its tokens, if there are any."""
+        sequence = self.waiting.first
+        if sequence is None or self.table.num_free_rows == 0:
             return False
-        sequence = self.waiting[0]
-        attempt = (sequence.arrival, self.blocks.num_changes)
+        attempt = (sequence.request_id, self.blocks.num_changes)
         if attempt == self._refused:  # hashing a long prompt again would cost every turn of the loop
             return False
         count = len(sequence.token_ids)
@@ -233,16 +265,17 @@ class Batcher:
         if missing > self.blocks.num_available_beside(found):
             self._refused = attempt
             return False
-        self.waiting.popleft()
+        self.waiting.remove(sequence)
         self.blocks.acquire(found)
         sequence.blocks = found + (self.blocks.allocate(missing) or [])
         sequence.hashes = hashes
-        self.table.enter(sequence)
         num_found = len(found) * self.blocks.block_size
-        if not sequence.unscored:
+        if self._caching and sequence.num_sparable:
             self.blocks.count_lookup(count, num_found)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = num_found
+            sequence.life.admitted_at = now
+        self.table.enter(sequence)
         self.table.num_computed[sequence.row] = num_found
         self._num_blocks[sequence.row] = len(sequence.blocks)
         sequence.status = SequenceStatus.PREFILL
@@ -252,15 +285,22 @@ class Batcher:
         return True
 
     def _match_prefix(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
-        """Blocks that hold KV of its first tokens, and their names. None where the head has to see those tokens."""
-        if sequence.unscored:
+        """Blocks that hold KV of its first tokens, and their names. None of tokens that have to be seen again."""
+        root, num_sparable = self._root_of(sequence), sequence.num_sparable
+        if root is None or num_sparable == 0:
             return [], []
-        return self.blocks.match_prefix(sequence.token_ids, self._root_of(sequence))
+        return self.blocks.match_prefix(sequence.token_ids[: num_sparable + 1], root)
 
-    def _root_of(self, sequence: Sequence) -> bytes:
-        """Under which KV blocks are found again."""
-        is_best_effort = self._has_capacity and sequence.params.capacity != "exact"
-        return BEST_EFFORT_ROOT if is_best_effort else ROOT_HASH
+    def _root_of(self, sequence: Sequence) -> bytes | None:
+        """Under which KV blocks are found again; None: they are not."""
+        if not self._caching and sequence.group is None:
+            return None
+        params = sequence.params
+        return root_hash(
+            best_effort=self._has_capacity and params.capacity != "exact",
+            salt=params.cache_salt,
+            group=None if self._caching else sequence.group,
+        )
 
     def _start_chunk(self, sequence: Sequence) -> Int32Array:
         row = sequence.row
@@ -329,6 +369,7 @@ class Batcher:
         self.table.slot[row] = leader
         self.tokens.in_chunk[leader] = False
         self.tokens.drop_first[leader] = False
+        self.waiting.let_in(sequence.request_id)
 
     def extend(self, slots: Int32Array, token_ids: Int64Array, finished: BoolArray) -> None:
         """The head has sampled `token_ids` [n] for the tokens in `slots` [n]; sequences `finished` [n] end here."""
@@ -345,9 +386,12 @@ class Batcher:
 
     def _commit(self, sequence: Sequence) -> None:
         """Name the blocks of a sequence that have become full and are computed in every layer."""
+        root = self._root_of(sequence)
+        if root is None:
+            return
         size = self.blocks.block_size
         full = int(self.table.num_computed[sequence.row]) // size
         for index in range(len(sequence.hashes), full):
-            parent = sequence.hashes[-1] if sequence.hashes else self._root_of(sequence)
+            parent = sequence.hashes[-1] if sequence.hashes else root
             token_ids = self.table.tokens[sequence.row, index * size : (index + 1) * size]
             sequence.hashes.append(self.blocks.commit(sequence.blocks[index], parent, token_ids))

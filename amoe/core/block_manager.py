@@ -9,7 +9,20 @@ from collections.abc import Sequence
 from amoe.types import Int32Array
 
 ROOT_HASH = b""
-BEST_EFFORT_ROOT = b"capacity"  # of KV that may lack experts: it must not be found by those who asked for exactness
+
+
+def root_hash(*, best_effort: bool = False, salt: str = "", group: int | None = None) -> bytes:
+    """Name of an empty prefix: sequences find each other's blocks where it is the same.
+
+    Args:
+        best_effort: KV that may lack experts must not be found by those who asked for exactness.
+        salt: of the user, whose context is nobody else's business.
+        group: of sequences that share among themselves only.
+    """
+    if not best_effort and not salt and group is None:
+        return ROOT_HASH
+    words = f"{int(best_effort)}:{'' if group is None else group}:{salt}".encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(words, digest_size=16, person=b"amoe-root").digest()
 
 
 def hash_block(parent: bytes, token_ids: Int32Array) -> bytes:
@@ -21,16 +34,15 @@ def hash_block(parent: bytes, token_ids: Int32Array) -> bytes:
 
 
 class BlockManager:
-    """Reference counts of `num_blocks` blocks of `block_size` tokens, and the prefix cache over them.
+    """Reference counts of `num_blocks` blocks of `block_size` tokens, and the prefix cache over those that are named.
 
     A block is free (its content means nothing), referenced (by one or more sequences), or cached: unreferenced, but
     found under its hash until it is needed, the longest unused first.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._caching = enable_prefix_caching
         self._references = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -67,8 +79,6 @@ class BlockManager:
         """
         blocks: list[int] = []
         hashes: list[bytes] = []
-        if not self._caching:
-            return blocks, hashes
         parent = root
         for start in range(0, len(token_ids) - self.block_size, self.block_size):
             parent = hash_block(parent, token_ids[start : start + self.block_size])
@@ -81,9 +91,8 @@ class BlockManager:
 
     def count_lookup(self, num_tokens: int, num_found: int) -> None:
         """Count a prefix lookup that led to an admission."""
-        if self._caching:
-            self.num_queries += num_tokens
-            self.num_hits += num_found
+        self.num_queries += num_tokens
+        self.num_hits += num_found
 
     def num_available_beside(self, blocks: Sequence[int]) -> int:
         """Blocks that `allocate` could give after `acquire(blocks)`."""
@@ -118,8 +127,6 @@ class BlockManager:
         Returns:
             Its hash, the parent of the next block's.
         """
-        if not self._caching:
-            return ROOT_HASH
         name = hash_block(parent, token_ids)
         # Another sequence may have computed the same content at the same time: the first one keeps the name.
         if name not in self._block_of and block not in self._hash_of:

@@ -99,8 +99,12 @@ class HomeCapacity:
             pairs = self._cap(layer, slots, droppable, wanted, scores)
         else:
             pairs = self._untouched(slots, wanted)
-        width = self._config.pairs_per_token(topk_ids.shape[1], self._num_experts)
+        width = self.pairs_per_token(topk_ids.shape[1])
         return pairs if pairs.expert_ids.shape[1] == width else _widened(pairs, width)
+
+    def pairs_per_token(self, top_k: int) -> int:
+        """P: columns of all pairs that are decided."""
+        return self._config.pairs_per_token(top_k, self._num_experts)
 
     def _droppable(self, slots: Int32Array, is_prefill: BoolArray) -> BoolArray:
         """[n] tokens of which pairs may be touched."""

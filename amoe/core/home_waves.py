@@ -131,7 +131,7 @@ class HomeWaves:
         epoch = max(wave.epoch, wave.heard_epoch)
         pass_number = self._next_pass(wave, epoch)
         if takes_part:
-            entry = core.batcher.start(max_decodes=self._share(core))
+            entry = core.batcher.start(now, max_decodes=self._share(core))
             num_tokens, num_decodes = entry.num_tokens, len(entry.decodes)
             core.enter(entry, index, now, pass_number)
         if num_tokens == 0 and not invited:

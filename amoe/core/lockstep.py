@@ -100,7 +100,7 @@ class HomeBarrier:
             return []
         # Ping-pong: a wave takes its share of the running sequences and leaves the others theirs.
         share = -(-len(core.batcher.running) // len(self._waves)) if len(self._waves) > 1 else None
-        entry = core.batcher.start(max_decodes=share)
+        entry = core.batcher.start(now, max_decodes=share)
         if not invited and entry.num_tokens == 0:
             return []
         core.enter(entry, index, now)

@@ -25,7 +25,7 @@ from amoe.core.steps import AttentionStep, ExpertsStep, Outgoing, Step
 from amoe.core.worker import ModelShape, WorkerCore
 from amoe.types import Batch, BatchKind, Int16Array, Int32Array, SamplingParams
 
-FORMAT = 2
+FORMAT = 3
 _COLUMNS: dict[str, Any] = {
     "slots": np.int32,
     "generations": np.int32,
@@ -147,7 +147,7 @@ def record(core: WorkerCore, config: EngineConfig, shape: ModelShape, owners: In
         calls.append((core, "observe", lambda step, seconds: (None, seconds), lambda _: None))
     if attention is not None:
         calls += [
-            (attention.batcher, "add", _encode_request, lambda sequence: sequence.arrival),
+            (attention.batcher, "add", _encode_request, lambda sequence: sequence.order[1]),
             (attention.batcher, "abort", lambda request_id: (None, request_id), lambda sequence: sequence is not None),
             (attention, "set_shares", lambda shares: (None, shares.tolist()), lambda _: None),
             (attention, "on_attention", _encode_routing, _encode_outgoing),
@@ -202,7 +202,9 @@ def _as_list(array: Any) -> Any:
     return None if array is None else array.tolist()
 
 
-def _encode_request(request_id: int, token_ids: Int32Array, params: SamplingParams) -> tuple[None, Any]:
+def _encode_request(
+    request_id: int, token_ids: Int32Array, params: SamplingParams, sibling_of: int | None = None
+) -> tuple[None, Any]:
     """Of the parameters, what a core looks at."""
     spans = [list(span) for span in params.droppable_spans]
     seen = {
@@ -210,8 +212,12 @@ def _encode_request(request_id: int, token_ids: Int32Array, params: SamplingPara
         "prompt_logprobs": params.prompt_logprobs,
         "capacity": params.capacity,
         "droppable_spans": spans,
+        "priority": params.priority,
+        "cache_salt": params.cache_salt,
+        "return_routed_experts": params.return_routed_experts,
     }
-    return None, {"request_id": request_id, "token_ids": token_ids.tolist(), "params": seen}
+    request = {"request_id": request_id, "token_ids": token_ids.tolist(), "params": seen, "sibling_of": sibling_of}
+    return None, request
 
 
 def _encode_routing(

@@ -61,7 +61,7 @@ class GenerationState:
     """Turns the outputs of one sequence into deltas, and sees stop strings."""
 
     def __init__(self, params: SamplingParams, detokenizer: Detokenizer, num_prompt_tokens: int) -> None:
-        self._params = params
+        self.params = params
         self._detokenizer = detokenizer
         self.num_prompt_tokens = num_prompt_tokens
         self.num_generated_tokens = 0
@@ -87,7 +87,7 @@ class GenerationState:
         for token_id in output.token_ids:
             count += 1
             # The token that ends the sequence is counted, but is no text. It comes last, so that none is skipped.
-            if token_id == output.stop_token and not self._params.include_stop_str_in_output:
+            if token_id == output.stop_token and not self.params.include_stop_str_in_output:
                 break
             pieces.append(self._detokenizer.push(token_id))
             if self._detokenizer.stop_string is not None:
@@ -102,7 +102,7 @@ class GenerationState:
         stop_reason: str | int | None = None
         if self._detokenizer.stop_string is not None:
             finish_reason, stop_reason = "stop", self._detokenizer.stop_string
-        elif output.stop_token in self._params.stop_token_ids:
+        elif output.stop_token in self.params.stop_token_ids:
             stop_reason = output.stop_token
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, []
         routed_experts, self._routed_experts = self._routed_experts, b""

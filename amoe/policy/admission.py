@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from amoe.config import MAX_NUM_SEQS
+from amoe.config import MAX_NUM_SEQS, SchedulingPolicy
 from amoe.errors import RequestError
 
 MAX_RETRY_AFTER_S = 30
@@ -45,6 +45,17 @@ def choose_worker(loads: Sequence[WorkerLoad], max_num_seqs: int = MAX_NUM_SEQS)
         )
 
     return min(loads, key=order).rank
+
+
+def place_in_line(policy: SchedulingPolicy, priority: int, arrival: int) -> tuple[int, int]:
+    """Sort key of a sequence at its worker: the least is admitted first, and gives its KV blocks back last.
+
+    `fcfs` goes by arrival alone; `priority` by the number that the request has brought, the lower first, and by arrival
+    among equals. As in vLLM a better one overtakes only those that wait: nobody who runs has to go for it, but when KV
+    blocks run out, the worst of the running goes, even if it came first. So under a steady load of better ones the
+    worst wait for ever, which is what was asked for.
+    """
+    return (priority if policy == "priority" else 0, arrival)
 
 
 def queue_capacity(num_workers: int, max_num_seqs: int, max_waiting: int) -> int:
@@ -87,6 +98,20 @@ def fitting_max_tokens(num_prompt_tokens: int, max_model_len: int, param: str) -
             param=param,
         )
     return room
+
+
+def validate_priority(priority: int, policy: SchedulingPolicy) -> None:
+    """Refuse a priority that would change nothing.
+
+    Raises:
+        RequestError: naming `priority`.
+    """
+    if priority != 0 and policy != "priority":
+        raise RequestError(
+            f"priority is {priority}, but this server goes by order of arrival: leave it away, or start it with "
+            "--scheduling-policy priority",
+            param="priority",
+        )
 
 
 def validate_length(num_prompt_tokens: int, max_tokens: int, max_model_len: int, param: str) -> None:

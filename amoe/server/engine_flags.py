@@ -18,6 +18,7 @@ from amoe.config import (
     DTYPES,
     GPU_RIDGE_TOKENS,
     SCHEDULES,
+    SCHEDULING_POLICIES,
     CacheConfig,
     CapacityConfig,
     EngineConfig,
@@ -172,6 +173,18 @@ def _add_scheduler_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="requests that may wait beside the running ones; more are answered 503",
     )
+    group.add_argument(
+        "--max-waiting-tokens",
+        type=human_int,
+        metavar="N",
+        help="tokens of prompts that may wait for their first answer; more are answered 503 (default: any number)",
+    )
+    group.add_argument(
+        "--scheduling-policy",
+        choices=SCHEDULING_POLICIES,
+        default=scheduler.scheduling_policy,
+        help="who is admitted first: fcfs, by arrival; priority, by the request's field priority (the lower first)",
+    )
 
 
 def _add_cache_flags(parser: argparse.ArgumentParser) -> None:
@@ -302,6 +315,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         max_model_len=args.max_model_len,
         threads_per_worker=args.threads_per_worker,
         max_waiting=args.max_waiting,
+        max_waiting_tokens=args.max_waiting_tokens,
         seed=args.seed,
         placement=PlacementConfig(
             attention_workers=args.attention_workers,
@@ -321,6 +335,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
             micro_batches=args.micro_batches,
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,
+            scheduling_policy=args.scheduling_policy,
         ),
         cache=CacheConfig(
             block_size=args.block_size,

@@ -18,11 +18,12 @@ Shares = npt.NDArray[np.floating]
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """A request for the attention side; `prompt_token_ids` [n]."""
+    """A request for the attention side; `prompt_token_ids` [n], those of `sibling_of` too, if that is a request."""
 
     request_id: int
     prompt_token_ids: Int32Array
     params: SamplingParams
+    sibling_of: int | None = None
 
 
 class Routing(NamedTuple):
@@ -117,7 +118,7 @@ class VirtualWorker:
         messages, self._messages = self._messages, []
         for message in messages:
             if isinstance(message, NewRequest):
-                batcher.add(message.request_id, message.prompt_token_ids, message.params)
+                batcher.add(message.request_id, message.prompt_token_ids, message.params, message.sibling_of)
             elif isinstance(message, int):
                 batcher.abort(message)
             else:

@@ -27,7 +27,8 @@ def test_every_flag():
     flags = """
         --dtype float32 --device cuda:1 --max-model-len 4k --seed 3 --threads-per-worker 2 --max-waiting 7
         --attention-workers 2 --expert-workers 3 --schedule defrag --defrag-decay 0.5 --defrag-lookahead 2
-        --max-wait 0.1 --max-num-seqs 8 --max-num-batched-tokens 1K --block-size 32 --num-kv-blocks 99
+        --max-wait 0.1 --max-num-seqs 8 --max-num-batched-tokens 1K --max-waiting-tokens 5k
+        --scheduling-policy priority --block-size 32 --num-kv-blocks 99
         --kv-cache-memory-bytes 2G --no-enable-prefix-caching
     """
     args = parse("m", *flags.split())
@@ -38,6 +39,7 @@ def test_every_flag():
         max_model_len=4000,
         threads_per_worker=2,
         max_waiting=7,
+        max_waiting_tokens=5000,
         seed=3,
         placement=PlacementConfig(attention_workers=2, expert_workers=3),
         scheduler=SchedulerConfig(
@@ -47,6 +49,7 @@ def test_every_flag():
             max_wait_s=0.1,
             max_num_seqs=8,
             max_num_batched_tokens=1024,
+            scheduling_policy="priority",
         ),
         cache=CacheConfig(block_size=32, num_blocks=99, kv_cache_bytes=2 * 1024**3, enable_prefix_caching=False),
     )

@@ -109,6 +109,7 @@ class Oracle:
         keys: [layer][position] of the KV cache.
         hidden: [position] hidden states that enter the head, were it asked about every token.
         experts: (layer, expert) that any of its tokens needs.
+        routed: [position][MoE layer] experts of a token, best first.
     """
 
     def __init__(self, spec: ModelSpec, prompt: list[int], max_tokens: int) -> None:
@@ -118,6 +119,7 @@ class Oracle:
         self.keys: list[list[int]] = [[] for _ in spec.sparse_layers]
         self.hidden: list[int] = []
         self.experts: set[tuple[int, int]] = set()
+        self.routed: list[list[list[int]]] = []
         self._sums = [0] * spec.num_layers
         position = 0
         while len(self.generated) < max_tokens and spec.eos not in self.generated[-1:]:
@@ -131,6 +133,7 @@ class Oracle:
 
     def _forward(self, token_id: int, position: int) -> int:
         hidden = _mix(_mix(token_id, position), EMBED)
+        self.routed.append([])
         for layer, sparse in enumerate(self.spec.sparse_layers):
             self.keys[layer].append(_mix(hidden, KEY + 1000 * layer))
             self._sums[layer] = (self._sums[layer] + self.keys[layer][-1]) & MASK
@@ -140,7 +143,8 @@ class Oracle:
                 hidden = _mix(residual, DENSE)
                 continue
             total = 0
-            for expert in self._route(moe_input, layer):
+            self.routed[position].append(self._route(moe_input, layer))
+            for expert in self.routed[position][-1]:
                 self.experts.add((layer, expert))
                 weight = (_mix(moe_input, expert) & 255) + 1
                 total += _mix(_mix(moe_input, expert + 1000 * layer), weight)

@@ -21,6 +21,8 @@ class Request:
     Attributes:
         exact: its tokens must be the oracle's. Others may lose pairs where the scenario has a capacity.
         scored: the log-probabilities of its prompt are wanted.
+        routed: the experts of its tokens are wanted.
+        sibling_of: an earlier request with the same prompt at the same home.
     """
 
     request_id: int
@@ -31,6 +33,10 @@ class Request:
     abort: int | None = None
     exact: bool = True
     scored: bool = False
+    routed: bool = False
+    priority: int = 0
+    salt: str = ""
+    sibling_of: int | None = None
 
     @property
     def params(self) -> SamplingParams:
@@ -41,6 +47,9 @@ class Request:
             prompt_logprobs=0 if self.scored else None,
             capacity=choice,
             droppable_spans=spans,
+            priority=self.priority,
+            cache_salt=self.salt,
+            return_routed_experts=self.routed,
         )
 
 
@@ -77,6 +86,12 @@ class Scenario:
     @property
     def max_model_len(self) -> int:
         return max(len(request.prompt) + request.max_tokens for request in self.requests)
+
+    @property
+    def admits_in_order(self) -> bool:
+        """Nobody who waits is overtaken."""
+        by_arrival = self.scheduler.scheduling_policy == "fcfs"
+        return by_arrival and all(request.sibling_of is None for request in self.requests)
 
     @property
     def num_blocks(self) -> int:

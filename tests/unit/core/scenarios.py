@@ -6,6 +6,7 @@ Hypothesis begins with the first of every list: it is one that hurts, not the sm
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from hypothesis import strategies as st
 
@@ -57,8 +58,37 @@ def request_lists(draw, *, max_requests, max_prompt, max_tokens, aborts):
         arrive = rng.randint(0, spread)
         abort = arrive + rng.randint(0, rng.choice([20, 300, 2000])) if aborts and rng.random() < 0.5 else None
         home, count, scored = rng.randrange(3), rng.randint(1, max_tokens), rng.random() < 0.3
-        requests.append(Request(request_id, home, tuple(prompt), count, arrive, abort, scored=scored))
+        request = Request(request_id, home, tuple(prompt), count, arrive, abort, scored=scored)
+        requests.append(replace(request, routed=rng.random() < 0.3, priority=rng.choice([0, 0, 3, -2])))
     return tuple(requests)
+
+
+@st.composite
+def with_siblings(draw, scenario):
+    """The scenario with some of its requests in several choices, which come with the first or a little later.
+
+    Some salt their cache; siblings have the first one's salt.
+    """
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    requests: list[Request] = []
+    for first in scenario.requests:
+        leader = replace(first, request_id=len(requests), salt=rng.choice(["", "", "a", "b"]))
+        requests.append(leader)
+        for _ in range(rng.choice([0, 1, 3])):
+            arrive = leader.arrive + rng.choice([0, 0, 5, 100])
+            abort = None if leader.abort is None else max(arrive, leader.abort + rng.randint(-50, 50))
+            sibling = replace(
+                leader,
+                request_id=len(requests),
+                sibling_of=leader.request_id,
+                arrive=arrive,
+                abort=rng.choice([None, abort]),
+                max_tokens=rng.randint(1, 12),
+                scored=rng.random() < 0.1,
+                routed=rng.random() < 0.1,
+            )
+            requests.append(sibling)
+    return replace(scenario, requests=tuple(requests))
 
 
 @st.composite
@@ -85,6 +115,7 @@ def scenarios(
         max_num_seqs=8 if roomy else draw(st.sampled_from([3, 8, 8, 2, 1])),
         max_num_batched_tokens=256 if roomy else draw(st.sampled_from([8, 3, 32, 256, 1])),
         max_wait_s=draw(st.sampled_from([1e-4, 10.0])),
+        scheduling_policy=draw(st.sampled_from(["fcfs", "fcfs", "priority"])),
     )
     cache = CacheConfig(
         block_size=draw(st.sampled_from([2, 1, 3, 4, 8])), enable_prefix_caching=not draw(st.booleans())

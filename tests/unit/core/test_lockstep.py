@@ -28,7 +28,7 @@ class FakeCore:
     def num_ready(self):
         return self.tokens
 
-    def start(self, max_decodes=None):
+    def start(self, now, max_decodes=None):
         taken = self.tokens if max_decodes is None else min(self.tokens, max_decodes)
         self.tokens -= taken
         return Entry(np.arange(taken, dtype=np.int32))

@@ -72,7 +72,16 @@ def test_all_calls_of_a_shell_are_recorded():
     assert trace.entries[0].given == {
         "request_id": 5,
         "token_ids": [1, 2, 3],
-        "params": {"max_tokens": 4, "prompt_logprobs": None, "capacity": "best_effort", "droppable_spans": []},
+        "params": {
+            "max_tokens": 4,
+            "prompt_logprobs": None,
+            "capacity": "best_effort",
+            "droppable_spans": [],
+            "priority": 0,
+            "cache_salt": "",
+            "return_routed_experts": False,
+        },
+        "sibling_of": None,
     }
     assert trace.entries[1].said == [True, True]
     assert trace.entries[3].said["block"] == ["ATTENTION", 0, 0]
@@ -102,7 +111,7 @@ def test_a_trace_survives_its_lines():
         (["nonsense"], "not a trace"),
         (["{}"], "not a trace"),
         (['{"format": 99}'], "format 99"),
-        (['{"format": 2, "config": {"model": "m"}}'], "not a trace"),
+        (['{"format": 3, "config": {"model": "m"}}'], "not a trace"),
     ],
 )
 def test_other_files_are_refused(lines, message):

@@ -158,7 +158,7 @@ class FakeCore:
 
     batcher = tokens = property(lambda self: self)
 
-    def start(self, max_decodes=None):
+    def start(self, now, max_decodes=None):
         taken = self.num_ready if max_decodes is None else min(self.num_ready, max_decodes)
         self.num_ready -= taken
         return Entry(np.arange(taken, dtype=np.int32))

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from amoe.config import EngineConfig
+from amoe.core.routed_experts import take_routed
 from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
 from amoe.core.worker import ModelShape, WorkerCore
 from amoe.types import Batch, BatchKind
@@ -64,6 +65,7 @@ class VirtualWorker:
             owners=self.owners if scenario.spare_slots else None,
         )
         self.spec, self.rank, self.oracles = spec, rank, oracles
+        self.num_pairs = scenario.capacity.pairs_per_token(spec.top_k, spec.num_experts)
         self.max_tokens = {request.request_id: request.max_tokens for request in scenario.requests}
         self.unchecked = {r.request_id for r in scenario.requests if not r.exact and scenario.capacity.is_on}
         self.owner_of_rank = {owner: index for index, owner in enumerate(placement.expert_ranks)}
@@ -74,6 +76,8 @@ class VirtualWorker:
         self.slab = np.zeros(len(placement.attention_ranks) * slots, np.uint64)
         self.streamed: dict[int, list[int]] = {}
         self.scored: dict[int, list[int]] = {}  # positions of the prompt that the head has seen, by request
+        self.num_routed: dict[int, int] = {}  # leading tokens whose experts have been told, by request
+        self.num_prefilled: Counter[int] = Counter()  # prompt tokens that have entered the model, by request
         self.terminal: Counter[int] = Counter()
         self.sampling: dict[int, int] = {}  # request by row, as the engine keeps the sampling parameters
 
@@ -84,7 +88,9 @@ class VirtualWorker:
     def add(self, request: Request) -> None:
         self.streamed[request.request_id] = []
         self.scored[request.request_id] = []
-        self.batcher.add(request.request_id, np.asarray(request.prompt, np.int32), request.params)
+        self.num_routed[request.request_id] = 0
+        prompt = np.asarray(request.prompt, np.int32)
+        self.batcher.add(request.request_id, prompt, request.params, request.sibling_of)
 
     def abort(self, request_id: int) -> None:
         if self.batcher.abort(request_id) is not None:
@@ -114,6 +120,9 @@ class VirtualWorker:
             return []
         hidden = self._combined(step.block.layer, step.slots, step.rows, step.positions)
         layer = step.block.layer
+        if layer == 0:
+            for span in step.chunks:
+                self.num_prefilled[self.batcher.table.sequences[span.row].request_id] += span.end - span.start
         residual = fake_model.mix(hidden, self._attend(step, hidden))
         if not self.spec.sparse_layers[layer]:
             self.residual[step.slots] = fake_model.mix(residual, fake_model.DENSE)
@@ -184,6 +193,7 @@ class VirtualWorker:
             assert self.sampling[row] == sequence.request_id, "sampled with somebody else's parameters"
             if sequence.params.prompt_logprobs is not None:
                 assert len(self.scored[sequence.request_id]) == sequence.prompt_len - 1, "sampled before it was scored"
+            self._check_routed(sequence)
             streamed = self.streamed[sequence.request_id]
             streamed.append(int(token_ids[index]))
             if sequence.request_id in self.unchecked:
@@ -196,6 +206,26 @@ class VirtualWorker:
                 finished[index] = True
                 self.terminal[sequence.request_id] += 1
         self.core.attention.on_head(step, token_ids, finished)
+
+    def _check_routed(self, sequence) -> None:
+        """All tokens up to the one before the sampled one have been told, each once, with the oracle's experts."""
+        told = np.frombuffer(take_routed(sequence), "<i2").reshape(-1, sum(self.spec.sparse_layers), self.num_pairs)
+        start = self.num_routed[sequence.request_id]
+        self.num_routed[sequence.request_id] += len(told)
+        if not sequence.params.return_routed_experts:
+            assert len(told) == 0
+            return
+        end = self.num_routed[sequence.request_id]
+        assert end == self.batcher.table.num_tokens[sequence.row]
+        if sequence.request_id in self.unchecked:
+            return
+        wanted = np.array(self.oracles[sequence.request_id].routed[start:end])
+        wanted = np.pad(wanted, ((0, 0), (0, 0), (0, self.num_pairs - wanted.shape[2])), constant_values=-1)
+        skipped = np.zeros(wanted.shape, np.bool_)
+        if self.spec.sparse_layers[-1]:  # prompt tokens without logits do not go to the last experts
+            is_scored = sequence.params.prompt_logprobs is not None
+            skipped[: max(0, 0 if is_scored else sequence.prompt_len - 1 - start), -1] = True
+        assert np.where(skipped, -1, wanted).tolist() == told.tolist(), "wrong experts"
 
     def _packed(self, outgoing, output) -> Batch:
         """A copy that shares no memory with the core, with its payload."""

@@ -14,7 +14,7 @@ from amoe.engine.async_engine import AsyncEngine, Generation
 from amoe.engine.generation import GenerationDelta
 from amoe.engine.messages import AbortRequests, Failed, Outputs
 from amoe.errors import AmoeError, EngineDeadError, EngineOverloadedError, RequestError
-from amoe.types import SamplingParams, SequenceOutput
+from amoe.types import SamplingParams, SequenceOutput, SequenceTimes
 from tests.fake_workers import FakeWorker, make_engine, make_tokenizer
 
 
@@ -200,18 +200,99 @@ async def test_requests_go_to_the_least_loaded_worker(make):
     engine, workers = make(num_workers=2)
     for worker in workers:
         worker.runs.clear()
-    lengths = [5, 1, 1]
-    generations = engine.start([([1] * length, SamplingParams(max_tokens=1)) for length in lengths])
+    prompts = [[1] * 5, [1], [2]]
+    generations = engine.start([(prompt, SamplingParams(max_tokens=1)) for prompt in prompts])
     assert [generation.rank for generation in generations] == [0, 1, 1]
     generations[0].close()
     assert engine.start([([1], SamplingParams())])[0].rank == 0
+
+
+async def test_choices_of_one_prompt_go_to_one_worker(make):
+    engine, workers = make(num_workers=2, max_num_seqs=8)
+    for worker in workers:
+        worker.runs.clear()
+    prompts = [[5, 6]] * 3 + [[7], [5, 6]]
+    params = [SamplingParams(max_tokens=1 + index, seed=index) for index in range(5)]
+    generations = engine.start(list(zip(prompts, params, strict=True)))
+    assert [generation.rank for generation in generations] == [0, 0, 0, 1, 1]
+    assert [(r.request_id, r.sibling_of) for r in workers[0].requests] == [(0, None), (1, 0), (2, 0)]
+    assert [(r.request_id, r.sibling_of) for r in workers[1].requests] == [(3, None), (4, None)]
+    for worker in workers:
+        worker.runs.set()
+    for generation, prompt in zip(generations, prompts, strict=True):
+        assert (await read(generation)).num_prompt_tokens == len(prompt)
+    assert metric(engine, "request_params_n_sum") == 3
+    assert metric(engine, "request_params_n_count") == 1
+    assert metric(engine, "request_max_num_generation_tokens_sum") == 3
+
+
+async def test_prompts_whose_kv_must_not_be_shared_are_no_choices(make):
+    engine, (worker,) = make(max_num_seqs=8)
+    options = [{}, {"cache_salt": "a"}, {"cache_salt": "b"}, {"cache_salt": "b"}, {"capacity": "exact"}]
+    engine.start([([5, 6], SamplingParams(**option)) for option in options])
+    assert [request.sibling_of for request in worker.requests] == [None, None, None, 2, None]
+
+
+async def test_a_priority_is_refused_where_it_changes_nothing(make):
+    engine, (worker,) = make()
+    with pytest.raises(RequestError, match="--scheduling-policy priority") as caught:
+        engine.start([([5], SamplingParams(priority=-1))])
+    assert caught.value.param == "priority"
+    assert not worker.received
+    engine, (worker,) = make(scheduling_policy="priority")
+    engine.start([([5], SamplingParams(priority=-1))])
+    assert worker.requests[0].params.priority == -1
+
+
+async def test_prompt_tokens_that_wait_are_bounded(make):
+    engine, (worker,) = make(max_num_seqs=8, max_waiting_tokens=10)
+    worker.runs.clear()
+    long = ([1] * 12, SamplingParams(max_tokens=2))
+    short = ([2] * 4, SamplingParams(max_tokens=2))
+    started = engine.start([long])  # it would never fit: it goes where nobody waits
+    with pytest.raises(EngineOverloadedError, match="12 prompt tokens wait, and with 4 more") as caught:
+        engine.start([short])
+    assert caught.value.retry_after_s >= 1
+    started[0].close()
+    started = engine.start([short] * 3)  # the choices' prompt is computed once
+    started += engine.start([([3] * 6, SamplingParams(max_tokens=2))])
+    with pytest.raises(EngineOverloadedError):
+        engine.start([([1], SamplingParams())])
+    worker.say(Outputs([SequenceOutput(started[0].request_id, [7])]))  # it waits no longer
+    await anext(started[0])
+    started += engine.start([short])
+    worker.runs.set()
+    for generation in started:
+        async for _ in generation:
+            pass
+    assert engine._load.is_empty
+    labels = {"model_name": "fake", "reason": "queue_tokens"}
+    assert engine.metrics.registry.get_sample_value("amoe:admission_rejections_total", labels) == 2
+
+
+async def test_where_the_time_of_a_sequence_went(make):
+    engine, (worker,) = make()
+    worker.runs.clear()
+    (generation,) = engine.start([([5] * 9, SamplingParams(max_tokens=2))])
+    worker.say(Outputs([SequenceOutput(0, [5], num_cached_tokens=4, times=SequenceTimes(0.5, 2.0))]))
+    await anext(generation)
+    assert (generation.queue_s, generation.prefill_s, generation.num_preemptions) == (0.5, 2.0, 0)
+    worker.say(Outputs([SequenceOutput(0, [5], finish_reason="length", times=SequenceTimes(0.5, 2.0, 3))]))
+    await read(generation)
+    assert generation.num_preemptions == 3
+    assert metric(engine, "request_queue_time_seconds_sum") == 0.5
+    assert metric(engine, "request_prefill_time_seconds_sum") == 2.0
+    assert metric(engine, "request_inference_time_seconds_sum") >= 2.0
+    assert metric(engine, "request_num_preemptions_sum") == 3
+    assert metric(engine, "request_prefill_kv_computed_tokens_sum") == 5
+    assert metric(engine, "request_params_max_tokens_sum") == 2
 
 
 async def test_dead_worker_ends_every_request(make):
     engine, workers = make(num_workers=2)
     for worker in workers:
         worker.runs.clear()
-    generations = engine.start([([1], SamplingParams())] * 2)
+    generations = engine.start([([1], SamplingParams()), ([2], SamplingParams())])
     assert engine.healthy
     workers[1].die()
     for generation in generations:
@@ -342,5 +423,5 @@ async def test_any_interleaving_ends_every_request_once(make, seed):
     assert not [result for result in done if isinstance(result, Exception)]
     await engine.drain()
     assert engine.num_open == 0
-    assert sum(engine._num_requests.values()) == sum(engine._num_tokens.values()) == 0
+    assert engine._load.is_empty
     assert not workers[1].open
