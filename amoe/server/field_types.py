@@ -11,9 +11,9 @@ from amoe.types import SamplingParams
 
 MAX_STOP_STRINGS = 32
 MAX_STOP_CHARS = 1024
-MAX_BAD_WORDS = 256
+MAX_BAD_WORDS = SamplingParams.MAX_BAD_WORDS // 2  # each is two token sequences
 MAX_BAD_WORD_CHARS = 256
-MAX_LOGIT_BIASES = 1024
+MAX_LOGIT_BIASES = SamplingParams.MAX_BIASES
 MAX_LOGIT_BIAS = 100.0
 MAX_TOKEN_ID = 2**31 - 1
 

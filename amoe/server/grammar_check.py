@@ -1,17 +1,22 @@
-"""Compiles the grammars of users before they reach a worker."""
+"""Compiles the grammars of users before they reach a worker, in a process that may fail.
+
+A hostile grammar overflows the compiler's stack or never ends: that must cost neither the server nor a worker.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import re
+import contextlib
+import json
+import sys
+from collections import OrderedDict
 from typing import Protocol
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from amoe.server import grammar_child
 
-MAX_COMPLAINT_CHARS = 400
-
-_SPACES = re.compile(r"\s+")
-_UNSATISFIABLE = "NoExtension"  # how llguidance says that there is no text at all
+START_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 60.0  # a process that is not run at all; one that computes is ended by `grammar_child` itself
+MAX_REMEMBERED = 256
 
 
 class GrammarCheck(Protocol):
@@ -22,22 +27,76 @@ class GrammarCheck(Protocol):
         ...
 
 
-def complaint_about(grammar: str) -> str | None:
-    """Compile `grammar` here and now, over single bytes instead of a model's tokens, and take its first step."""
-    limits = LLParserLimits(verbose_errors=False)
-    matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0, limits=limits)
-    if not matcher.is_error():
-        matcher.compute_bitmask()
-    return _readable(matcher.get_error()) if matcher.is_error() else None
-
-
-def _readable(complaint: str) -> str:
-    if complaint.startswith(_UNSATISFIABLE):
-        return "no text follows it"
-    text = _SPACES.sub(" ", complaint.replace("<non-verbose/>", "")).strip()
-    return text if len(text) <= MAX_COMPLAINT_CHARS else text[:MAX_COMPLAINT_CHARS] + "..."
-
-
 async def check_in_thread(grammar: str) -> str | None:
-    """A `GrammarCheck` without a process of its own: for tests, and for grammars of trusted users."""
-    return await asyncio.to_thread(complaint_about, grammar)
+    """A `GrammarCheck` that takes the risk, for tests that start no process."""
+    return await asyncio.to_thread(grammar_child.complaint_about, grammar)
+
+
+class GrammarProcess:
+    """A `GrammarCheck` that compiles in a child process: started for the first grammar, and again after one killed it.
+
+    One grammar at a time; what became of the last ones is remembered.
+    """
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._child: asyncio.subprocess.Process | None = None
+        self._remembered: OrderedDict[str, str | None] = OrderedDict()
+
+    async def __call__(self, grammar: str) -> str | None:
+        if grammar not in self._remembered:
+            async with self._lock:
+                complaint = await self._ask(grammar)
+            self._remembered[grammar] = complaint
+            while len(self._remembered) > MAX_REMEMBERED:
+                self._remembered.popitem(last=False)
+            return complaint
+        self._remembered.move_to_end(grammar)
+        return self._remembered[grammar]
+
+    async def close(self) -> None:
+        """End the child."""
+        child, self._child = self._child, None
+        if child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            await child.wait()
+
+    async def _ask(self, grammar: str) -> str | None:
+        try:
+            child = self._child or await self._start()
+            self._child = child
+            return await asyncio.wait_for(_exchange(child, grammar), ANSWER_TIMEOUT_S)
+        except (OSError, EOFError, TimeoutError):
+            await self.close()
+            return "it is too complex: compiling it takes too much time or memory"
+        except BaseException:  # nobody waits for the answer any more: it must not become that of the next question
+            await self.close()
+            raise
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            grammar_child.__name__,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=grammar_child.MAX_LINE_BYTES,
+        )
+        self._child = child
+        assert child.stdout is not None
+        await asyncio.wait_for(child.stdout.readline(), START_TIMEOUT_S)
+        return child
+
+
+async def _exchange(child: asyncio.subprocess.Process, grammar: str) -> str | None:
+    """One line of JSON each way."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(json.dumps(grammar).encode() + b"\n")
+    await child.stdin.drain()
+    line = await child.stdout.readline()
+    if not line.endswith(b"\n"):
+        raise EOFError("the compiling process has gone")
+    complaint: str | None = json.loads(line)
+    return complaint

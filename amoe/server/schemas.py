@@ -105,7 +105,7 @@ class GenerationRequest(BaseModel):
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY), null_means(0)] = Field(
         0, description="Less is served first. Other than 0 only where the server schedules by priority."
     )
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
+    cache_salt: Annotated[str, Field(min_length=1, max_length=SamplingParams.MAX_SALT_CHARS)] | None = Field(
         None, description="The prefix cache is shared with requests of the same salt only."
     )
     capacity: Annotated[CapacityChoice, null_means("best_effort")] = Field(

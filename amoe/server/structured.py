@@ -122,7 +122,9 @@ def choice_grammar(choices: Sequence[str]) -> str:
     size = sum(map(len, choices))
     if size > MAX_GRAMMAR_CHARS:
         raise ValueError(f"the choices have {size} characters, and {MAX_GRAMMAR_CHARS} is the limit")
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in choices))
+    # One terminal: as alternatives of a rule, many of them would exceed what the parser takes at once.
+    terminal = " | ".join(json.dumps(choice) for choice in choices)
+    return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {terminal}")
 
 
 def context_free_grammar(text: str) -> str:

@@ -50,7 +50,7 @@ WRONG = [
     ({"bad_words": [""]}, "bad_words"),
     ({"bad_words": [" "]}, "bad_words"),
     ({"bad_words": ["\ud800"]}, "bad_words"),
-    ({"bad_words": ["x"] * 257}, "bad_words"),
+    ({"bad_words": ["x"] * 65}, "bad_words"),
     ({"priority": 1}, "priority"),
     ({"priority": "high"}, "priority"),
     ({"cache_salt": ""}, "cache_salt"),
@@ -104,8 +104,7 @@ SAMPLE_VALUES = {"tool_choice": "required", "verbosity": "high", "include_reason
 
 @pytest.mark.parametrize("name", fields.COMPLETIONS)
 async def test_unsupported_fields_of_completions(server: Harness, name):
-    value = {"response_format": {"type": "json_object"}}.get(name, 7)
-    assert name in assert_error(await server.complete(prompt="a", **{name: value}), 400, name)
+    assert name in assert_error(await server.complete(prompt="a", **{name: 7}), 400, name)
     for neutral in (None, *fields.COMPLETIONS[name]):
         assert (await server.complete(prompt="a", max_tokens=1, **{name: neutral})).status_code == 200
 
