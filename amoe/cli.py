@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from amoe import __version__
 from amoe.errors import AmoeError, CheckpointError, ConfigError, RequestError
 from amoe.server import cli as server_cli
+from amoe.server.parser import Parser
 
 EXIT_USAGE = 2
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
     """The parser of the whole command; each subcommand's sets `func`. Only `command`'s flags need to be there."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="amoe", description="Serve Mixture-of-Experts language models with asynchronous expert parallelism."
     )
     parser.add_argument("--version", action="version", version=f"amoe {__version__}")
@@ -46,9 +47,9 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit status: 2 for what the user can mend, 1 for what failed."""
     argv = sys.argv[1:] if argv is None else argv
-    args = build_parser(argv[0] if argv else None).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="amoe: %(message)s")
     try:
+        args = build_parser(argv[0] if argv else None).parse_args(argv)
         return args.func(args)
     except AmoeError as error:
         print(f"amoe: error: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -19,6 +20,7 @@ from amoe.engine.emulated_device import Shape, emulated_device, served_shape
 from amoe.engine.expert_placement import expert_owners, placement_digest
 from amoe.engine.messages import Loading, Ready
 from amoe.errors import ConfigError
+from amoe.logs import LogOptions
 from amoe.profiles.models import ModelSizes
 from amoe.transport.shm import ShmFabric
 from amoe.transport.wire import max_record_bytes
@@ -49,6 +51,8 @@ class LocalCluster:
         entry: what makes a worker, see `LaunchSpec`.
         ring_bytes: capacity of each ring; None derives it from the checkpoint.
         on_death: called in the event loop with rank and reason when a worker ends that was started and not stopped.
+        logs: how the workers log.
+        num_fronts: API processes that will talk to the workers themselves; none: this process does.
 
     Attributes:
         channels: the control channel of each worker, by rank, once `start` has been called.
@@ -62,11 +66,15 @@ class LocalCluster:
         entry: str = DEFAULT_ENTRY,
         ring_bytes: int | None = None,
         on_death: Callable[[int, str], None] | None = None,
+        logs: LogOptions | None = None,
+        num_fronts: int = 0,
     ) -> None:
         self.config = config
         self.on_death = on_death
         self.owners: Int16Array | None = None
         self._entry = entry
+        self._num_fronts = num_fronts
+        self._logs = logs or LogOptions()
         self._ring_bytes = ring_bytes
         self._fabric: ShmFabric | None = None
         self._workers: list[WorkerProcess] = []
@@ -78,6 +86,10 @@ class LocalCluster:
     @property
     def channels(self) -> list[AsyncControlChannel]:
         return [worker.channel for worker in self._workers]
+
+    def front_sockets(self, front: int) -> list[socket.socket]:
+        """The ends of the workers' channels, by rank, for API process number `front`."""
+        return [worker.front_sockets[front] for worker in self._workers]
 
     @property
     def pids(self) -> list[int]:
@@ -159,7 +171,9 @@ class LocalCluster:
         ring_bytes, num_workers = self._ring_bytes, placement.num_workers
         self._fabric = ShmFabric.create(num_workers, ring_bytes)
         for rank in range(num_workers):
-            worker = await WorkerProcess.spawn(self.config, rank, self._fabric, self._entry, self._report_death)
+            worker = await WorkerProcess.spawn(
+                self.config, rank, self._fabric, self._entry, self._report_death, self._logs, self._num_fronts
+            )
             self._workers.append(worker)
 
     def _check_placement(self, ready: list[Ready]) -> None:

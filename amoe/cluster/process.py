@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from amoe.config import EngineConfig, PlacementConfig
+from amoe.logs import LogOptions
 from amoe.transport.shm import ShmSpec
 
 
@@ -15,7 +16,9 @@ class LaunchSpec:
     Attributes:
         entry: `module:function`; `build_worker(config, rank, transport, control)` returns an object with `run()`.
         control_fd: the worker's end of its control socket.
+        front_fds: ... of those to API processes, if there are several.
         shm: the transport's memory and doorbells.
+        logs: how it logs.
     """
 
     config: EngineConfig
@@ -23,6 +26,8 @@ class LaunchSpec:
     entry: str
     control_fd: int
     shm: ShmSpec
+    front_fds: tuple[int, ...] = ()
+    logs: LogOptions = field(default_factory=LogOptions)
 
 
 def title_of(placement: PlacementConfig, rank: int) -> str:

@@ -40,22 +40,21 @@ def _die_with_parent(parent_pid: int) -> None:
 def _serve(title: str, launch_spec: str) -> int:
     import faulthandler
     import importlib
-    import logging
-    import socket
     import traceback
 
     import msgspec
 
     from amoe.cluster.process import LaunchSpec
-    from amoe.engine.control import SocketControlPort
     from amoe.engine.messages import Failed
+    from amoe.engine.shared_control import control_port
     from amoe.errors import AmoeError
+    from amoe.logs import configure
     from amoe.transport.shm import ShmTransport
 
     faulthandler.enable()
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s {title}: %(message)s")
     spec = msgspec.json.decode(launch_spec, type=LaunchSpec)
-    control = SocketControlPort(socket.socket(fileno=spec.control_fd))
+    configure(spec.logs, title)
+    control = control_port(spec.control_fd, spec.front_fds)
     transport = ShmTransport.attach(spec.shm, spec.rank)
     is_built = False
     try:

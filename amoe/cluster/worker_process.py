@@ -22,6 +22,7 @@ from amoe.engine.control import AsyncControlChannel
 from amoe.engine.devices import threads_per_worker
 from amoe.engine.messages import Failed, Loading, Ready, Stop
 from amoe.errors import ConfigError, EngineDeadError
+from amoe.logs import LogOptions
 from amoe.transport.shm import ShmFabric
 
 _TAIL_LINES = 20
@@ -35,6 +36,7 @@ class WorkerProcess:
         rank, title: who it is.
         pid: its process and process group.
         channel: the server's end of its control channel.
+        front_sockets: the other ends of those to API processes, by index; theirs to take over, or closed in the end.
         exited: set once it has ended and has been reaped.
         is_ready: it has said so.
     """
@@ -46,11 +48,13 @@ class WorkerProcess:
         process: subprocess.Popen[bytes],
         channel: AsyncControlChannel,
         on_exit: Callable[[WorkerProcess], None],
+        front_sockets: list[socket.socket],
     ) -> None:
         self.rank = rank
         self.title = title
         self.pid = process.pid
         self.channel = channel
+        self.front_sockets = front_sockets
         self.exited = asyncio.Event()
         self.is_ready = False
         self._process = process
@@ -68,18 +72,35 @@ class WorkerProcess:
         fabric: ShmFabric,
         entry: str,
         on_exit: Callable[[WorkerProcess], None],
+        logs: LogOptions,
+        num_fronts: int = 0,
     ) -> WorkerProcess:
-        """Start the process of worker `rank`; `on_exit` is called in the event loop when it has ended."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            channel = await AsyncControlChannel.open(ours)
-            spec = LaunchSpec(config=config, rank=rank, entry=entry, control_fd=theirs.fileno(), shm=fabric.spec)
+        """Start the process of worker `rank`; `on_exit` is called in the event loop when it has ended.
+
+        Args:
+            num_fronts: API processes that will send it requests; none: this process does.
+        """
+        with contextlib.ExitStack() as inherited, contextlib.ExitStack() as kept:
+            pairs = [socket.socketpair() for _ in range(1 + num_fronts)]
+            control_fd, *front_fds = (inherited.enter_context(theirs).fileno() for _, theirs in pairs)
+            front_sockets = [kept.enter_context(ours) for ours, _ in pairs[1:]]
+            channel = await AsyncControlChannel.open(pairs[0][0])
+            spec = LaunchSpec(
+                config=config,
+                rank=rank,
+                entry=entry,
+                control_fd=control_fd,
+                front_fds=tuple(front_fds),
+                shm=fabric.spec,
+                logs=logs,
+            )
             try:
-                process = _launch(spec, (theirs.fileno(), *fabric.fds()))
+                process = _launch(spec, (control_fd, *front_fds, *fabric.fds()))
             except BaseException:
                 await channel.close()
                 raise
-        return cls(rank, title_of(config.placement, rank), process, channel, on_exit)
+            kept.pop_all()
+        return cls(rank, title_of(config.placement, rank), process, channel, on_exit, front_sockets)
 
     async def wait_ready(self, on_loading: Callable[[WorkerProcess, Loading], None]) -> Ready:
         """Listen until the worker is ready.
@@ -139,6 +160,8 @@ class WorkerProcess:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._forwarding, _DRAIN_TIMEOUT_S)
         await self.channel.close()
+        for front in self.front_sockets:
+            front.close()
         await asyncio.sleep(0)  # the event loop closes the pipe in its next turn
 
     def _reap(self) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 # Low to high. A part imports from lower rows, and from itself; parts of one row do not know each other.
 LAYERS = (
-    ("config", "types", "errors", "clock", "stats"),
+    ("config", "types", "errors", "clock", "stats", "logs"),
     ("policy",),
     ("core",),
     ("models", "kernels", "transport", "metrics", "profiles"),

@@ -1,0 +1,79 @@
+"""uvicorn's fast HTTP parser, with limits: heads have a size and a time."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from amoe.server.encoding import json_bytes
+from amoe.server.errors import error_body
+
+MAX_HEAD_BYTES = 64 * 1024
+HEAD_TIMEOUT_S = 20.0
+
+
+class LimitedHttpProtocol(HttpToolsProtocol):
+    """Refuses heads of more than `MAX_HEAD_BYTES`, and closes connections whose head does not come in time.
+
+    The parser itself would collect headers for ever. What it cannot read is answered in the one shape of errors.
+    """
+
+    _head_bytes: int | None = 0  # of the head that is coming in; None: there is none
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        # Counted after the parser has seen it: most heads come in one piece, together with their body.
+        if self._head_bytes is not None and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(431, f"the head of the request is larger than {MAX_HEAD_BYTES} bytes")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._head_bytes is None:
+            self._expect_head()
+
+    def on_headers_complete(self) -> None:
+        self._forget_head()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """The request is no HTTP."""
+        self._refuse(400, "this is no HTTP request that can be understood")
+
+    def _expect_head(self) -> None:
+        self._head_bytes = 0
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._give_up)
+
+    def _forget_head(self) -> None:
+        self._head_bytes = None
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _give_up(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+    def _refuse(self, status: int, message: str) -> None:
+        body = json_bytes(error_body(message, status))
+        phrase = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}[status]
+        head: list[Any] = [
+            b"HTTP/1.1 %d %s\r\n" % (status, phrase),
+            b"content-type: application/json\r\n",
+            b"content-length: %d\r\n" % len(body),
+            b"connection: close\r\n\r\n",
+        ]
+        self.transport.write(b"".join([*head, body]))
+        self.transport.close()
