@@ -43,7 +43,7 @@ class MessageAssembler:
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
-            "usage": _usage(num_prompt_tokens, 0, 0),
+            "usage": _usage(num_prompt_tokens),
         }
 
     @property
@@ -104,13 +104,16 @@ class MessageAssembler:
         self._arguments += piece.arguments
         return events + ([self._delta("input_json_delta", partial_json=piece.arguments)] if piece.arguments else [])
 
-    def finish(self, finish_reason: str | None, stop: str | int | None, usage: Mapping[str, Any]) -> list[Event]:
+    def finish(
+        self, finish_reason: str | None, stop: str | int | None, usage: Mapping[str, Any], num_thinking_tokens: int
+    ) -> list[Event]:
         """The model has ended.
 
         Args:
             finish_reason: of the chat completion.
             stop: the stop string or token that ended it, if one did.
             usage: of the chat completion.
+            num_thinking_tokens: of those generated.
         """
         events = self._end_block()
         if not self._blocks:
@@ -119,16 +122,17 @@ class MessageAssembler:
         reason = "stop_sequence" if by_sequence else _STOP_REASONS.get(finish_reason or "", "end_turn")
         ending = {"stop_reason": reason, "stop_sequence": stop if by_sequence else None}
         cached = usage["prompt_tokens_details"]["cached_tokens"]
-        counts = _usage(usage["prompt_tokens"], cached, usage["completion_tokens"])
+        counts = _usage(usage["prompt_tokens"], cached, usage["completion_tokens"], num_thinking_tokens)
         self._message |= {**ending, "usage": counts}
         return [*events, {"type": "message_delta", "delta": ending, "usage": counts}, {"type": "message_stop"}]
 
 
-def _usage(num_prompt: int, num_cached: int, num_generated: int) -> dict[str, int]:
+def _usage(num_prompt: int, num_cached: int = 0, num_generated: int = 0, num_thinking: int = 0) -> dict[str, Any]:
     """Anthropic counts cached tokens apart from the others. Nothing is charged for writing to the prefix cache."""
     return {
         "input_tokens": num_prompt - num_cached,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": num_cached,
         "output_tokens": num_generated,
+        "output_tokens_details": {"thinking_tokens": num_thinking},
     }

@@ -14,8 +14,9 @@ from amoe.server.conversation import ChatJob, close_all, start_chat
 from amoe.server.encoding import json_response, named_event
 from amoe.server.messages.assembler import Event, MessageAssembler
 from amoe.server.messages.errors import describe_in_stream
-from amoe.server.messages.schemas import MessagesRequest
+from amoe.server.messages.schemas import MessagesPrompt, MessagesRequest
 from amoe.server.messages.translate import translate
+from amoe.server.rendering import chat_prompt_ids
 from amoe.server.streaming import EventStream, UsageCounter, unless_disconnected
 
 
@@ -36,6 +37,7 @@ class _Run:
         usage = UsageCounter(1, 1)
         finish_reason: str | None = None
         stop: str | int | None = None
+        thoughts = 0
         try:
             for event in self.assembler.begin():
                 yield event
@@ -44,9 +46,10 @@ class _Run:
                     usage.update(delta.index, delta.raw)
                     finish_reason = delta.finish_reason or finish_reason
                     stop = delta.raw.stop_reason
+                    thoughts = delta.reasoning_tokens
                     for event in self.assembler.push(delta):
                         yield event
-            for event in self.assembler.finish(finish_reason, stop, usage.as_json()):
+            for event in self.assembler.finish(finish_reason, stop, usage.as_json(), thoughts):
                 yield event
         finally:
             close_all(self.job.generations)
@@ -90,5 +93,13 @@ def messages_router(context: ServerContext) -> APIRouter:
             run = await _start(context, body)
             return EventStream(run.frames(), run.job.generations, end=b"")
         return await unless_disconnected(request, _complete(context, body))
+
+    @router.post("/v1/messages/count_tokens")
+    async def count_tokens(body: MessagesPrompt) -> Response:
+        """Tokens that the prompt of these messages has."""
+        context.resolve_model(body.model)
+        chat, names = translate(body)
+        with names.told():
+            return json_response({"input_tokens": len(await chat_prompt_ids(context, chat))})
 
     return router

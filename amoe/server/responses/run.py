@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from amoe.server.context import ServerContext
 from amoe.server.conversation import ChatJob, close_all
 from amoe.server.responses.assembler import ResponseAssembler
 from amoe.server.responses.output import Event
@@ -19,13 +18,12 @@ class ResponseRun:
 
     Attributes:
         assembler: has the response, at any time.
+        job: the conversation.
     """
 
-    def __init__(self, context: ServerContext, job: ChatJob, assembler: ResponseAssembler) -> None:
+    def __init__(self, job: ChatJob, assembler: ResponseAssembler) -> None:
         self.assembler = assembler
         self.job = job
-        self._context = context
-        self._thoughts: list[str] = []
 
     async def events(self) -> AsyncGenerator[Event]:
         """All events, in order. An error is among them, not raised. Leaving the iteration frees the sequence."""
@@ -44,22 +42,16 @@ class ResponseRun:
     async def _answer(self) -> AsyncGenerator[Event]:
         usage = UsageCounter(1, 1)
         finish_reason: str | None = None
+        thoughts = 0
         async with contextlib.aclosing(self.job.deltas()) as deltas:
             async for delta in deltas:
                 usage.update(delta.index, delta.raw)
                 finish_reason = delta.finish_reason or finish_reason
-                if delta.reasoning:
-                    self._thoughts.append(delta.reasoning)
+                thoughts = delta.reasoning_tokens
                 for event in self.assembler.push(delta):
                     yield event
-        for event in self.assembler.finish(finish_reason, await self._usage(usage.as_json())):
+        for event in self.assembler.finish(finish_reason, response_usage(usage.as_json(), thoughts)):
             yield event
-
-    async def _usage(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """Thoughts are counted by their text: the tokens around them, and those that brought half of each, are not."""
-        thoughts = "".join(self._thoughts)
-        tokens = await self._context.tokenize(thoughts, False, "reasoning") if thoughts else []
-        return response_usage(usage, min(len(tokens), usage["completion_tokens"]))
 
     async def complete(self) -> dict[str, Any]:
         """The whole response.

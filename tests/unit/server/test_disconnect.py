@@ -55,6 +55,8 @@ REQUESTS = [
     ("/v1/completions", {"prompt": ["abc", "de"], "n": 2, "max_tokens": 50}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "abc"}]}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "abc"}], "n": 3}),
+    ("/v1/responses", {"input": "abc"}),
+    ("/v1/messages", {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 50}),
 ]
 
 
