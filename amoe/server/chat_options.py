@@ -20,13 +20,17 @@ class ChatOptions:
     """What the operator decides about conversations.
 
     Attributes:
+        chat_template: file of the template to use instead of the checkpoint's own.
         tool_call_parser: how the model writes tool calls; `auto`: as its chat template does.
+        auto_tool_choice: the model may call tools that a request brings without being told to.
         reasoning_parser: how it marks its thoughts; `none`: thoughts are text like any other.
         reasoning_markers: of the reasoning parser `custom`: the marks before and after thoughts.
         trust_request_chat_template: requests may bring a chat template.
     """
 
+    chat_template: str | None = None
     tool_call_parser: ToolParserName = "auto"
+    auto_tool_choice: bool = True
     reasoning_parser: str = "none"
     reasoning_markers: tuple[str, str] | None = None
     trust_request_chat_template: bool = False

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 
+from amoe.server.chat_flags import add_chat_flags, chat_options
 from amoe.server.engine_flags import HelpFormatter, add_engine_flags, engine_config
 from amoe.server.http_flags import add_server_flags, log_options, server_options
 
@@ -22,6 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_engine_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="base of the seeds of requests that bring none")
     add_server_flags(parser)
+    add_chat_flags(parser)
     parser.set_defaults(func=serve)
 
 
@@ -30,5 +33,5 @@ def serve(args: argparse.Namespace) -> int:
     from amoe.server.run import run_server  # late: `amoe --help` needs none of it
 
     names = args.served_model_name or [args.model or BUILTIN_NAME]
-    options = server_options(args, tuple(names), os.environ)
+    options = replace(server_options(args, tuple(names), os.environ), chat=chat_options(args))
     return run_server(engine_config(args), options, log_options(args, os.environ))

@@ -143,10 +143,12 @@ async def _grammar(
         answer: what the request says that its text must be.
     """
     plan = answers.plan
-    grammar = chat_grammar(plan, answers.tools, answer, answers.reasoning, answers.inside, marks)
+    formats = (plan, answers.tools, answer, answers.reasoning, answers.inside)
+    grammar = chat_grammar(*formats, marks)
     if grammar is None or grammar == answer:
         return grammar
-    complaint = await context.check_grammar(grammar)
+    # The check knows no model's tokens: there all marks are text.
+    complaint = await context.check_grammar(chat_grammar(*formats, {}) or "")
     if complaint is None:
         return grammar
     for index, function in plan.functions:  # which of them is it?

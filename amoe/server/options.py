@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from amoe.engine.watchdog import HEARTBEAT_TIMEOUT_S, STALL_TIMEOUT_S
 from amoe.errors import ConfigError
+from amoe.server.chat_options import ChatOptions
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 BODY_TIMEOUT_S = 60.0
@@ -99,6 +100,7 @@ class ServerOptions:
     log_stats: bool = True
     otlp_traces_endpoint: str | None = None
     http: HttpOptions = field(default_factory=HttpOptions)
+    chat: ChatOptions = field(default_factory=ChatOptions)
 
     def __post_init__(self) -> None:
         _require(bool(self.model_names), "--served-model-name needs a name")

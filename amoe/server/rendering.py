@@ -65,6 +65,12 @@ async def chat_prompt_ids(context: ServerContext, body: ChatPrompt) -> list[int]
 
 def _render(tokenizer: Tokenizer, options: ChatOptions, body: ChatPrompt, parallel: bool) -> RenderedChat:
     plan = plan_tools(body, parallel=parallel)
+    if plan.mode == "auto" and not options.auto_tool_choice:
+        raise RequestError(
+            "tool_choice must be none, required, or name a function at this server (--enable-auto-tool-choice would "
+            "let the model decide)",
+            param="tool_choice",
+        )
     template = _template(tokenizer, options, body, plan)
     format_ = options.tool_format(template)
     tools = plan.for_template()

@@ -63,7 +63,7 @@ async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions)
     check_model_directory(config.model)
     check_certificate(options)
     model = load_model_config(config.model)  # first: what is wrong with the checkpoint is said before all else
-    tokenizer = Tokenizer(config.model)
+    tokenizer = Tokenizer(config.model, options.chat.chat_template)
     defaults = SamplingDefaults.from_checkpoint(config.model)
     tracer = None if options.otlp_traces_endpoint is None else Tracer(options.otlp_traces_endpoint)
     with bound_socket(options) as listener:
@@ -83,7 +83,9 @@ async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions)
             )
             _warn_of_short_cache(engine.model.max_model_len, config.max_model_len, model.max_position_embeddings)
             try:
-                context = ServerContext(engine=engine, model_names=options.model_names, defaults=defaults)
+                context = ServerContext(
+                    engine=engine, model_names=options.model_names, defaults=defaults, chat=options.chat
+                )
                 async with _helpers(context, options, tracer):
                     await _serve_http(context, options, tracer, listener, signals)
                 return 1 if engine.died.is_set() else 0

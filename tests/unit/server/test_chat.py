@@ -28,6 +28,8 @@ async def test_response(server: Harness):
     assert body == {
         "object": "chat.completion",
         "model": "fake",
+        "service_tier": None,
+        "system_fingerprint": None,
         "choices": [
             {
                 "index": 0,
