@@ -1,0 +1,59 @@
+"""What the line says, and when it is said."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from amoe.engine.async_engine import AsyncEngine
+from amoe.server.status_line import has_traffic, hottest_layer, log_status, status_line, totals_of
+from amoe.stats import RequestFlow, WorkerStats
+from tests.unit.server.conftest import Harness
+
+
+def workers(pairs: list[list[int]], hits: int) -> list[WorkerStats]:
+    home = WorkerStats(rank=0, role="attention", num_running=5, num_waiting=2, prefix_queries=100, prefix_hits=hits)
+    home.kv_blocks_used, home.kv_blocks_total = 30, 120
+    half = [[count // 2 for count in row] for row in pairs]
+    rest = [[count - count // 2 for count in row] for row in pairs]
+    return [home, WorkerStats(1, "experts", expert_pairs=half), WorkerStats(2, "experts", expert_pairs=rest)]
+
+
+def test_the_line():
+    flow = RequestFlow()
+    before = totals_of(flow.now(100.0), workers([[10, 10], [0, 50]], 10))
+    flow.first_token(0.1, 300)
+    flow.tokens(45, None)
+    now_workers = workers([[20, 20], [10, 80]], 60)
+    now_workers[0].prefix_queries = 200
+    now = totals_of(flow.now(110.0), now_workers)
+    assert has_traffic(before, now, 0) and has_traffic(now, now, 1) and not has_traffic(now, now, 0)
+    assert status_line(before, now, now_workers) == (
+        "prompt throughput: 30.0 tokens/s, generation throughput: 4.5 tokens/s, running: 5 reqs, waiting: 2 reqs, "
+        "KV cache usage: 25.0%, prefix cache hit rate: 50.0%, hottest experts: layer 1, 1.50 times the mean"
+    )
+    assert "hottest" not in status_line(now, now, now_workers)
+
+
+def test_the_hottest_layer_before_any_word_of_the_workers():
+    nothing = totals_of(RequestFlow().now(0.0), [])
+    assert hottest_layer(nothing, nothing) is None
+    some = totals_of(RequestFlow().now(1.0), workers([[3, 1], [0, 0]], 0))
+    assert hottest_layer(nothing, some) == (0, pytest.approx(1.5))
+
+
+async def test_it_is_logged_while_there_is_traffic_and_once_more(server: Harness, caplog):
+    caplog.set_level(logging.INFO, "amoe.status")
+    engine: AsyncEngine = server.engine
+    task = asyncio.create_task(log_status(engine, interval_s=0.002))
+    await asyncio.sleep(0.05)
+    assert not caplog.records
+    await server.complete(prompt="abc", max_tokens=3)
+    while len(caplog.records) < 2:  # noqa: ASYNC110 - a test has nothing else to wait for
+        await asyncio.sleep(0.002)
+    await asyncio.sleep(0.05)
+    task.cancel()
+    assert len(caplog.records) <= 3
+    assert "generation throughput" in caplog.records[0].getMessage()
