@@ -38,6 +38,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.exists() else {}
 
 
+def _is_local(name: str, value: Any) -> bool:
+    """An entry of tokenizer_config.json that tells where the checkpoint has been."""
+    return name == "name_or_path" or (isinstance(value, str) and Path(value).is_absolute())
+
+
 class Tokenizer:
     """Text to ids and back, for one checkpoint directory.
 
@@ -146,6 +151,16 @@ class Tokenizer:
             RequestError: if the checkpoint has no chat template, or the template rejects the messages.
         """
         return (template or self.chat_template()).render(messages, {**self._special_tokens, **variables})
+
+    def token(self, token_id: int) -> str:
+        """How the vocabulary writes one token, with its stand-ins for bytes; empty for an id without a token."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def info(self) -> dict[str, Any]:
+        """What the checkpoint says of its tokenizer, special tokens and chat template; no path of this machine."""
+        template = self._templates.choose(with_tools=False)
+        said = {name: value for name, value in self._config.items() if not _is_local(name, value)}
+        return said | self._special_tokens | ({} if template is None else {"chat_template": template.source})
 
     def special_token_id(self, text: str) -> int | None:
         """Id of the special token `text`; None if that is ordinary text here, or several tokens."""

@@ -23,6 +23,7 @@ from amoe.server.options import HttpOptions
 from amoe.server.page.routes import page_router
 from amoe.server.request_metrics import RequestMetrics
 from amoe.server.responses import responses_router
+from amoe.server.tokenize import tokenize_router
 
 
 def create_app(
@@ -50,6 +51,7 @@ def _routers(context: ServerContext, load: LoadCounter) -> list[APIRouter]:
         chat_router(context),
         responses_router(context),
         messages_router(context),
+        tokenize_router(context),
         models_router(context),
         operations_router(context, load),
         page_router(context),
