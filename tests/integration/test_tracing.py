@@ -31,7 +31,7 @@ class Collector:
         self.spans: list[Any] = []
 
         class Handler(BaseHTTPRequestHandler):
-            def do_POST(handler) -> None:  # noqa: N805
+            def do_POST(handler) -> None:
                 body = handler.rfile.read(int(handler.headers["content-length"]))
                 if handler.headers.get("content-encoding") == "gzip":
                     import gzip
@@ -44,7 +44,7 @@ class Collector:
                 handler.send_response(200)
                 handler.end_headers()
 
-            def log_message(handler, *_: Any) -> None:  # noqa: N805
+            def log_message(handler, *_: Any) -> None:
                 pass
 
         self._server = HTTPServer(("127.0.0.1", 0), Handler)
