@@ -55,11 +55,11 @@ class ExpertLoad:
 
     def over_experts(self) -> dict[int, float]:
         """By layer: pairs of the busiest expert over those of the mean expert. Layers without pairs are left out."""
-        return self._by_layer([sample.by_expert for sample in self._samples])
+        return self._by_layer([sample.by_expert for sample in tuple(self._samples)])
 
     def over_workers(self) -> dict[int, float]:
         """By layer: pairs at the busiest expert worker over those at the mean one."""
-        return self._by_layer([sample.by_worker.T for sample in self._samples])
+        return self._by_layer([sample.by_worker.T for sample in tuple(self._samples)])
 
     @staticmethod
     def _by_layer(totals: list[Float64Array]) -> dict[int, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Response
 
 from amoe import __version__, metrics
@@ -59,6 +61,7 @@ def operations_router(context: ServerContext, load: LoadCounter) -> APIRouter:
     @router.get("/metrics")
     async def expose_metrics() -> Response:
         """Prometheus text."""
-        return Response(engine.metrics.render(), headers={"Content-Type": metrics.CONTENT_TYPE})
+        text = await asyncio.to_thread(engine.metrics.render)  # it may take long: streams go on meanwhile
+        return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
     return router

@@ -79,7 +79,10 @@ def _now() -> list[Panel]:
         number("Busiest worker", "Part of the time in which it ran blocks.", "percentunit", Query(f"max({busy})", "")),
         number("Idlest worker", "Part of the time in which it ran blocks.", "percentunit", Query(f"min({busy})", "")),
         number(
-            "Waves", "W: into so many waves sequences are split.", "short", Query(f"max(amoe:waves{{{WORKER}}})", "W")
+            "Waves now",
+            "W: into so many waves sequences are split.",
+            "short",
+            Query(f"max(amoe:waves{{{WORKER}}})", "W"),
         ),
     ]
 
