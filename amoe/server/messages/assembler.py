@@ -11,8 +11,6 @@ from amoe.server.conversation import ChatDelta, ToolCallDelta
 
 Event = dict[str, Any]
 
-_STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
-
 
 def tool_input(arguments: str) -> dict[str, Any]:
     """What the model has written as arguments, as an object; as far as it goes, if the model was cut off."""
@@ -118,13 +116,20 @@ class MessageAssembler:
         events = self._end_block()
         if not self._blocks:
             events += [*self._begin_block("text", text=""), *self._end_block()]
-        by_sequence = finish_reason == "stop" and isinstance(stop, str) and stop in self._stop_sequences
-        reason = "stop_sequence" if by_sequence else _STOP_REASONS.get(finish_reason or "", "end_turn")
-        ending = {"stop_reason": reason, "stop_sequence": stop if by_sequence else None}
+        reason = self._stop_reason(finish_reason, stop)
+        ending = {"stop_reason": reason, "stop_sequence": stop if reason == "stop_sequence" else None}
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         counts = _usage(usage["prompt_tokens"], cached, usage["completion_tokens"], num_thinking_tokens)
         self._message |= {**ending, "usage": counts}
         return [*events, {"type": "message_delta", "delta": ending, "usage": counts}, {"type": "message_stop"}]
+
+    def _stop_reason(self, finish_reason: str | None, stop: str | int | None) -> str:
+        if finish_reason == "length":
+            return "max_tokens"
+        if finish_reason == "stop" and stop in self._stop_sequences:
+            return "stop_sequence"
+        # By the blocks: a chat completion that was told which tool to call ends with `stop`, as OpenAI's does.
+        return "tool_use" if any(block["type"] == "tool_use" for block in self._blocks) else "end_turn"
 
 
 def _usage(num_prompt: int, num_cached: int = 0, num_generated: int = 0, num_thinking: int = 0) -> dict[str, Any]:

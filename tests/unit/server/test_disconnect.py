@@ -95,3 +95,16 @@ async def test_cancelled_by_the_server(server: Harness):
         client.task.cancel()
         await asyncio.gather(client.task, return_exceptions=True)
         assert server.engine.num_open == len(server.worker.open) == 0
+
+
+async def test_a_response_of_the_background_goes_on(server: Harness):
+    server.worker.runs.clear()
+    body = {"input": "abc", "background": True, "stream": True, "max_output_tokens": 3}
+    client = Client(server, "/v1/responses", body, "2.3")
+    await server.worker.has_open(1)
+    client.gone.set()
+    await client.task
+    assert server.engine.num_open == len(server.worker.open) == 1
+    server.worker.runs.set()
+    await server.engine.drain()
+    assert not server.worker.aborted

@@ -49,13 +49,19 @@ def test_text():
         ("stop", "END", "stop_sequence"),
         ("stop", "not asked for", "end_turn"),
         ("length", None, "max_tokens"),
-        ("tool_calls", None, "tool_use"),
     ],
 )
 def test_stop_reasons(finish_reason, stop, reason):
     message = build([say("a", finish_reason)], stop, ["END"])
     assert message["stop_reason"] == reason
     assert message["stop_sequence"] == (stop if reason == "stop_sequence" else None)
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "reason"), [("tool_calls", "tool_use"), ("stop", "tool_use"), ("length", "max_tokens")]
+)
+def test_stop_reason_of_a_call(finish_reason, reason):
+    assert build([say("a"), call(0, "f", "{}", finish_reason)])["stop_reason"] == reason
 
 
 def test_thoughts_text_and_calls():
