@@ -35,13 +35,19 @@ async def check_in_thread(grammar: str) -> str | None:
 class GrammarProcess:
     """A `GrammarCheck` that compiles in a child process: started for the first grammar, and again after one killed it.
 
-    One grammar at a time; what became of the last ones is remembered.
+    One grammar at a time; what became of the last ones is remembered. To be entered, so that it ends its child.
     """
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
         self._child: asyncio.subprocess.Process | None = None
         self._remembered: OrderedDict[str, str | None] = OrderedDict()
+
+    async def __aenter__(self) -> GrammarProcess:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     async def __call__(self, grammar: str) -> str | None:
         if grammar not in self._remembered:

@@ -25,6 +25,7 @@ from amoe.logs import LogOptions, configure
 from amoe.models.config import load_model_config
 from amoe.server.app import create_app
 from amoe.server.context import ServerContext
+from amoe.server.grammar_check import GrammarProcess
 from amoe.server.options import ServerOptions
 from amoe.server.progress import LoadingProgress
 from amoe.server.sampling import SamplingDefaults
@@ -83,11 +84,16 @@ async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions)
             )
             _warn_of_short_cache(engine.model.max_model_len, config.max_model_len, model.max_position_embeddings)
             try:
-                context = ServerContext(
-                    engine=engine, model_names=options.model_names, defaults=defaults, chat=options.chat
-                )
-                async with _helpers(context, options, tracer):
-                    await _serve_http(context, options, tracer, listener, signals)
+                async with GrammarProcess() as check_grammar:
+                    context = ServerContext(
+                        engine=engine,
+                        model_names=options.model_names,
+                        defaults=defaults,
+                        check_grammar=check_grammar,
+                        chat=options.chat,
+                    )
+                    async with _helpers(context, options, tracer):
+                        await _serve_http(context, options, tracer, listener, signals)
                 return 1 if engine.died.is_set() else 0
             finally:
                 await engine.close()
