@@ -18,6 +18,7 @@ from amoe.server.parsers.formats import ToolFormat
 # Arguments as models write them: one space after a comma and a colon, none that a small model could add for ever.
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 MAX_SCHEMA_CHARS = 65_536
+_COMPOSING = ("allOf", "anyOf", "oneOf", "$ref", "patternProperties")  # may name more properties than `properties` does
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,11 +121,11 @@ def _schema_complaint(text: str) -> str | None:
 
 
 def arguments_schema(function: FunctionDefinition) -> dict[str, Any]:
-    """The schema that the arguments of `function` are held to. Keywords that cannot be enforced are left out, unless
-    the function is `strict`."""
-    parameters = function.parameters
-    if parameters is None:
-        parameters = {"properties": {}, "additionalProperties": False}
+    """The schema that the arguments of `function` are held to: no others than it names, unless it says so itself.
+    Keywords that cannot be enforced are left out, unless the function is `strict`."""
+    parameters = dict(function.parameters or {"properties": {}})
+    if "properties" in parameters and not any(name in parameters for name in _COMPOSING):
+        parameters.setdefault("additionalProperties", False)
     return {**parameters, "type": "object", "x-guidance": {**SPACING, "lenient": not function.strict}}
 
 

@@ -1,6 +1,7 @@
 """`{"name": ..., "arguments": {...}}`, or a list of such, without any mark: for models that know no better.
 
-A text for people may hold objects too, so that only one that begins like a call of a function that there is counts.
+A text for people may hold objects too: only one counts that starts a line, and begins like a call of a function that
+there is.
 """
 
 from __future__ import annotations
@@ -53,7 +54,14 @@ class JsonListParser(MarkedText):
 
 
 class PlainJsonParser(JsonListParser):
-    """Calls anywhere in the text."""
+    """Calls that start a line."""
+
+    _line_is_blank = True  # so far
+
+    def content(self, text: str) -> None:
+        line = text[text.rfind("\n") + 1 :]
+        self._line_is_blank = (self._line_is_blank or "\n" in text) and not line.strip()
+        super().content(text)
 
     def read_content(self) -> bool:
         found = _START.search(self.text)
@@ -62,7 +70,9 @@ class PlainJsonParser(JsonListParser):
             self.pass_on(len(self.text) if partial is None else partial.start())
             return False
         self.pass_on(found.start())
-        if found.group() == "{":
+        if not self._line_is_blank:
+            self.pass_on(1)
+        elif found.group() == "{":
             self.expect_object()
         else:
             self.skip(len(found.group()) - 1)
