@@ -27,8 +27,9 @@ from amoe.errors import RequestError
 
 T = TypeVar("T")
 
-# Below llguidance's defaults where those allow 100 ms a token, or 500 MB a sequence. JSON needs a few hundred of each.
-LIMITS = LLParserLimits(step_max_items=10_000, max_lexer_states=50_000, verbose_errors=False)
+# Below llguidance's defaults where those allow 200 ms a token, or 500 MB a sequence. A schema of 500 alternatives takes
+# 1,500 items at its first token; everything else that people send takes less.
+LIMITS = LLParserLimits(step_max_items=4_000, max_lexer_states=50_000, verbose_errors=False)
 _NUM_THREADS = 2  # so that a heavy grammar does not keep a light one waiting
 _MAX_KEPT = 32  # compiled grammars: most users send the same one again and again
 _MAX_COMPLAINT = 300  # characters
