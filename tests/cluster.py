@@ -30,7 +30,7 @@ from amoe.engine.messages import (
 )
 from amoe.transport.base import Transport
 from amoe.transport.inproc import InprocFabric
-from amoe.types import CapacityUsage, SamplingParams, TokenLogprobs
+from amoe.types import CapacityUsage, SamplingParams, SequenceTimes, TokenLogprobs
 from tests.unit.core.scenario import random_shares
 
 
@@ -64,8 +64,11 @@ class Finished:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
+    error: str = ""
     num_cached_tokens: int = 0
     capacity: CapacityUsage | None = None
+    routed_experts: bytes = b""
+    times: list[SequenceTimes] = field(default_factory=list)
 
 
 class InprocCluster:
@@ -97,14 +100,23 @@ class InprocCluster:
         self.num_turns = 0
         self.num_steers = 0
 
-    def add(self, prompt: Sequence[int], params: SamplingParams, *, home: int | None = None) -> int:
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        home: int | None = None,
+        sibling_of: int | None = None,
+    ) -> int:
         """Send a request to an attention worker (in turn, unless named). Returns its number."""
         request_id = len(self.requests)
         homes = self.config.placement.attention_ranks
         rank = homes[request_id % len(homes)] if home is None else home
+        if sibling_of is not None:
+            rank = self._home_of[sibling_of]
         self.requests[request_id] = Finished()
         self._home_of[request_id] = rank
-        self.controls[rank].inbox.append(AddRequest(request_id, list(prompt), params))
+        self.controls[rank].inbox.append(AddRequest(request_id, list(prompt), params, sibling_of))
         return request_id
 
     def abort(self, request_id: int) -> None:
@@ -178,8 +190,11 @@ class InprocCluster:
                 request.logprobs += output.logprobs
                 request.prompt_logprobs += output.prompt_logprobs
                 request.finish_reason = output.finish_reason
+                request.error = output.error
                 request.num_cached_tokens = output.num_cached_tokens
                 request.capacity = output.capacity
+                request.routed_experts += output.routed_experts
+                request.times += [output.times] if output.times is not None else []
 
 
 class _Clock:

@@ -64,6 +64,7 @@ def assemble(
             owner_of_rank={owner_rank: owner for owner, owner_rank in enumerate(config.placement.expert_ranks)},
             eos_token_ids=checkpoint.eos_token_ids,
             seed=config.seed,
+            clock=ports.clock,
         )
     return Worker(
         core,

@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from amoe.clock import Clock
 from amoe.core.attention import AttentionCore
-from amoe.core.sequence import Sequence, UsageColumn
+from amoe.core.routed_experts import take_routed
+from amoe.core.sequence import Sequence, SequenceLife, UsageColumn
 from amoe.core.steps import AttentionStep, HeadStep, Outgoing, PromptTokens
 from amoe.engine.executor import AttentionBlocks
 from amoe.engine.messages import AddRequest, ControlPort, Outputs, Steer
@@ -25,7 +27,16 @@ from amoe.engine.sampling_table import (
     finish_reasons,
 )
 from amoe.engine.structured import Grammars
-from amoe.types import Batch, BoolArray, CapacityUsage, FinishReason, Int64Array, SequenceOutput, TokenLogprobs
+from amoe.types import (
+    Batch,
+    BoolArray,
+    CapacityUsage,
+    FinishReason,
+    Int64Array,
+    SequenceOutput,
+    SequenceTimes,
+    TokenLogprobs,
+)
 
 _FINISH: dict[int, FinishReason | None] = {
     GO_ON: None,
@@ -58,6 +69,19 @@ def _logprobs(sampled: SampledTokens, indices: range, num_top: int) -> list[Toke
     return [TokenLogprobs(*entry) for entry in zip(*(column.tolist() for column in columns), strict=True)]
 
 
+def sequence_times(life: SequenceLife, now: float, *, is_last: bool) -> SequenceTimes | None:
+    """What is told with a token that comes now: something with the first and the last one only."""
+    is_first = life.first_token_at is None
+    if life.first_token_at is None:
+        life.first_token_at = now
+    if not (is_first or is_last):
+        return None
+    admitted_at = now if life.admitted_at is None else life.admitted_at
+    # A message that comes in a turn is a little younger than the turn, which is when it is admitted.
+    queue_s = max(0.0, admitted_at - life.arrived_at)
+    return SequenceTimes(queue_s, life.first_token_at - admitted_at, life.num_preemptions)
+
+
 class Home:
     """Requests, attention steps and head steps of one attention worker.
 
@@ -77,13 +101,16 @@ class Home:
         owner_of_rank: dict[int, int],
         eos_token_ids: tuple[int, ...],
         seed: int,
+        clock: Clock,
     ) -> None:
         self.core = core
         self._executor = executor
         self._sampling = sampling
         self._control = control
         self._grammars = grammars
-        self._compiling: dict[int, AddRequest] = {}  # requests that wait for their grammar
+        self._clock = clock
+        # Requests that wait for their grammar, and when they came.
+        self._compiling: dict[int, tuple[AddRequest, float]] = {}
         self._owner_of_rank = owner_of_rank
         self._eos_token_ids = eos_token_ids
         self._seed = seed
@@ -97,14 +124,15 @@ class Home:
             self._control.send(Outputs([SequenceOutput(message.request_id, [], finish_reason="error")]))
             return
         if message.params.grammar is not None:
-            self._compiling[message.request_id] = message
+            self._compiling[message.request_id] = (message, self._clock.now())
             self._grammars.add(message.request_id, message.params.grammar)
             return
-        self._enter(message)
+        self._enter(message, self._clock.now())
 
-    def _enter(self, message: AddRequest) -> None:
-        batcher = self.core.batcher
-        batcher.add(message.request_id, np.asarray(message.prompt_token_ids, np.int32), message.params)
+    def _enter(self, message: AddRequest, arrived_at: float) -> None:
+        token_ids = np.asarray(message.prompt_token_ids, np.int32)
+        sequence = self.core.batcher.add(message.request_id, token_ids, message.params, message.sibling_of)
+        sequence.life.arrived_at = arrived_at
 
     @property
     def is_compiling(self) -> bool:
@@ -120,12 +148,12 @@ class Home:
         if not self._compiling:
             return
         for request_id, complaint in self._grammars.take_ready():
-            message = self._compiling.pop(request_id)
+            message, arrived_at = self._compiling.pop(request_id)
             if complaint:
                 output = SequenceOutput(request_id, [], finish_reason="error", error=complaint)
                 self._control.send(Outputs([output]))
             else:
-                self._enter(message)
+                self._enter(message, arrived_at)
 
     def close(self) -> None:
         """The worker leaves."""
@@ -240,11 +268,13 @@ class Home:
                 self._sampling.set(sequence.row, sequence.params, default_seed, self._eos_token_ids)
 
     def _outputs(self, rows: Int64Array, sampled: SampledTokens, codes: npt.NDArray[np.int8]) -> list[SequenceOutput]:
-        outputs = []
+        outputs, now = [], self._clock.now()
         for row, token, code in zip(rows.tolist(), sampled.token_ids.tolist(), codes.tolist(), strict=True):
             sequence = self._sequence_at(row)
             output = SequenceOutput(sequence.request_id, [token], finish_reason=_FINISH[code])
             output.num_cached_tokens = sequence.num_cached_tokens or 0
+            output.routed_experts = take_routed(sequence)
+            output.times = sequence_times(sequence.life, now, is_last=code != GO_ON)
             if self.core.capacity is not None:
                 output.capacity = capacity_usage(self.core.batcher.table.usage[row])
             if sequence.params.max_tokens == 0:  # nobody has asked for this token

@@ -130,7 +130,7 @@ class StatsKeeper:
 
 def _describe_sequences(stats: WorkerStats, batcher: Batcher) -> None:
     stats.num_running = len(batcher.running)
-    stats.num_waiting = len(batcher.waiting)
+    stats.num_waiting, stats.num_deferred = len(batcher.waiting), batcher.waiting.num_aside
     stats.kv_blocks_used = batcher.blocks.num_used
     stats.kv_blocks_total = batcher.blocks.num_blocks
     stats.token_slots_used = batcher.slots.num_slots - batcher.slots.num_free
