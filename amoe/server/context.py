@@ -31,6 +31,7 @@ class ServerContext:
         created: Unix time of the server's start.
         check_grammar: says what is wrong with a user's grammar.
         chat: how conversations are treated.
+        background: work that goes on without a client; a server that leaves waits for it as for open requests.
     """
 
     engine: AsyncEngine
@@ -39,6 +40,7 @@ class ServerContext:
     created: int = field(default_factory=lambda: int(time.time()))
     check_grammar: GrammarCheck = check_in_thread
     chat: ChatOptions = field(default_factory=ChatOptions)
+    background: set[asyncio.Task[None]] = field(default_factory=set)
 
     def resolve_model(self, name: str | None) -> str:
         """The served name that a request means.

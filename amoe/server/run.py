@@ -36,6 +36,7 @@ from amoe.server.web_server import WebServer, address_of, bound_socket, check_ce
 T = TypeVar("T")
 
 WORKER_GRACE_S = 10.0
+POLL_GRACE_S = 3.0  # for clients to ask once more for what was made in the background
 DEATH_GRACE_S = 10.0  # a server that can serve nothing any more still says why to whoever asks, then makes room
 
 
@@ -151,14 +152,26 @@ async def _serve_http(
                 "(interrupt again to kill)"
             )
         engine.refuse_new()
+        deadline = asyncio.get_running_loop().time() + options.shutdown_timeout_s
+        await _finish_background(context, serving, options.shutdown_timeout_s)
         server.should_exit = True
-        await asyncio.wait((serving,), timeout=options.shutdown_timeout_s)
+        await asyncio.wait((serving,), timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
         if not serving.done():
             await engine.close()  # what is still open gets a proper error, and so comes to its end
         await serving
     finally:
         requested.cancel()
         died.cancel()
+
+
+async def _finish_background(context: ServerContext, serving: asyncio.Task[None], timeout_s: float) -> None:
+    """Let work that no connection waits for come to its end, and its clients fetch what it made: they come back for it,
+    as long as there is somebody who listens."""
+    if context.background:
+        ended = asyncio.gather(*context.background, return_exceptions=True)
+        await asyncio.wait((ended, serving), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if ended.done():
+            await asyncio.wait((serving,), timeout=min(POLL_GRACE_S, timeout_s))
 
 
 async def _unless_requested(signals: ShutdownSignals, work: Coroutine[Any, Any, T]) -> T:

@@ -15,17 +15,22 @@ class BackgroundRun:
     """Works on a response, whoever comes and goes. To be made within the event loop.
 
     Args:
+        tasks: the task is in there until it ends.
         keeps_events: the client may stream the response, from any event on.
         on_end: called when the response has ended, in whatever way.
     """
 
-    def __init__(self, run: ResponseRun, *, keeps_events: bool, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, run: ResponseRun, tasks: set[asyncio.Task[None]], *, keeps_events: bool, on_end: Callable[[], None]
+    ) -> None:
         self.keeps_events = keeps_events
         self._run = run
         self._on_end = on_end
         self._frames: list[bytes] = []  # the event of sequence number i is the i-th
         self._changed = asyncio.Event()
         self._task = asyncio.create_task(self._work())
+        tasks.add(self._task)
+        self._task.add_done_callback(tasks.discard)
 
     async def _work(self) -> None:
         try:

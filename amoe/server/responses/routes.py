@@ -46,7 +46,8 @@ class ResponsesService:
         stored, run = await self._start(body)
         if not body.background:
             return EventStream(self._frames(stored, run, keep=body.store), run.job.generations)
-        work = BackgroundRun(run, keeps_events=body.stream, on_end=lambda: self._ended(stored))
+        tasks = self._context.background
+        work = BackgroundRun(run, tasks, keeps_events=body.stream, on_end=lambda: self._ended(stored))
         stored.run = work
         self.store.put(stored)
         return EventStream(work.follow(), ()) if body.stream else json_response(stored.body)
