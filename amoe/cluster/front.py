@@ -16,6 +16,20 @@ from amoe.engine.watchdog import HEARTBEAT_TIMEOUT_S, STALL_TIMEOUT_S
 from amoe.models.config import load_model_config
 
 
+def model_info(config: EngineConfig, ready: Sequence[Ready], name: str) -> ModelInfo:
+    """What a front must know of the model that the workers of `config` have loaded."""
+    # Expert workers have no say in the length of a sequence: they have no KV cache.
+    longest = min(ready[rank].max_model_len for rank in config.placement.attention_ranks)
+    sizes = served_shape(config)
+    return ModelInfo(
+        name=name,
+        max_model_len=longest,
+        vocab_size=load_model_config(config.model).vocab_size,
+        num_moe_layers=sum(sizes.sparse_layers),
+        pairs_per_token=config.capacity.pairs_per_token(sizes.top_k, sizes.num_experts),
+    )
+
+
 def connect_engine(
     cluster: LocalCluster,
     ready: Sequence[Ready],
@@ -32,22 +46,11 @@ def connect_engine(
         name: of the model, as users see it.
         heartbeat_timeout_s, stall_timeout_s: see `amoe.engine.watchdog`.
     """
-    config = cluster.config
-    # Expert workers have no say in the length of a sequence: they have no KV cache.
-    longest = min(ready[rank].max_model_len for rank in config.placement.attention_ranks)
-    sizes = served_shape(config)
-    model = ModelInfo(
-        name=name,
-        max_model_len=longest,
-        vocab_size=load_model_config(config.model).vocab_size,
-        num_moe_layers=sum(sizes.sparse_layers),
-        pairs_per_token=config.capacity.pairs_per_token(sizes.top_k, sizes.num_experts),
-    )
     engine = AsyncEngine(
         cluster.channels,
-        config,
+        cluster.config,
         tokenizer,
-        model,
+        model_info(cluster.config, ready, name),
         owners=cluster.owners,
         heartbeat_timeout_s=heartbeat_timeout_s,
         stall_timeout_s=stall_timeout_s,

@@ -16,8 +16,9 @@ from typing import Protocol
 from amoe.clock import Clock, MonotonicClock
 from amoe.config import EngineConfig
 from amoe.engine.generation import GenerationDelta, GenerationState
-from amoe.engine.load import Choices, OpenLoad, first_choices
+from amoe.engine.load import Choices, Front, OpenLoad, first_choices
 from amoe.engine.messages import AbortRequests, AddRequest, Failed, Heartbeat, Outputs, Pulse, ToServer, ToWorker
+from amoe.engine.shared_control import REQUESTS_PER_FRONT
 from amoe.engine.steering import Steering
 from amoe.engine.tokenizer import Tokenizer
 from amoe.engine.watchdog import HEARTBEAT_TIMEOUT_S, STALL_TIMEOUT_S, Stall, Watchdog
@@ -147,6 +148,7 @@ class AsyncEngine:
         heartbeat_timeout_s: a worker whose loop does not turn for so long is dead.
         stall_timeout_s: a worker that gives no sign of life, or has work and runs no block, for so long makes the
             engine unhealthy until it goes on.
+        front: which of several engines on the same workers this is; the first one steers them.
     """
 
     def __init__(
@@ -160,16 +162,17 @@ class AsyncEngine:
         clock: Clock | None = None,
         heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
         stall_timeout_s: float = STALL_TIMEOUT_S,
+        front: Front = Front(),  # noqa: B008 - frozen
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.model = model
-        self.metrics = EngineMetrics(model.name, model.max_model_len, config.cache)
+        self.metrics = EngineMetrics(model.name, model.max_model_len, config.cache, steers=front.index == 0)
         self._channels = channels
         self._clock = clock or MonotonicClock()
         self._open: dict[int, Generation] = {}
-        self._load = OpenLoad(config)
-        self._next_id = 0
+        self._load = OpenLoad(config, front.count)
+        self._next_id = front.index * REQUESTS_PER_FRONT
         self._tasks: list[asyncio.Task[None]] = []
         self._death: EngineDeadError | None = None
         self._draining = False
@@ -178,7 +181,8 @@ class AsyncEngine:
         self._all_closed.set()
         self._watchdog = Watchdog(range(len(channels)), heartbeat_timeout_s, stall_timeout_s)
         self.metrics.prepare(config.placement.attention_ranks)
-        self._steering = Steering(config, owners, self._clock, send=self._send, tell=self.metrics.steered)
+        steered = owners if front.index == 0 else None
+        self._steering = Steering(config, steered, self._clock, send=self._send, tell=self.metrics.steered)
 
     # -- life --------------------------------------------------------------------------------------------------------
 

@@ -64,14 +64,27 @@ def first_choices(requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> l
     return firsts
 
 
-class OpenLoad:
-    """Counts open sequences and their tokens, by attention worker, and tokens of prompts that wait."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Front:
+    """Which of the processes that send requests to the workers this is: number `index` of `count`."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    index: int = 0
+    count: int = 1
+
+
+class OpenLoad:
+    """Counts open sequences and their tokens, by attention worker, and tokens of prompts that wait.
+
+    Args:
+        num_fronts: processes that send requests to the same workers. Each has its part of the room.
+    """
+
+    def __init__(self, config: EngineConfig, num_fronts: int = 1) -> None:
         ranks = config.placement.attention_ranks
         self._max_num_seqs = config.scheduler.max_num_seqs
-        self._max_waiting_tokens = config.max_waiting_tokens
-        self._capacity = admission.queue_capacity(len(ranks), self._max_num_seqs, config.max_waiting)
+        limit = config.max_waiting_tokens
+        self._max_waiting_tokens = None if limit is None else -(-limit // num_fronts)
+        self._capacity = -(-admission.queue_capacity(len(ranks), self._max_num_seqs, config.max_waiting) // num_fronts)
         self._num_requests = dict.fromkeys(ranks, 0)
         self._num_tokens = dict.fromkeys(ranks, 0)
         self._num_waiting_tokens = 0

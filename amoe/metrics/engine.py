@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
 
@@ -13,6 +14,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from amoe.config import CacheConfig
 from amoe.metrics.experts import ExpertLoad
@@ -28,11 +30,17 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 disable_created_metrics()  # a `_created` twin of every series, which nobody plots
 
 
+def is_multiprocess() -> bool:
+    """Several API processes count into shared files, and each can tell the sums."""
+    return "PROMETHEUS_MULTIPROC_DIR" in os.environ
+
+
 class EngineMetrics:
     """What the server tells of requests and workers, in a registry of its own.
 
     Args:
         cache: configuration of the workers' KV caches.
+        steers: this process steers the workers, and tells of it.
 
     Attributes:
         workers: the latest snapshot of each worker, by rank.
@@ -41,7 +49,9 @@ class EngineMetrics:
         http: what the HTTP side counts.
     """
 
-    def __init__(self, model_name: str, max_model_len: int, cache: CacheConfig | None = None) -> None:
+    def __init__(
+        self, model_name: str, max_model_len: int, cache: CacheConfig | None = None, *, steers: bool = True
+    ) -> None:
         self.registry = CollectorRegistry()
         self._model_name = model_name
         self.workers: dict[int, WorkerStats] = {}
@@ -51,15 +61,26 @@ class EngineMetrics:
         self._heartbeats: dict[int, float] = {}
         self._requests = RequestFamilies(self.registry, model_name, max_model_len)
         self._healthy = Gauge(
-            "amoe:engine_healthy", "1 while every worker makes progress.", ("model_name",), registry=self.registry
+            "amoe:engine_healthy",
+            "1 while every worker makes progress.",
+            ("model_name",),
+            registry=self.registry,
+            multiprocess_mode="livemin",
         )
         self._healthy.labels(model_name).set(1)
         self._steering = SteeringCollector(model_name)
-        self.registry.register(
+        # What several API processes count is added up. All of them hear the workers: one tells what they say.
+        self._exposed = self.registry
+        if is_multiprocess():
+            self._exposed = CollectorRegistry()
+            MultiProcessCollector(self._exposed)
+        else:
+            ProcessCollector(registry=self._exposed)  # CPU, memory and descriptors of the server itself
+        self._exposed.register(
             WorkerCollector(model_name, self.workers, self._heartbeats, self.load, cache or CacheConfig())
         )
-        self.registry.register(self._steering)
-        ProcessCollector(registry=self.registry)  # CPU, memory and descriptors of the server itself
+        if steers:
+            self._exposed.register(self._steering)
 
     def prepare(self, ranks: Iterable[int]) -> None:
         """Create the request-level series of these attention workers, so that a graph starts at 0."""
@@ -155,4 +176,5 @@ class EngineMetrics:
     def render(self) -> bytes:
         """The text exposition, of content type `CONTENT_TYPE`. It may be called in another thread: with thousands of
         series (61 layers of 256 experts give 36,000) it takes a quarter of a second."""
-        return generate_latest(self.registry)
+        self.http.refresh()
+        return generate_latest(self._exposed)

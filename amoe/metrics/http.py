@@ -25,8 +25,16 @@ class HttpMetrics:
             buckets=HTTP_BUCKETS,
             registry=registry,
         )
-        self._open = Gauge(f"{PREFIX}http_requests_open", "HTTP requests being answered.", registry=registry)
-        self._connections = Gauge(f"{PREFIX}http_connections_open", "Open HTTP connections.", registry=registry)
+        self._open = Gauge(
+            f"{PREFIX}http_requests_open",
+            "HTTP requests being answered.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._connections = Gauge(
+            f"{PREFIX}http_connections_open", "Open HTTP connections.", registry=registry, multiprocess_mode="livesum"
+        )
+        self._count_connections: Callable[[], int] = lambda: 0
         self._lag = Histogram(
             f"{PREFIX}event_loop_lag_seconds",
             "Seconds by which a timer of the API's event loop was late.",
@@ -53,7 +61,12 @@ class HttpMetrics:
     def lagged(self, seconds: float) -> None:
         """A timer of the event loop was late."""
         self._lag.observe(max(0.0, seconds))
+        self.refresh()
 
     def watch_connections(self, count: Callable[[], int]) -> None:
-        """Ask `count` for the number of open connections at every scrape."""
-        self._connections.set_function(count)
+        """Ask `count` for the number of open connections at every scrape, and now and then."""
+        self._count_connections = count
+
+    def refresh(self) -> None:
+        """Before a scrape, here or in another API process."""
+        self._connections.set(self._count_connections())
