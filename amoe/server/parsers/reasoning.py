@@ -67,7 +67,7 @@ class ReasoningParser:
         """The text has ended: what looked like a mark is none."""
         reasoning, answer = self._run()
         rest, self._text = self._text, ""
-        if self._mode == self._read_thoughts:
+        if self._mode == self._read_thoughts or (self._mode == self._read_start and not self._needs_mark):
             return reasoning + self._thoughts(rest), answer
         return reasoning, answer + rest
 
