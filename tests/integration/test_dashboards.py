@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,6 +178,15 @@ def test_what_it_says_is_plausible(scraped: tuple[Prometheus, str]):
     assert prometheus.query("sum(amoe:admission_rejections_total)") == prometheus.query(
         'sum(http_requests_total{status="5xx"})'
     )
+
+
+@needs_prometheus
+def test_the_health_check_of_the_images_tells_life_from_death(scraped: tuple[Prometheus, str]):
+    _, url = scraped
+    (line,) = re.findall(r"urlopen\(.*?\)", (ROOT / "docker" / "Dockerfile").read_text())
+    for where, status in ((url, 0), ("http://127.0.0.1:1", 1)):
+        source = "import urllib.request as r; r." + line.replace("http://127.0.0.1:8000", where)
+        assert subprocess.run([sys.executable, "-c", source], stderr=subprocess.DEVNULL).returncode == status
 
 
 @needs_prometheus
