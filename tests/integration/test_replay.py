@@ -157,7 +157,7 @@ def _to_message(entry) -> AddRequest | AbortRequests | Steer:
     if entry.call == "set_shares":
         return Steer(np.array(entry.given, "<f4").tobytes())
     request = new_request(entry)
-    return AddRequest(request.request_id, request.prompt_token_ids.tolist(), request.params)
+    return AddRequest(request.request_id, request.prompt_token_ids.tolist(), request.params, request.sibling_of)
 
 
 class FakeClock:
@@ -182,7 +182,12 @@ class FakeHome:
 
     def add(self, message: AddRequest) -> None:
         token_ids = np.array(message.prompt_token_ids, np.int32)
-        self.core.batcher.add(message.request_id, token_ids, message.params)
+        self.core.batcher.add(message.request_id, token_ids, message.params, message.sibling_of)
+
+    is_compiling = False
+
+    def poll(self) -> None:
+        """No request brings a grammar."""
 
     def steer(self, message: Steer) -> None:
         self.core.set_shares(np.frombuffer(message.shares, "<f4").reshape(self.core.replica_shape))
