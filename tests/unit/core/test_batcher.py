@@ -377,3 +377,69 @@ def test_of_a_chunk_that_was_scored_in_part_only_the_rest_goes_to_the_head():
     assert [positions(batcher, chunk) for chunk in batcher.start().chunks] == [[6, 7, 8, 9]]
     batcher.abort(2)
     assert_empty(batcher)
+
+
+def test_a_sibling_waits_for_the_prompt_and_nobody_waits_for_it():
+    batcher = make(budget=4, blocks=20)
+    first = add(batcher, 1, 9)
+    sibling = batcher.add(2, np.arange(9, dtype=np.int32), PARAMS, 1)
+    assert batcher.num_ready == 1
+    stranger = add(batcher, 3, 3, first=50)
+    finish_chunks(batcher, batcher.start())
+    finish_chunks(batcher, batcher.start())
+    assert sibling.row < 0
+    entry = batcher.start()  # the last token of the first one, and the stranger's prompt
+    assert [len(chunk) for chunk in entry.chunks] == [1, 3]
+    finish_chunks(batcher, entry)
+    entry = batcher.start()
+    assert positions(batcher, entry.chunks[0]) == [8]
+    assert sibling.blocks[:2] == first.blocks[:2]
+    assert sibling.num_cached_tokens == 8
+    assert batcher.blocks.num_queries == 0, "there is no prefix cache"
+    for request_id in (first.request_id, sibling.request_id, stranger.request_id):
+        batcher.abort(request_id)
+    assert_empty(batcher)
+
+
+def test_a_sibling_of_somebody_who_has_long_begun_finds_its_blocks():
+    batcher = make(budget=16, blocks=20)
+    first = add(batcher, 1, 9)
+    prefilled(batcher, first)
+    late = batcher.add(2, np.arange(9, dtype=np.int32), PARAMS, 1)
+    assert positions(batcher, batcher.start().chunks[0]) == [8]
+    assert late.blocks[:2] == first.blocks[:2]
+
+
+def test_short_prompts_have_nothing_to_share():
+    batcher = make(budget=16)
+    add(batcher, 1, 4)
+    batcher.add(2, np.arange(4, dtype=np.int32), PARAMS, 1)
+    assert [len(chunk) for chunk in batcher.start().chunks] == [4, 4]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_priority_decides_who_is_admitted_and_who_is_preempted(policy):
+    scheduler = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16, scheduling_policy=policy)
+    batcher = Batcher(scheduler, CacheConfig(block_size=2), 3, 64, 1)
+    worse = add(batcher, 1, 2, params=SamplingParams(max_tokens=9, priority=5))
+    prefilled(batcher, worse)
+    usual = add(batcher, 2, 2, first=40)
+    better = add(batcher, 3, 2, first=50, params=SamplingParams(max_tokens=9, priority=-1))
+    assert list(batcher.waiting) == ([better, usual] if policy == "priority" else [usual, better])
+    entry = batcher.start()  # the first one grows: one block is left
+    admitted = better if policy == "priority" else usual
+    assert set(batcher.running) == {1, admitted.request_id}
+    finish_chunks(batcher, entry)
+    sample(batcher, worse, admitted)
+    batcher.start()  # the other one grows
+    assert worse.status is (SequenceStatus.WAITING if policy == "priority" else SequenceStatus.DECODE)
+    assert (worse.life.num_preemptions, admitted.life.num_preemptions) == ((1, 0) if policy == "priority" else (0, 1))
+
+
+def test_the_first_admission_is_when_a_sequence_began():
+    batcher = make(blocks=4, block_size=2)
+    sequence = add(batcher, 1, 4)
+    batcher.start(3.5)
+    batcher._preempt(sequence)
+    batcher.start(7.0)
+    assert sequence.life.admitted_at == 3.5

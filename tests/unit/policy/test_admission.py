@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amoe.errors import RequestError
+from amoe.policy import admission
 from amoe.policy.admission import (
     MAX_RETRY_AFTER_S,
     WorkerLoad,
@@ -68,3 +69,17 @@ def test_prompts():
         with pytest.raises(RequestError) as caught:
             validate_prompt(wrong, 10, "messages")
         assert caught.value.param == "messages"
+
+
+def test_place_in_line():
+    assert admission.place_in_line("fcfs", -3, 2) > admission.place_in_line("fcfs", 7, 1)
+    assert admission.place_in_line("priority", -3, 2) < admission.place_in_line("priority", 7, 1)
+    assert admission.place_in_line("priority", 7, 1) < admission.place_in_line("priority", 7, 2)
+
+
+def test_a_priority_that_would_be_ignored_is_refused():
+    admission.validate_priority(0, "fcfs")
+    admission.validate_priority(-7, "priority")
+    with pytest.raises(RequestError, match=r"priority is 1, .*--scheduling-policy priority") as caught:
+        admission.validate_priority(1, "fcfs")
+    assert caught.value.param == "priority"
