@@ -9,6 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
+from amoe.server.app import create_app
+from amoe.server.context import ServerContext
+from amoe.server.options import HttpOptions, digest_keys
 from tests.unit.server.conftest import Harness
 from tests.unit.server.messages.anthropic_types import check_error, check_message, check_stream
 
@@ -116,6 +119,18 @@ async def test_errors_of_outer_layers(server: Harness):
     check_error(response.json(), "invalid_request_error")
     assert "error" in (await server.http.get("/v1/nothing")).json()  # elsewhere, in OpenAI's shape
     assert "type" not in (await server.http.get("/v1/nothing")).json()
+
+
+async def test_keys(server: Harness):
+    context = ServerContext(engine=server.engine, model_names=("fake",))
+    app = create_app(context, HttpOptions(key_digests=digest_keys(("secret",), "test")))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        body = {"messages": [USER], "max_tokens": 3}
+        for headers in ({}, {"x-api-key": "wrong"}):
+            response = await http.post("/v1/messages", json=body, headers=headers)
+            assert response.status_code == 401
+            check_error(response.json(), "authentication_error")
+        assert (await http.post("/v1/messages", json=body, headers={"x-api-key": "secret"})).status_code == 200
 
 
 async def test_full_queue(server: Harness):

@@ -259,6 +259,7 @@ async def test_full_queue(server: Harness):
         ({"model": "nope"}, 404, "model"),
         ({"previous_response_id": "resp_x"}, 404, "previous_response_id"),
         ({"temperature": -1}, 400, "temperature"),
+        ({"tool_choice": "required"}, 400, "tool_choice"),
     ],
 )
 async def test_errors(server: Harness, fields, status, param):
