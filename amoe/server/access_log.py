@@ -16,7 +16,7 @@ from amoe.types import SamplingParams
 
 logger = logging.getLogger("amoe.request")
 
-PROBES = frozenset({"/health", "/ping", "/metrics"})
+PROBES = frozenset({"/health", "/ping", "/metrics", "/live"})
 
 _SECRET_PARAMS = ("cache_salt",)
 
@@ -28,7 +28,7 @@ class AccessLog:
         """Nothing yet."""
 
     def ended(self, record: RequestRecord) -> None:
-        """Probes come every few seconds: they are told only to who wants to know everything."""
+        """Probes, and pages that watch, come every few seconds: they are told only to who wants to know everything."""
         level = logging.DEBUG if record.path in PROBES else logging.INFO
         if logger.isEnabledFor(level):
             logger.log(level, "request ended", extra={"fields": as_fields(record)})

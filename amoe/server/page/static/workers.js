@@ -37,11 +37,11 @@ function detail(worker) {
   const parts = [];
   if (worker.silent_s !== null) parts.push(`nothing heard for ${count(Math.round(worker.silent_s))} s`);
   if (worker.in_flight !== null) {
-    parts.push(`${count(worker.in_flight)} tokens in flight`, `${count(worker.running)} running`);
+    parts.push(`${count(worker.in_flight)} in flight`, `${count(worker.running)} running`);
     if (worker.waiting) parts.push(`${count(worker.waiting)} waiting`);
     parts.push(`KV ${percent(worker.kv_used)}`);
   } else {
-    parts.push(`${count(worker.queued)} tokens queued`, `oldest ${seconds(worker.oldest_s)}`);
+    parts.push(`${count(worker.queued)} queued`, `oldest ${seconds(worker.oldest_s)}`);
   }
   return parts.join(" · ");
 }
