@@ -385,6 +385,7 @@ class AsyncEngine:
             self._steering.observe(message.stats)
         elif isinstance(message, Pulse):
             self._watchdog.pulse(rank, message.step_s, message.usual_s)
+            self.metrics.alive(rank)
         elif isinstance(message, Failed):
             self.die(f"worker {rank} failed: {message.message}")
 

@@ -165,6 +165,10 @@ class EngineMetrics:
         self.workers[stats.rank] = stats
         self.load.beat(stats.rank, self.workers)
 
+    def alive(self, rank: int) -> None:
+        """A worker is in a long step, and has nothing new to tell but that it lives."""
+        self._heartbeats[rank] = time.time()
+
     def steered(self, state: SteeringStats) -> None:
         """Take what has been made of the snapshots."""
         self._steering.state = state

@@ -38,7 +38,7 @@ class WorkerCollector(Collector):
 
     Args:
         workers: the latest snapshot of each, by rank; filled by others.
-        heartbeats: Unix time at which it came, by rank.
+        heartbeats: Unix time of its last sign of life, by rank.
         cache: configuration of their KV caches.
     """
 
@@ -113,7 +113,7 @@ class WorkerCollector(Collector):
             "amoe:worker_info", "What a worker does, told by labels; always 1.", labels=("worker", "role")
         )
         heartbeat = GaugeMetricFamily(
-            "amoe:worker_heartbeat_timestamp_seconds", "Unix time of the last heartbeat.", labels=("worker",)
+            "amoe:worker_heartbeat_timestamp_seconds", "Unix time of the last sign of life.", labels=("worker",)
         )
         for worker in stats:
             info.add_metric((str(worker.rank), worker.role), 1)

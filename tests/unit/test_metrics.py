@@ -273,6 +273,14 @@ def test_histograms_of_workers_are_cumulative(metrics: EngineMetrics):
     assert [found[bucket.format(le)] for le in ("0.0001", "0.01", "0.025", "+Inf")] == [1, 1, 2, 2]
 
 
+def test_a_worker_in_a_long_step_is_alive(metrics: EngineMetrics, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(time, "time", lambda: 5e9)
+    metrics.alive(1)
+    found = samples(metrics)
+    assert found["amoe:worker_heartbeat_timestamp_seconds{worker=1}"] == 5e9
+    assert found["amoe:worker_heartbeat_timestamp_seconds{worker=0}"] < 5e9
+
+
 def test_http_values(metrics: EngineMetrics):
     found = samples(metrics)
     assert found["http_requests_total{handler=/v1/completions,method=POST,status=2xx}"] == 1
