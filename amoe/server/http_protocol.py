@@ -12,6 +12,8 @@ from amoe.server.errors import error_body
 
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_TIMEOUT_S = 20.0
+LINGER_S = 2.0
+_TOO_LARGE = f"the head of the request is larger than {MAX_HEAD_BYTES} bytes"
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
@@ -22,6 +24,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     _head_bytes: int | None = 0  # of the head that is coming in; None: there is none
     _head_timer: asyncio.TimerHandle | None = None
+    _is_refused = False  # what else comes in is thrown away
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -32,12 +35,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
         if self._head_bytes is not None:
             self._head_bytes += len(data)
         super().data_received(data)
-        # Counted after the parser has seen it: most heads come in one piece, together with their body.
-        if self._head_bytes is not None and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(431, f"the head of the request is larger than {MAX_HEAD_BYTES} bytes")
+        # After the parser has seen it: most heads come in one piece, together with their body.
+        if self._head_bytes is not None and self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse(431, _TOO_LARGE)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -46,6 +51,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._forget_head()
+        if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > MAX_HEAD_BYTES:
+            self._refuse(431, _TOO_LARGE)
+            return
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -67,6 +75,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, status: int, message: str) -> None:
+        if self._is_refused or self.transport.is_closing():
+            return
+        self._is_refused = True
+        self._forget_head()
+        if self.cycle is not None and not self.cycle.response_complete:
+            # A request is being served, and what follows it, or its own body, is wrong: its client counts as gone.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self.cycle.response_started:
+                self.transport.close()
+                return
         body = json_bytes(error_body(message, status))
         phrase = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}[status]
         head: list[Any] = [
@@ -76,4 +95,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             b"connection: close\r\n\r\n",
         ]
         self.transport.write(b"".join([*head, body]))
-        self.transport.close()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        # Not at once: to close a socket with bytes unread resets the connection, and may take the answer along.
+        self.loop.call_later(LINGER_S, self._give_up)
