@@ -37,7 +37,9 @@ def user_message(text: str) -> Item:
 def completed(item: Item) -> Item:
     """`item` with what clients may leave out, as `input_items` has to tell it."""
     kind = kind_of(item)
-    result = {**item, "type": kind, "id": item.get("id") or new_item_id(kind), "status": "completed"}
+    own_id = item.get("id")
+    item_id = own_id if isinstance(own_id, str) and own_id else new_item_id(kind)
+    result = {**item, "type": kind, "id": item_id, "status": "completed"}
     if kind == "message" and isinstance(item.get("content"), str):
         text_type = "output_text" if item["role"] == "assistant" else "input_text"
         annotations: dict[str, Any] = {"annotations": []} if text_type == "output_text" else {}

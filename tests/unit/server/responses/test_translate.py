@@ -249,10 +249,11 @@ def test_stored_items_have_all_that_is_told_of_them():
             {"role": "assistant", "content": "ho", "id": "msg_1"},
             {"type": "function_call_output", "call_id": "c", "output": "x"},
             {"type": "reasoning"},
+            {"role": "user", "content": "x", "id": {}},
         ]
     )
     assert items[0]["content"] == [{"type": "input_text", "text": "hi"}]
     assert items[1]["content"] == [{"type": "output_text", "text": "ho", "annotations": []}]
     assert items[1]["id"] == "msg_1"
-    assert [item["type"] for item in items] == ["message", "message", "function_call_output", "reasoning"]
-    assert all(item["id"] and item["status"] == "completed" for item in items)
+    assert [item["type"] for item in items] == [*("message", "message", "function_call_output", "reasoning", "message")]
+    assert all(isinstance(item["id"], str) and item["status"] == "completed" for item in items)
