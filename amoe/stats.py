@@ -161,8 +161,7 @@ class WorkerStats:
         capacity: None where it is off (attention workers).
         num_deferred: of the waiting sequences, those that wait for another sequence, not for room.
         busy_by_block: `busy_s` by kind of block.
-        wait_s: seconds in which the loop slept, by reason: "idle" (no token here) or "held" (tokens here, which wait
-            for others elsewhere), cumulative.
+        wait_s: seconds in which the loop slept, by reason, see `amoe.policy.decision`: "idle", "away", "held".
         iteration_tokens: tokens that entered the model at one time (attention workers that have run).
         decisions: of the scheduler; traffic: what was sent.
     """

@@ -217,7 +217,7 @@ class WorkerCore:
         view = self._view(now)
         index = choose_block(self._policy, view, now, self.max_wait_s)
         if index is None:
-            self.decisions.waited(Reason.HELD if self.is_holding else Reason.IDLE)
+            self.decisions.waited(self.reason_to_wait)
             return None
         kind = self.queues.block(index).kind
         self._count_decision(kind, view, index, now)
@@ -230,9 +230,14 @@ class WorkerCore:
         return self.attention.attention_step(index)
 
     @property
-    def is_holding(self) -> bool:
-        """Tokens are in the μ-queues here. If no block is ready, they wait for others elsewhere."""
-        return bool(self.queues.depth.any())
+    def reason_to_wait(self) -> Reason:
+        """Why no block runs, if none is ready."""
+        if self.queues.depth.any():
+            return Reason.HELD
+        if self.attention is None:
+            return Reason.IDLE
+        slots = self.attention.batcher.slots
+        return Reason.AWAY if slots.num_free < slots.num_slots else Reason.IDLE
 
     def _count_decision(self, kind: BlockKind, view: QueueView, index: int, now: float) -> None:
         reason = reason_to_run(

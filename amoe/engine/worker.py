@@ -81,7 +81,7 @@ class Worker:
         poller.poll(self._seconds_to_sleep(now) * 1000)
         self._next_control = 0.0
         seconds = self._clock.now() - now
-        self.stats.slept(seconds, is_holding=self.core.is_holding)
+        self.stats.slept(seconds, self.core.reason_to_wait)
         self.stats.waited(self.core.queues.depth, seconds)
 
     def _seconds_to_sleep(self, now: float) -> float:

@@ -13,6 +13,7 @@ from amoe.core.steps import AttentionStep, ExpertsStep, Step
 from amoe.core.worker import WorkerCore
 from amoe.engine.home import Home
 from amoe.engine.traffic import TrafficCounts
+from amoe.policy.decision import Reason
 from amoe.policy.steering import count_work
 from amoe.stats import BATCH_SIZE_EDGES, ITERATION_EDGES, LayerHistograms, QueueSnapshot, WorkerStats
 from amoe.types import Batch, BlockKind
@@ -43,7 +44,7 @@ class StatsKeeper:
         self.steps = 0
         self.expert_work = 0
         self._busy_s = dict.fromkeys(BlockKind, 0.0)
-        self._wait_s = {"idle": 0.0, "held": 0.0}
+        self._wait_s = dict.fromkeys((Reason.IDLE, Reason.AWAY, Reason.HELD), 0.0)
         self._waited_s = np.zeros(1)  # by μ-queue, as soon as one has been seen
         self._ran_s = {kind: np.zeros(num_layers + 1) for kind in BlockKind}
         self._iterations = LayerHistograms(1, ITERATION_EDGES)
@@ -70,9 +71,9 @@ class StatsKeeper:
         """While the loop ran a step, or slept, `depth` tokens were in the μ-queues, by their index."""
         self._waited_s = self._waited_s + depth * seconds
 
-    def slept(self, seconds: float, *, is_holding: bool) -> None:
-        """The loop had nothing to run; `is_holding`: because the tokens here wait for others elsewhere."""
-        self._wait_s["held" if is_holding else "idle"] += seconds
+    def slept(self, seconds: float, reason: Reason) -> None:
+        """The loop had nothing to run."""
+        self._wait_s[reason] += seconds
 
     def sent(self, batch: Batch) -> None:
         """A batch is about to be sent."""
@@ -84,7 +85,7 @@ class StatsKeeper:
         stats = WorkerStats(self.rank, self.role, self.loops, busy_s, self.steps, modelled_s=self._modelled_s())
         stats.home_s, stats.experts_s = busy_s - experts_s, experts_s
         stats.busy_by_block = self._busy_by_block(core)
-        stats.wait_s = dict(self._wait_s)
+        stats.wait_s = {reason.name.lower(): seconds for reason, seconds in self._wait_s.items()}
         stats.decisions, stats.traffic = core.decisions.snapshot(), self._traffic.snapshot()
         stats.expert_work = self.expert_work
         stats.at_s = now

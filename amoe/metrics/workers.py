@@ -160,14 +160,15 @@ def _work_families(stats: list[WorkerStats]) -> Iterator[Metric]:
     busy = CounterMetricFamily("amoe:worker_busy_seconds", "Seconds in which a block ran.", labels=("worker", "block"))
     waits = CounterMetricFamily(
         "amoe:worker_wait_seconds",
-        "Seconds in which a worker slept: it had no tokens (idle), or its tokens waited for others elsewhere (held).",
+        "Seconds in which a worker slept: without tokens (idle), with all of them at experts elsewhere (away), or with "
+        "tokens that waited for those (held).",
         labels=("worker", "reason"),
     )
     steps = CounterMetricFamily("amoe:worker_steps", "Blocks run.", labels=("worker",))
     loops = CounterMetricFamily("amoe:worker_loops", "Turns of a worker's loop.", labels=("worker",))
     decisions = CounterMetricFamily(
         "amoe:scheduler_decisions",
-        "Why a worker ran a block (only, policy, overdue, slip), or none (idle, held).",
+        "Why a worker ran a block (only, policy, overdue, slip), or none (idle, away, held).",
         labels=("worker", "block", "reason"),
     )
     for worker in stats:

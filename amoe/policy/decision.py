@@ -12,8 +12,9 @@ class Reason(IntEnum):
     POLICY: the schedule's order among several ready blocks.
     OVERDUE: its oldest token had waited for longer than `max_wait_s`, which overrides that order.
     SLIP: a wave went on without somebody for whom it had waited for `max_hold_s`.
-    IDLE: no token is here.
-    HELD: tokens are here, but wait for others elsewhere.
+    IDLE: no token is here, and none belongs here.
+    AWAY: those that belong here are at experts elsewhere, or between two iterations.
+    HELD: tokens are here, but wait for others that are not.
     """
 
     ONLY = 0
@@ -21,7 +22,8 @@ class Reason(IntEnum):
     OVERDUE = 2
     SLIP = 3
     IDLE = 4
-    HELD = 5
+    AWAY = 5
+    HELD = 6
 
 
 def reason_to_run(num_ready: int, *, is_open: bool, age_s: float, max_wait_s: float) -> Reason:

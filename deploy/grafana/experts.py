@@ -213,8 +213,8 @@ def _workers() -> list[Panel]:
         ),
         graph(
             "Waiting time by worker",
-            "Part of the time in which a worker slept: without tokens (idle), or with tokens that waited for others "
-            "elsewhere (held). The rest is spent on queues and messages.",
+            "Part of the time in which a worker slept: without tokens (idle), with all of them at experts elsewhere "
+            "(away), or with tokens that waited for those (held). The rest is spent on queues and messages.",
             "percentunit",
             per_second("amoe:worker_wait_seconds_total", WORKER, "worker, reason", "worker {{worker}} {{reason}}"),
             maximum=1,

@@ -1,0 +1,66 @@
+"""What a worker counts of its time: every second once, under what it was spent on."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from amoe.core.decisions import DecisionCounts
+from amoe.core.micro_queue import MicroQueues
+from amoe.core.steps import AttentionStep, ExpertsStep
+from amoe.engine.worker_stats import StatsKeeper
+from amoe.policy.decision import Reason
+from amoe.types import BlockId, BlockKind
+
+NONE = np.empty(0, np.int32)
+
+
+def attention(layer: int, count: int) -> AttentionStep:
+    slots = np.arange(count, dtype=np.int32)
+    return AttentionStep(BlockId(BlockKind.ATTENTION, layer, 0), slots, slots, slots, count)
+
+
+def experts(ids: list[list[int]]) -> ExpertsStep:
+    expert_ids = np.array(ids, np.int16)
+    rows = np.arange(len(ids), dtype=np.int32)
+    return ExpertsStep(BlockId(BlockKind.EXPERTS, 1, 0), rows, expert_ids, np.ones(expert_ids.shape, np.float32), [])
+
+
+@pytest.fixture
+def core() -> Any:
+    """A core that holds attention and experts."""
+    return SimpleNamespace(
+        queues=MicroQueues(2, 1),
+        attention=object(),
+        experts=object(),
+        decisions=DecisionCounts(),
+        num_waves=0,
+        num_slips=0,
+    )
+
+
+def test_busy_time_is_told_by_kind_of_block(core: Any):
+    keeper = StatsKeeper(0, "colocated", 2, 4)
+    keeper.observe(attention(0, 3), 0.5)
+    keeper.observe(attention(1, 3), 0.25)
+    keeper.observe(experts([[0, 2], [2, -1]]), 1.0)
+    stats = keeper.snapshot(core, None, 9.0)
+    assert stats.busy_by_block == {"attention": 0.75, "head": 0.0, "experts": 1.0}
+    assert (stats.busy_s, stats.home_s, stats.experts_s, stats.steps) == (1.75, 0.75, 1.0, 3)
+    assert stats.expert_pairs == [[0, 0, 0, 0], [1, 0, 2, 0]]
+
+
+def test_an_expert_worker_tells_of_experts_alone(core: Any):
+    core.attention = None
+    assert StatsKeeper(0, "experts", 2, 4).snapshot(core, None, 9.0).busy_by_block == {"experts": 0.0}
+
+
+def test_sleep_is_told_by_reason(core: Any):
+    keeper = StatsKeeper(0, "colocated", 2, 4)
+    keeper.slept(0.5, Reason.AWAY)
+    keeper.slept(0.25, Reason.HELD)
+    keeper.slept(0.25, Reason.HELD)
+    assert keeper.snapshot(core, None, 9.0).wait_s == {"idle": 0.0, "away": 0.5, "held": 0.5}
