@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from types import TracebackType
 
 import httpx
@@ -56,6 +57,15 @@ class ServedModel:
         body = {"prompt": "def add(a, b):", "max_tokens": 8, "temperature": 0}
         answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
         return answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 8
+
+    def until_idle(self) -> bool:
+        """Wait until no sequence runs at any worker."""
+        for _ in range(300):
+            load = httpx.get(f"{self.url}/load").json()
+            if load["num_requests_running"] + load["num_requests_waiting"] == 0:
+                return True
+            time.sleep(0.1)
+        return False
 
     def tracebacks(self) -> str:
         """What it has printed from its first traceback on; nobody's request may cause one."""

@@ -92,6 +92,11 @@ class LocalCluster:
         return [worker.front_sockets[front] for worker in self._workers]
 
     @property
+    def all_alive(self) -> bool:
+        """No worker has ended."""
+        return not any(worker.exited.is_set() for worker in self._workers)
+
+    @property
     def pids(self) -> list[int]:
         """Process ids by rank."""
         return [worker.pid for worker in self._workers]

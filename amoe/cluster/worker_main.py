@@ -26,11 +26,11 @@ def main(title: str, parent_pid: int, launch_spec: str) -> int:
     """
     setproctitle.setproctitle(f"amoe: {title}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with_parent(parent_pid)
+    die_with_parent(parent_pid)
     return _serve(title, launch_spec)
 
 
-def _die_with_parent(parent_pid: int) -> None:
+def die_with_parent(parent_pid: int) -> None:
     """Have the kernel kill this process when the thread that started it ends, be it by `kill -9`."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent_pid:  # it died before the kernel could be asked

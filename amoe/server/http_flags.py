@@ -52,6 +52,13 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--port", type=_port, default=8000, help="0 takes a free one")
     group.add_argument("--uds", metavar="PATH", help="listen on a Unix socket instead")
+    group.add_argument(
+        "--api-server-count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that answer HTTP; each has its part of the queue, and stored responses of its own",
+    )
     group.add_argument("--ssl-certfile", metavar="FILE", help="PEM; serves HTTPS")
     group.add_argument("--ssl-keyfile", metavar="FILE", help="PEM; default: the key is in --ssl-certfile")
     group.add_argument(
@@ -194,6 +201,7 @@ def server_options(
         heartbeat_timeout_s=args.heartbeat_timeout,
         web_log_level=args.uvicorn_log_level,
         log_stats=not args.disable_log_stats,
+        api_server_count=args.api_server_count,
         otlp_traces_endpoint=args.otlp_traces_endpoint,
         http=http,
     )

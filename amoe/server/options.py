@@ -84,6 +84,7 @@ class ServerOptions:
         stall_timeout_s, heartbeat_timeout_s: see `amoe.engine.watchdog`.
         web_log_level: of the web server's own messages.
         log_stats: a status line every ten seconds.
+        api_server_count: processes that answer HTTP.
         otlp_traces_endpoint: where to send a span per request; None: nowhere.
     """
 
@@ -98,6 +99,7 @@ class ServerOptions:
     heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
     web_log_level: str = "warning"
     log_stats: bool = True
+    api_server_count: int = 1
     otlp_traces_endpoint: str | None = None
     http: HttpOptions = field(default_factory=HttpOptions)
     chat: ChatOptions = field(default_factory=ChatOptions)
@@ -105,6 +107,7 @@ class ServerOptions:
     def __post_init__(self) -> None:
         _require(bool(self.model_names), "--served-model-name needs a name")
         _require(self.ssl_keyfile is None or self.ssl_certfile is not None, "--ssl-keyfile needs --ssl-certfile")
+        _require(1 <= self.api_server_count <= 64, "--api-server-count must be between 1 and 64")
         _require(self.stall_timeout_s >= 2.0, "--stall-timeout must be at least 2: workers speak twice a second")
         _require(
             self.heartbeat_timeout_s >= self.stall_timeout_s, "--heartbeat-timeout must be at least --stall-timeout"
