@@ -265,3 +265,26 @@ async def test_full_queue(server: Harness):
 async def test_errors(server: Harness, fields, status, param):
     for stream in (False, True):
         assert_error(await create(server, stream=stream, **fields), status, param)
+
+
+async def test_an_agent_with_tools_of_its_own(server: Harness):
+    """What coding agents send: tools of their own kinds, nothing stored, and answers replayed as they came."""
+    server.worker.script = lambda request: [*server.ids("done"), 0]
+    asked = {
+        "instructions": "i",
+        "tools": [{"type": "local_shell"}, {"type": "custom", "name": "patch", "format": {}}, {"type": "web_search"}],
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+        "reasoning": {"effort": "medium", "summary": "auto"},
+        "store": False,
+        "stream": True,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "k",
+        "client_metadata": {"a": "b"},
+    }
+    user = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "yo"}]}
+    first = check_stream(events(await create(server, input=[user], max_output_tokens=None, **asked)))
+    assert first["tools"] == []
+    replayed = [{key: value for key, value in item.items() if key not in ("id", "status")} for item in first["output"]]
+    check_stream(events(await create(server, input=[user, *replayed, user], max_output_tokens=None, **asked)))
+    assert prompt_of(server) == "s:i|u:yo|a:done|u:yo|a:"
