@@ -8,7 +8,7 @@ export function count(value) {
   if (value >= 1e6) return `${(value / 1e6).toFixed(1)}M`;
   if (value >= 1e4) return `${Math.round(value / 1e3)}k`;
   if (value >= 100 || Number.isInteger(value)) return Math.round(value).toLocaleString("en");
-  return value.toFixed(value >= 10 ? 1 : 2);
+  return value.toFixed(value >= 1 ? 1 : 2);
 }
 
 /** 820 µs, 4.2 ms, 38 ms, 1.20 s */

@@ -162,7 +162,7 @@ export class LayersPanel {
   #drawBatches(pen, at) {
     const { attention, experts, head } = this.#shown.view.layers;
     this.#font(pen, 11, "right");
-    const put = (x, row, size) => size && pen.fillText(count(size), x + at.bar + 34, TOP + (row + 0.5) * at.row);
+    const put = (x, row, size) => size && pen.fillText(count(Number(size.toFixed(1))), x + at.bar + 34, TOP + (row + 0.5) * at.row);
     for (let layer = 0; layer < at.numLayers; layer++) {
       put(at.bars[0], layer, attention.batch?.[layer]);
       put(at.bars[1], layer, experts.batch?.[layer]);
