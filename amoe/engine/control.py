@@ -220,6 +220,8 @@ class AsyncControlChannel:
             TransportError: the worker broke the protocol.
         """
         while not self._decoded:
+            # Bytes that are here already would be read without a pause: whoever got the last ones has to get them out.
+            await asyncio.sleep(0)
             try:
                 data = await self._reader.read(_CHUNK)
             except ConnectionError:  # killed with our messages unread
