@@ -43,17 +43,21 @@ def ids_of(mask: MaskArray) -> Int64Array:
 
 def apply_masks(logits: torch.Tensor, index: Int64Array, masks: MaskArray) -> None:
     """Make what is not in `masks` [len(index), W] impossible in the rows `index` of `logits` [n, V], in place."""
-    vocab_size = logits.shape[1]
-    if logits.device.type == "cpu":
-        flags = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, :vocab_size]
-        for row, kept in zip(index.tolist(), torch.from_numpy(flags == 0), strict=True):
-            logits[row].masked_fill_(kept, -torch.inf)
+    if logits.device.type != "cpu":
+        apply_masks_on_device(logits, index, masks)
         return
+    flags = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, : logits.shape[1]]
+    for row, forbidden in zip(index.tolist(), torch.from_numpy(flags == 0), strict=True):
+        logits[row].masked_fill_(forbidden, -torch.inf)
+
+
+def apply_masks_on_device(logits: torch.Tensor, index: Int64Array, masks: MaskArray) -> None:
+    """`apply_masks` in a few kernels, and one copy of V / 8 bytes for each row."""
     words = torch.from_numpy(masks.view(np.int32)).to(logits.device)
     bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-    flags_there = ((words.unsqueeze(-1) >> bits) & 1).flatten(1)[:, :vocab_size]
+    flags = ((words.unsqueeze(-1) >> bits) & 1).flatten(1)[:, : logits.shape[1]]
     rows = torch.from_numpy(index).to(logits.device)
-    logits[rows] = logits[rows].masked_fill_(flags_there == 0, -torch.inf)
+    logits[rows] = logits[rows].masked_fill_(flags == 0, -torch.inf)
 
 
 class BadWords:

@@ -19,6 +19,8 @@ PARAMS = [
     SamplingParams(temperature=1.2, top_k=200, top_p=0.8, min_p=0.001),
     SamplingParams(temperature=0.7, repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25),
     SamplingParams(temperature=0.0, min_tokens=9, max_tokens=20, logprobs=3),
+    SamplingParams(temperature=0.9, logit_bias=((5, 3.5), (40, -2.0)), bad_words=((7,), (8,), (9, 10))),
+    SamplingParams(temperature=0.0, allowed_token_ids=tuple(range(64, 900, 3)), logprobs=1),
 ]
 
 
@@ -40,4 +42,5 @@ def test_tokens_equal_the_oracle(vocab_size, copies, device):
         expected = sample_reference(logits[row], row_params, seed=row, prompt=prompt, output=output, eos_token_ids=(2,))
         assert sampled.token_ids[row] == expected
     assert np.isfinite(sampled.logprobs[6])
+    assert sampled.ranks[6] == 1
     assert (sampled.top_ids[6] >= 0).all()
