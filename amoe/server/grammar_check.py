@@ -12,6 +12,7 @@ import sys
 from collections import OrderedDict
 from typing import Protocol
 
+from amoe.errors import AmoeError
 from amoe.server import grammar_child
 
 START_TIMEOUT_S = 60.0
@@ -71,11 +72,11 @@ class GrammarProcess:
     async def _ask(self, grammar: str) -> str | None:
         try:
             child = self._child or await self._start()
-            self._child = child
-            return await asyncio.wait_for(_exchange(child, grammar), ANSWER_TIMEOUT_S)
-        except (OSError, EOFError, TimeoutError):
-            await self.close()
-            return "it is too complex: compiling it takes too much time or memory"
+            try:
+                return await asyncio.wait_for(_exchange(child, grammar), ANSWER_TIMEOUT_S)
+            except (OSError, EOFError, TimeoutError):
+                await self.close()
+                return "it is too complex: compiling it takes too much time or memory"
         except BaseException:  # nobody waits for the answer any more: it must not become that of the next question
             await self.close()
             raise
@@ -91,7 +92,8 @@ class GrammarProcess:
         )
         self._child = child
         assert child.stdout is not None
-        await asyncio.wait_for(child.stdout.readline(), START_TIMEOUT_S)
+        if await asyncio.wait_for(child.stdout.readline(), START_TIMEOUT_S) != grammar_child.READY:
+            raise AmoeError("the process that compiles grammars did not start; the server's log says why")
         return child
 
 

@@ -15,6 +15,7 @@ import threading
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 MAX_LINE_BYTES = 4 * 1024 * 1024
+READY = b"ready\n"
 MAX_COMPLAINT_CHARS = 400
 STACK_BYTES = 2 * 1024 * 1024  # a worker's threads have 8 MiB
 MEMORY_BYTES = 2 * 1024 * 1024 * 1024
@@ -57,7 +58,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    print("ready", flush=True)
+    sys.stdout.write(READY.decode())
+    sys.stdout.flush()
     threading.stack_size(STACK_BYTES)
     server = threading.Thread(target=_answer_all)
     server.start()
