@@ -99,7 +99,7 @@ class Generation:
         self._pending: GenerationDelta | None = None
         self._error: AmoeError | None = None
         self._is_over = False  # the terminal event is in `_pending` or `_error`, or has been taken
-        self._wakeup = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
 
     def __aiter__(self) -> Generation:
         return self
@@ -114,8 +114,9 @@ class Generation:
                 raise error
             if self._is_over:
                 raise StopAsyncIteration
-            self._wakeup.clear()
-            await self._wakeup.wait()
+            # A bare future: this happens once a token, and an `Event` keeps a queue of those who wait.
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
 
     def close(self) -> None:
         """Free the sequence, if it has not ended yet. Idempotent."""
@@ -128,13 +129,17 @@ class Generation:
         else:
             self._pending.merge(delta)
         self._is_over = delta.finish_reason is not None
-        self._wakeup.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def fail(self, error: AmoeError | None) -> None:
         """Engine only: the terminal event is this error; None ends the iteration (nobody listens any more)."""
         self._error = error
         self._is_over = True
-        self._wakeup.set()
+        self._wake()
 
 
 class AsyncEngine:
