@@ -1,11 +1,12 @@
-"""uvicorn's fast HTTP parser, with limits: heads have a size and a time."""
+"""uvicorn's fast HTTP parser, with limits: heads have a size and a time. And clients that go are noticed at once."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from amoe.server.encoding import json_bytes
 from amoe.server.errors import error_body
@@ -19,12 +20,15 @@ _TOO_LARGE = f"the head of the request is larger than {MAX_HEAD_BYTES} bytes"
 class LimitedHttpProtocol(HttpToolsProtocol):
     """Refuses heads of more than `MAX_HEAD_BYTES`, and closes connections whose head does not come in time.
 
-    The parser itself would collect headers for ever. What it cannot read is answered in the one shape of errors.
+    The parser itself would collect headers, and trailers behind a chunked body, for ever. What it cannot read is
+    answered in the one shape of errors.
     """
 
     _head_bytes: int | None = 0  # of the head that is coming in; None: there is none
+    _mute_bytes = 0  # since the parser has last told of a body or its end: of a trailer, say, which it collects
     _head_timer: asyncio.TimerHandle | None = None
     _is_refused = False  # what else comes in is thrown away
+    _serving: RequestResponseCycle | None = None  # `cycle` is the last request, which may wait behind this one
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -32,6 +36,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
+        self._abandon()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -39,9 +44,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             return
         if self._head_bytes is not None:
             self._head_bytes += len(data)
+        self._mute_bytes += len(data)
         super().data_received(data)
         # After the parser has seen it: most heads come in one piece, together with their body.
-        if self._head_bytes is not None and self._head_bytes > MAX_HEAD_BYTES:
+        num_kept = self._mute_bytes if self._head_bytes is None else self._head_bytes
+        if num_kept > MAX_HEAD_BYTES:
             self._refuse(431, _TOO_LARGE)
 
     def on_message_begin(self) -> None:
@@ -49,7 +56,18 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._head_bytes is None:
             self._expect_head()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._head_bytes is None:  # a trailer, which nobody will read
+            self._mute_bytes = 0
+            return
+        super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._mute_bytes = 0
+        super().on_body(body)
+
     def on_headers_complete(self) -> None:
+        self._mute_bytes = 0
         self._forget_head()
         if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > MAX_HEAD_BYTES:
             self._refuse(431, _TOO_LARGE)
@@ -79,13 +97,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             return
         self._is_refused = True
         self._forget_head()
-        if self.cycle is not None and not self.cycle.response_complete:
-            # A request is being served, and what follows it, or its own body, is wrong: its client counts as gone.
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-            if self.cycle.response_started:
-                self.transport.close()
-                return
+        # If a request is being served, what follows it, or its own body, is wrong: its client counts as gone.
+        if self._abandon():
+            self.transport.close()
+            return
         body = json_bytes(error_body(message, status))
         phrase = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}[status]
         head: list[Any] = [
@@ -99,3 +114,20 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.write_eof()
         # Not at once: to close a socket with bytes unread resets the connection, and may take the answer along.
         self.loop.call_later(LINGER_S, self._give_up)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._serving = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _abandon(self) -> bool:
+        """The client of the request that is being served has gone; uvicorn would tell so to the last one that came.
+
+        Returns:
+            Whether a part of its answer has been sent.
+        """
+        cycle = self._serving
+        if cycle is None or cycle.response_complete:
+            return False
+        cycle.disconnected = True
+        cycle.message_event.set()
+        return cycle.response_started
