@@ -260,25 +260,34 @@ def test_nobody_waits_while_a_grammar_is_compiled(monkeypatch: pytest.MonkeyPatc
     cluster.close()
 
 
+@pytest.fixture(scope="module")
+def roomy() -> Iterator[InprocCluster]:
+    """Twenty sequences at once."""
+    few = config("progress", 1, PlacementConfig(), num_blocks=900)
+    scheduler = replace(few.scheduler, max_num_seqs=20, max_num_batched_tokens=256)
+    cluster = InprocCluster(replace(few, scheduler=scheduler))
+    yield cluster
+    cluster.assert_nothing_left()
+    cluster.close()
+
+
 @settings(max_examples=10)
 @given(drawn=st.lists(schemas(), min_size=20, max_size=20), temperature=st.sampled_from([0.0, 1.0, 2.0]))
 def test_random_schemas_give_json_that_follows_them(
-    tokenizer: Tokenizer, drawn: list[dict[str, Any]], temperature: float
+    tokenizer: Tokenizer, roomy: InprocCluster, drawn: list[dict[str, Any]], temperature: float
 ) -> None:
     """Two hundred of them, unless the text was cut off."""
-    cluster = InprocCluster(config("progress", 1, PlacementConfig()))
     params = SamplingParams(max_tokens=60, temperature=temperature, seed=1)
-    ids = [cluster.add(PROMPTS[0][:8], replace(params, grammar=json_grammar(schema))) for schema in drawn]
-    cluster.run()
+    ids = [roomy.add(PROMPTS[0][:8], replace(params, grammar=json_grammar(schema))) for schema in drawn]
+    roomy.run()
     for request_id, schema in zip(ids, drawn, strict=True):
-        result = cluster.requests[request_id]
+        result = roomy.requests[request_id]
         assert result.error == ""
         if result.finish_reason == "stop":
             validate(json.loads(tokenizer.decode(result.token_ids)), schema)
         else:
             assert (result.finish_reason, len(result.token_ids)) == ("length", 60)
-    assert sum(cluster.requests[request_id].finish_reason == "stop" for request_id in ids) >= 10
-    cluster.close()
+    assert sum(roomy.requests[request_id].finish_reason == "stop" for request_id in ids) >= 10
 
 
 def test_on_an_emulated_device(tokenizer: Tokenizer) -> None:
