@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llguidance import LLMatcher, gbnf_to_lark
 
 from amoe.errors import RequestError
+from amoe.server.closed_schema import closed_schema
 from amoe.server.structured_schemas import MAX_GRAMMAR_CHARS, JsonSchemaFormat, StructuredOutputs
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
-_GBNF_RULE = re.compile(r"^\s*[A-Za-z_][\w-]*\s*::=", re.MULTILINE)
+# Possessive, and within a line: a hostile text of spaces must not be read again from each of them.
+_GBNF_RULE = re.compile(r"^[ \t]*+[A-Za-z_][\w-]*+[ \t]*+::=", re.MULTILINE)
 
 
 async def requested_grammar(context: ServerContext, request: GenerationRequest) -> str | None:
@@ -99,7 +101,8 @@ def _of_json(schema: Mapping[str, Any] | str) -> str:
 
 
 def json_schema_grammar(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
-    """JSON that follows `schema`, with no white space between its parts: a small model could add that for ever.
+    """JSON that follows `schema`: with no white space between its parts, and no property that it does not name. A small
+    model could add either for ever.
 
     Args:
         lenient: leave out keywords that cannot be enforced.
@@ -107,7 +110,7 @@ def json_schema_grammar(schema: Mapping[str, Any], *, lenient: bool = False) -> 
     Raises:
         ValueError: the schema is too large.
     """
-    text = json.dumps(schema, ensure_ascii=False)
+    text = json.dumps(closed_schema(schema), ensure_ascii=False)
     if len(text) > MAX_GRAMMAR_CHARS:
         raise ValueError(f"the schema has {len(text)} characters, and {MAX_GRAMMAR_CHARS} is the limit")
     return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False, "lenient": lenient})
@@ -129,5 +132,11 @@ def choice_grammar(choices: Sequence[str]) -> str:
 
 def context_free_grammar(text: str) -> str:
     """A grammar in the notation of Lark, or of llama.cpp (GBNF), which is told by its `::=`."""
-    lark = gbnf_to_lark.gbnf_to_lark(text) if _GBNF_RULE.search(text) else text
-    return LLMatcher.grammar_from_lark(lark)
+    return LLMatcher.grammar_from_lark(_of_gbnf(text) if _GBNF_RULE.search(text) else text)
+
+
+def _of_gbnf(text: str) -> str:
+    try:
+        return gbnf_to_lark.gbnf_to_lark(text)
+    except IndexError as error:  # how the converter meets an escape sequence that breaks off
+        raise ValueError("the grammar breaks off") from error

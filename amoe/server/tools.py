@@ -13,12 +13,12 @@ import jsonschema.exceptions
 
 from amoe.errors import RequestError
 from amoe.server.chat_schemas import ChatPrompt, FunctionDefinition, Tool
+from amoe.server.closed_schema import closed_schema
 from amoe.server.parsers.formats import ToolFormat
 
 # Arguments as models write them: one space after a comma and a colon, none that a small model could add for ever.
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 MAX_SCHEMA_CHARS = 65_536
-_COMPOSING = ("allOf", "anyOf", "oneOf", "$ref", "patternProperties")  # may name more properties than `properties` does
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,9 +123,7 @@ def _schema_complaint(text: str) -> str | None:
 def arguments_schema(function: FunctionDefinition) -> dict[str, Any]:
     """The schema that the arguments of `function` are held to: no others than it names, unless it says so itself.
     Keywords that cannot be enforced are left out, unless the function is `strict`."""
-    parameters = dict(function.parameters or {"properties": {}})
-    if "properties" in parameters and not any(name in parameters for name in _COMPOSING):
-        parameters.setdefault("additionalProperties", False)
+    parameters = closed_schema(function.parameters or {"properties": {}})
     return {**parameters, "type": "object", "x-guidance": {**SPACING, "lenient": not function.strict}}
 
 
