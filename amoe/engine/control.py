@@ -2,7 +2,8 @@
 
 A frame is its length (u32, little endian) and one msgpack message. `SocketControlPort` is the worker's end and never
 blocks; `AsyncControlChannel` is the server's. Neither loses a message: unsent bytes are kept and go out as soon as the
-socket takes them.
+socket takes them. Only signs of life are left out while many of them lie unsent: nobody asks for them, so nothing else
+would bound what they take when a server is suspended overnight, and each tells all that those before it did.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
-from amoe.engine.messages import Stop, ToServer, ToWorker
+from amoe.engine.messages import Heartbeat, Pulse, Stop, ToServer, ToWorker
 from amoe.errors import TransportError
 
 MAX_FRAME_BYTES = 64 << 20
 _LENGTH = struct.Struct("<I")
+MAX_UNSENT_SIGNS = 32  # 16 seconds of heartbeats: whoever reads at all, however late, gets one after the other
 _CHUNK = 1 << 16
 
 _encoder = msgspec.msgpack.Encoder()
@@ -86,7 +88,9 @@ class SocketControlPort:
         self._reader = FrameReader()
         self._decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
         self._unsent = bytearray()
-        self._sending = threading.Lock()  # over `_unsent` and the way out
+        self._num_sent = 0  # bytes so far
+        self._signs: deque[int] = deque()  # ends of the signs of life that may not have been sent, counted alike
+        self._sending = threading.Lock()  # over all that is unsent, and the way out
         self._wants_write = False  # the descriptor is readable when the socket takes bytes
         self._gone = False  # the server has closed its end
         self._stop_delivered = False
@@ -133,10 +137,22 @@ class SocketControlPort:
             return
         frame = encode_frame(message)
         with self._sending:
+            if self._gone or (isinstance(message, Heartbeat | Pulse) and not self._admits_sign(len(frame))):
+                return
             had_unsent = bool(self._unsent)
             self._unsent += frame
             if not had_unsent:
                 self._flush()
+
+    def _admits_sign(self, num_bytes: int) -> bool:
+        """Whether a sign of life of so many bytes may be queued now: count it, if it may."""
+        signs = self._signs
+        while signs and signs[0] <= self._num_sent:
+            signs.popleft()
+        if len(signs) >= MAX_UNSENT_SIGNS:
+            return False
+        signs.append(self._num_sent + len(self._unsent) + num_bytes)
+        return True
 
     def fileno(self) -> int:
         return self._epoll.fileno()
@@ -172,16 +188,17 @@ class SocketControlPort:
             # Its last words may still be readable; `receive` finds the end of the stream behind them.
             sent = len(self._unsent)
         del self._unsent[:sent]
+        self._num_sent += sent
         if bool(self._unsent) != self._wants_write:
             self._wants_write = not self._wants_write
             self._epoll.modify(self._socket, select.EPOLLIN | (select.EPOLLOUT if self._wants_write else 0))
 
     def _lose_server(self) -> None:
-        self._gone = True
-        with self._sending:
+        with self._sending:  # another thread may be on its way out
+            self._gone = True
             self._unsent.clear()
-        # An ended stream stays readable for ever, which would make the descriptor useless.
-        self._epoll.unregister(self._socket)
+            # An ended stream stays readable for ever, which would make the descriptor useless.
+            self._epoll.unregister(self._socket)
 
 
 class AsyncControlChannel:

@@ -8,12 +8,14 @@ import select
 import socket
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from amoe.engine.control import (
     MAX_FRAME_BYTES,
+    MAX_UNSENT_SIGNS,
     AsyncControlChannel,
     FrameReader,
     SocketControlPort,
@@ -187,6 +189,32 @@ def test_unsent_bytes_wake_the_worker_and_go_out_in_order(ends: Ends) -> None:
             assert ends.port.receive() == []
     assert received == expected
     assert not ends.readable()
+
+
+def test_signs_of_life_do_not_pile_up_before_a_server_that_does_not_read(ends: Ends) -> None:
+    def send(number: int) -> None:
+        ends.port.send(Heartbeat(WorkerStats(0, "attention", number, expert_pairs=[[0] * 50_000])))
+
+    def read_all() -> list[ToServer]:
+        bodies = []
+        while select.select([ends.server], [], [], 0)[0]:
+            bodies += reader.feed(ends.server.recv(1 << 20))
+            ends.port.receive()  # sends what the socket takes now
+        return [msgspec.msgpack.decode(body, type=ToServer) for body in bodies]
+
+    reader = FrameReader()
+    for number in range(10 * MAX_UNSENT_SIGNS):
+        send(number)
+    ends.port.send(Outputs([SequenceOutput(7, [1])]))  # which somebody waits for
+    *signs, last = read_all()
+    assert isinstance(last, Outputs)
+    numbers = [sign.stats.loops for sign in signs if isinstance(sign, Heartbeat)]
+    assert numbers == list(range(len(signs)))
+    assert MAX_UNSENT_SIGNS <= len(signs) < 2 * MAX_UNSENT_SIGNS  # some went into the socket at once
+    for number in (1000, 1001):  # the server reads again, and hears of life again
+        send(number)
+        (sign,) = read_all()
+        assert isinstance(sign, Heartbeat) and sign.stats.loops == number
 
 
 def test_end_of_the_server_is_one_stop(ends: Ends) -> None:
