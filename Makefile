@@ -17,9 +17,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
+$(VENV)/installed-dev: $(VENV)/installed tests/clients/node/package.json
 	@echo "installing what development needs"
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@if command -v npm >/dev/null; then \
+		echo "installing the openai package for Node, for its test"; \
+		mkdir -p $(VENV)/node && cp tests/clients/node/package.json $(VENV)/node/ && \
+		npm install --prefix $(VENV)/node --no-audit --no-fund --no-package-lock --loglevel=error; \
+	fi
 	touch $@
 
 venv: $(VENV)/installed-dev  ## Make .venv with everything that development needs
