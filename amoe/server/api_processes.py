@@ -110,6 +110,7 @@ class ApiProcesses:
         if said.done():
             return all(said.result())
         said.cancel()
+        await asyncio.gather(said, return_exceptions=True)
         return False
 
     async def _stop(self, exits: list[asyncio.Task[int]], *, failed: bool) -> int:

@@ -28,7 +28,6 @@ class RequestRecord:
         began_s, began_ns: of the monotonic clock, and Unix time.
         headers: those that a tracer reads.
         status: of the response; None until it has begun.
-        handler: template of the route that has answered, if one has.
         handler: template of the route that it has reached; None: none.
         starts, generations: the sequences that the engine has admitted for it.
         model: the served name that it meant.

@@ -29,6 +29,7 @@ from amoe.server.options import ServerOptions
 from amoe.server.progress import LoadingProgress
 from amoe.server.sampling import SamplingDefaults
 from amoe.server.serving import say, serve_engine
+from amoe.server.tracing import check_tracing
 from amoe.server.web_server import address_of, bound_socket, check_certificate
 
 T = TypeVar("T")
@@ -60,6 +61,8 @@ def run_server(config: EngineConfig, options: ServerOptions, logs: LogOptions | 
 async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions) -> int:
     check_model_directory(config.model)
     check_certificate(options)
+    if options.otlp_traces_endpoint is not None:
+        check_tracing(options.otlp_traces_endpoint)
     model = load_model_config(config.model)  # first: what is wrong with the checkpoint is said before all else
     tokenizer = Tokenizer(config.model, options.chat.chat_template)
     defaults = SamplingDefaults.from_checkpoint(config.model)

@@ -19,6 +19,21 @@ INSTALL_HINT = "tracing needs OpenTelemetry: pip install 'amoe[tracing]'"
 EXPORT_TIMEOUT_S = 5.0
 
 
+def check_tracing(endpoint: str) -> None:
+    """Before the model is loaded.
+
+    Raises:
+        ConfigError: OpenTelemetry is not installed, or `endpoint` is no URL.
+    """
+    if not endpoint.startswith(("http://", "https://")):
+        raise ConfigError(f"--otlp-traces-endpoint {endpoint!r} is not a URL such as http://host:4318/v1/traces")
+    try:
+        import opentelemetry.exporter.otlp.proto.http.trace_exporter
+        import opentelemetry.sdk.trace.export  # noqa: F401 - whether it is there
+    except ImportError as error:
+        raise ConfigError(INSTALL_HINT) from error
+
+
 class Tracer:
     """Makes the spans of each request that asks for something. An observer of `RequestScope`.
 
@@ -30,17 +45,14 @@ class Tracer:
     """
 
     def __init__(self, endpoint: str) -> None:
-        if not endpoint.startswith(("http://", "https://")):
-            raise ConfigError(f"--otlp-traces-endpoint {endpoint!r} is not a URL such as http://host:4318/v1/traces")
-        try:
-            from opentelemetry import trace
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-            from opentelemetry.sdk.resources import Resource
-            from opentelemetry.sdk.trace import TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
-            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-        except ImportError as error:
-            raise ConfigError(INSTALL_HINT) from error
+        check_tracing(endpoint)
+        from opentelemetry import trace
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
         logging.getLogger("opentelemetry").setLevel(logging.ERROR)  # each failed attempt would be a warning
         exporter = OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT_S)
         resource = Resource.create({"service.name": "amoe", "service.version": __version__})
@@ -59,7 +71,9 @@ class Tracer:
             return
         parent = self._propagator.extract(record.headers)
         span = self._tracer.start_span(
-            f"{record.method} {record.path}",
+            record.method
+            if record.handler is None
+            else f"{record.method} {record.handler}",  # few names, as for series
             context=parent,
             kind=self._trace.SpanKind.SERVER,
             start_time=record.began_ns,

@@ -14,10 +14,14 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from amoe.config import EngineConfig
 from amoe.engine.async_engine import AsyncEngine
 from amoe.errors import ConfigError
+from amoe.logs import LogOptions
 from amoe.server.app import create_app
 from amoe.server.context import ServerContext
+from amoe.server.options import ServerOptions
+from amoe.server.run import _serve
 from amoe.server.tracing import Tracer
 from tests.fake_workers import make_engine, make_tokenizer
 
@@ -143,3 +147,19 @@ def test_without_opentelemetry(monkeypatch):
         Tracer("http://127.0.0.1:1/v1/traces")
     with pytest.raises(ConfigError, match="--otlp-traces-endpoint"):
         Tracer("collector:4318")
+
+
+async def test_a_wrong_endpoint_is_found_before_the_model_is_looked_at(tmp_path: Path):
+    (tmp_path / "config.json").write_text("no JSON")
+    options = ServerOptions(model_names=("m",), port=0, otlp_traces_endpoint="collector:4318")
+    with pytest.raises(ConfigError, match="--otlp-traces-endpoint"):
+        await _serve(EngineConfig(model=str(tmp_path)), options, LogOptions())
+
+
+async def test_spans_have_few_names(collector: Collector, engine: AsyncEngine):
+    tracer = Tracer(collector.url)
+    async with client_of(engine, tracer) as http:
+        for path in ("/v1/responses/resp-1/cancel", "/nowhere/1"):
+            assert (await http.post(path)).status_code == 404
+    tracer.close()
+    assert {span.name for span in collector.spans} == {"POST /v1/responses/{response_id}/cancel", "POST"}
