@@ -281,6 +281,14 @@ class AsyncEngine:
             generations.append(self._start_one(prompt_token_ids, params, sibling))
         return generations
 
+    def check_count(self, count: int, param: str) -> None:
+        """Refuse more sequences at once than ever fit, before they are made.
+
+        Raises:
+            RequestError: naming `param`.
+        """
+        self._load.check_count(count, param)
+
     async def generate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[GenerationDelta]:
         """The deltas of one sequence. Leaving the iteration early frees it."""
         (generation,) = self.start([(prompt_token_ids, params)])

@@ -95,16 +95,25 @@ class OpenLoad:
         """Nothing is out."""
         return not any((*self._num_requests.values(), *self._num_tokens.values(), self._num_waiting_tokens))
 
+    def check_count(self, count: int, param: str | None = None) -> None:
+        """Refuse more sequences at once than ever fit.
+
+        Raises:
+            RequestError: naming `param`.
+        """
+        if count > self._capacity:
+            raise RequestError(
+                f"the request asks for {count} sequences at once, but this server holds {self._capacity}: split it",
+                param=param,
+            )
+
     def refusal(self, count: int, num_prompt_tokens: int, now: float) -> Refusal | None:
         """Why `count` more sequences, with prompts of so many tokens together, cannot enter now; None: they can.
 
         Raises:
             RequestError: they never can.
         """
-        if count > self._capacity:
-            raise RequestError(
-                f"the request asks for {count} sequences at once, but this server holds {self._capacity}: split it"
-            )
+        self.check_count(count)
         num_open = sum(self._num_requests.values())
         if num_open + count > self._capacity:
             excess = num_open + count - self._capacity

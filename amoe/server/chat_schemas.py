@@ -11,6 +11,7 @@ from amoe.server.schemas import GenerationRequest, null_means
 from amoe.types import SamplingParams
 
 MAX_TOOLS = 512
+MAX_MESSAGES = 4096  # twice what OpenAI takes: each costs the event loop some time
 TOOL_NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
 
 Content = Annotated[
@@ -42,7 +43,9 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = Field(None, description="Of the assistant: what it has called.")
+    tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = Field(
+        None, description="Of the assistant: what it has called."
+    )
     tool_call_id: str | None = Field(None, description="Of a tool: the call that this is the result of.")
     reasoning: str | None = Field(None, description="Of the assistant: what it thought; also reasoning_content.")
     reasoning_content: str | None = None
@@ -137,8 +140,8 @@ class ChatPrompt(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Annotated[
         ToolChoice | None, PlainValidator(_parse_tool_choice), WithJsonSchema(_TOOL_CHOICE_SCHEMA)
     ] = Field(None, description="Default: auto with tools, none without.")
@@ -151,7 +154,7 @@ class ChatPrompt(BaseModel):
         None, description="Instead of the checkpoint's own; if the server trusts its clients with that."
     )
     chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
 

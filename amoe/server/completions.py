@@ -81,6 +81,7 @@ def completions_router(context: ServerContext) -> APIRouter:
 
 async def _start(context: ServerContext, body: CompletionRequest) -> _Job:
     model = context.resolve_model(body.model)
+    context.engine.check_count(len(body.prompt) * body.n, "prompt" if len(body.prompt) > 1 else "n")
     prompts = await _prompts(context, body)
     check_spans(body, [len(prompt) for prompt in prompts])
     constraints = await constraints_of(context, body)

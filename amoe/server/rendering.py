@@ -12,7 +12,7 @@ from amoe.engine.tokenizer import Tokenizer
 from amoe.errors import CheckpointError, RequestError
 from amoe.server.chat_options import ChatOptions
 from amoe.server.chat_schemas import ChatPrompt
-from amoe.server.context import ServerContext
+from amoe.server.context import SHORT_TEXT_CHARS, ServerContext
 from amoe.server.parsers.formats import ToolFormat
 from amoe.server.template_input import template_messages
 from amoe.server.tool_text import with_tools_as_text
@@ -21,6 +21,9 @@ from amoe.server.tools import ToolPlan, plan_tools
 # Put behind the last message that the model is to continue, to find where that ends in the prompt. Of the private use
 # area, so that no tokenizer and no template knows it.
 _END = "\ue000\ue0ff\ue000"
+
+
+FEW_MESSAGES = 16  # not worth a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,17 @@ async def render_chat(context: ServerContext, body: ChatPrompt, *, parallel: boo
         RequestError: naming the field.
     """
     arguments = (context.engine.tokenizer, context.chat, body, parallel)
-    if body.tools or body.chat_template:  # schemas to check, or a template that may take its time
+    if body.tools or body.chat_template or not _is_short(body):  # schemas to check, or a template takes its time
         return await asyncio.to_thread(_render, *arguments)
     return _render(*arguments)
+
+
+def _is_short(body: ChatPrompt) -> bool:
+    """A conversation that is rendered in well under a millisecond."""
+    return len(body.messages) <= FEW_MESSAGES and all(
+        isinstance(message.content, str) and len(message.content) <= SHORT_TEXT_CHARS and not message.tool_calls
+        for message in body.messages
+    )
 
 
 async def chat_prompt_ids(context: ServerContext, body: ChatPrompt) -> list[int]:

@@ -69,7 +69,11 @@ class StructuredOutputs(BaseModel):
         None, description="The whole text matches it. Without look-around and back-references."
     )
     choice: (
-        Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICE_STRINGS)] | None
+        Annotated[
+            list[Annotated[str, Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_CHOICE_STRINGS, fail_fast=True),
+        ]
+        | None
     ) = Field(None, description="The text is one of these.")
     grammar: Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)] | None = Field(
         None, description="A context-free grammar: Lark's notation (start: ...), or GBNF (root ::= ...)."

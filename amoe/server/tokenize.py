@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from amoe.engine.tokenizer import Tokenizer
 from amoe.errors import RequestError
 from amoe.server.chat_schemas import ChatPrompt
 from amoe.server.context import SHORT_TEXT_CHARS, ServerContext
@@ -46,7 +47,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: Model = None
-    tokens: list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]], Field(fail_fast=True)]
 
 
 # The tags are no identifiers, so that messages on wrong fields do not name them.
@@ -84,7 +85,7 @@ def tokenize_router(context: ServerContext) -> APIRouter:
             "count": len(tokens),
             "max_model_len": context.engine.model.max_model_len,
             "tokens": tokens,
-            "token_strs": [tokenizer.token(token) for token in tokens] if body.return_token_strs else None,
+            "token_strs": await _token_strs(tokenizer, tokens) if body.return_token_strs else None,
         }
         return json_response(answer)
 
@@ -101,6 +102,12 @@ def tokenize_router(context: ServerContext) -> APIRouter:
         return json_response(context.engine.tokenizer.info())
 
     return router
+
+
+async def _token_strs(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    if len(tokens) <= SHORT_TEXT_CHARS:
+        return [tokenizer.token(token) for token in tokens]
+    return await asyncio.to_thread(lambda: [tokenizer.token(token) for token in tokens])
 
 
 async def _decode(context: ServerContext, tokens: list[int]) -> str:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from amoe.errors import RequestError
+from amoe.server.chat_schemas import MAX_MESSAGES, MAX_TOOLS
+from amoe.server.field_types import MAX_STOP_STRINGS
 from amoe.server.schemas import null_means
 
 Block = dict[str, Any]
@@ -103,9 +105,9 @@ class MessagesPrompt(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str | None = None
-    messages: Annotated[list[MessageParam], Field(min_length=1)]
+    messages: Annotated[list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: Annotated[Content, Field(description="A string, or text blocks.")] | None = None
-    tools: Annotated[list[ToolParam], null_means([])] = []
+    tools: Annotated[list[ToolParam], Field(max_length=MAX_TOOLS, fail_fast=True), null_means([])] = []
     tool_choice: ToolChoiceParam | None = None
     thinking: ThinkingParam | None = None
     output_config: OutputConfigParam | None = None
@@ -116,7 +118,7 @@ class MessagesRequest(MessagesPrompt):
 
     max_tokens: Annotated[int, Field(ge=1)]
     stream: Annotated[bool, null_means(False)] = False
-    stop_sequences: Annotated[list[str], null_means([])] = []
+    stop_sequences: Annotated[list[str], Field(max_length=MAX_STOP_STRINGS, fail_fast=True), null_means([])] = []
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: float | None = None
     top_k: int | None = None

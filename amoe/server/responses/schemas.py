@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from amoe.errors import RequestError
+from amoe.server.chat_schemas import MAX_MESSAGES, MAX_TOOLS
 from amoe.server.schemas import null_means
 from amoe.types import SamplingParams
 
 MAX_METADATA_PAIRS = 16
+MAX_METADATA_CHARS = 512  # of a value, as OpenAI's: it comes back with every event that has the response
 LOGPROBS_INCLUDED = "message.output_text.logprobs"
 
 Item = dict[str, Any]
@@ -19,25 +21,41 @@ Item = dict[str, Any]
 def _parse_input(value: Any) -> str | list[Item]:
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        return value
-    raise ValueError("must be a string or a list of items")
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise ValueError("must be a string or a list of items")
+    if len(value) > MAX_MESSAGES:
+        raise ValueError(f"must hold at most {MAX_MESSAGES} items")
+    return value
 
 
 def _parse_tools(value: Any) -> list[dict[str, Any]]:
     tools = [] if value is None else value
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("must be a list of objects")
+    if len(tools) > MAX_TOOLS:
+        raise ValueError(f"must hold at most {MAX_TOOLS} tools")
     if not all(isinstance(tool.get("type"), str) for tool in tools):
         raise ValueError("every tool needs a type, such as 'function'")
     return tools
+
+
+def _check_metadata(value: Any) -> Any:
+    """Before each pair is looked at, since each would have a complaint of its own."""
+    if isinstance(value, dict) and len(value) > MAX_METADATA_PAIRS:
+        raise ValueError(f"must hold at most {MAX_METADATA_PAIRS} pairs")
+    return value
 
 
 Input = Annotated[str | list[Item], PlainValidator(_parse_input, json_schema_input_type=str | list[dict[str, Any]])]
 Tools = Annotated[
     list[dict[str, Any]], PlainValidator(_parse_tools, json_schema_input_type=list[dict[str, Any]] | None)
 ]
-Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA_PAIRS), null_means({})]
+Metadata = Annotated[
+    dict[str, Annotated[str, Field(max_length=MAX_METADATA_CHARS)]],
+    Field(max_length=MAX_METADATA_PAIRS),
+    BeforeValidator(_check_metadata),
+    null_means({}),
+]
 
 
 class TextFormat(BaseModel):
@@ -117,7 +135,7 @@ class ResponsesRequest(BaseModel):
     presence_penalty: Annotated[float, null_means(0.0)] = 0.0
     frequency_penalty: Annotated[float, null_means(0.0)] = 0.0
     top_logprobs: Annotated[int, Field(ge=0, le=SamplingParams.MAX_LOGPROBS)] | None = None
-    include: Annotated[list[str], null_means([])] = Field(
+    include: Annotated[list[str], Field(fail_fast=True), null_means([])] = Field(
         [], description=f"{LOGPROBS_INCLUDED}; others have nothing to include here."
     )
     text: Annotated[TextConfig, null_means(TextConfig())] = TextConfig()

@@ -161,7 +161,7 @@ async def test_full_queue(server: Harness):
         response = await server.complete(prompt="a", stream=stream)
         assert "queue is full" in assert_error(response, 503)
         assert int(response.headers["retry-after"]) >= 1
-    assert_error(await server.complete(prompt=["a"] * 7), 400)
+    assert_error(await server.complete(prompt=["a"] * 7), 400, "prompt")
     server.worker.runs.set()
     assert [response.status_code for response in await asyncio.gather(*waiting)] == [200] * 6
 
