@@ -15,6 +15,7 @@ from typing import Protocol
 
 from amoe.clock import Clock, MonotonicClock
 from amoe.config import EngineConfig
+from amoe.engine.async_generation import Generation
 from amoe.engine.generation import GenerationDelta, GenerationState
 from amoe.engine.load import Choices, Front, OpenLoad, first_choices
 from amoe.engine.messages import AbortRequests, AddRequest, Failed, Heartbeat, Outputs, Pulse, ToServer, ToWorker
@@ -61,85 +62,6 @@ class ModelInfo:
     vocab_size: int
     num_moe_layers: int = 1
     pairs_per_token: int = 1
-
-
-class Generation:
-    """The deltas of one sequence, to be iterated once. `close` it, or iterate to its end: either frees the sequence.
-
-    Attributes:
-        finish_reason: how it has ended; None while it is open.
-        queue_s, prefill_s: seconds before it was first computed, and from there to its first token; None: not yet told.
-        num_preemptions: times that it lost its KV to others, as far as is known.
-        choices: it is one of them.
-        num_waiting_tokens: of its prompt, until its first token: another choice computes them, if it is 0.
-    """
-
-    def __init__(
-        self,
-        engine: AsyncEngine,
-        request_id: int,
-        rank: int,
-        state: GenerationState,
-        choices: Choices,
-        now: float,
-    ) -> None:
-        self.request_id = request_id
-        self.rank = rank
-        self.state = state
-        self.arrived_at = now
-        self.first_token_at: float | None = None
-        self.last_token_at = now
-        self.finish_reason: FinishReason | None = None
-        self.queue_s: float | None = None
-        self.prefill_s: float | None = None
-        self.num_preemptions = 0
-        self.choices = choices
-        self.num_waiting_tokens = 0
-        self._engine = engine
-        self._pending: GenerationDelta | None = None
-        self._error: AmoeError | None = None
-        self._is_over = False  # the terminal event is in `_pending` or `_error`, or has been taken
-        self._waiter: asyncio.Future[None] | None = None
-
-    def __aiter__(self) -> Generation:
-        return self
-
-    async def __anext__(self) -> GenerationDelta:
-        while True:
-            if self._pending is not None:
-                delta, self._pending = self._pending, None
-                return delta
-            if self._error is not None:
-                error, self._error = self._error, None
-                raise error
-            if self._is_over:
-                raise StopAsyncIteration
-            # A bare future: this happens once a token, and an `Event` keeps a queue of those who wait.
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-
-    def close(self) -> None:
-        """Free the sequence, if it has not ended yet. Idempotent."""
-        self._engine.abort(self)
-
-    def deliver(self, delta: GenerationDelta) -> None:
-        """Engine only: queue a delta."""
-        if self._pending is None:
-            self._pending = delta
-        else:
-            self._pending.merge(delta)
-        self._is_over = delta.finish_reason is not None
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def fail(self, error: AmoeError | None) -> None:
-        """Engine only: the terminal event is this error; None ends the iteration (nobody listens any more)."""
-        self._error = error
-        self._is_over = True
-        self._wake()
 
 
 class AsyncEngine:
@@ -276,9 +198,14 @@ class AsyncEngine:
             admission.validate_priority(params.priority, self.config.scheduler.scheduling_policy)
         self._check_room(len(requests), num_prompt_tokens)
         generations: list[Generation] = []
-        for (prompt_token_ids, params), first in zip(requests, firsts, strict=True):
-            sibling = generations[first] if first < len(generations) else None
-            generations.append(self._start_one(prompt_token_ids, params, sibling))
+        try:
+            for (prompt_token_ids, params), first in zip(requests, firsts, strict=True):
+                sibling = generations[first] if first < len(generations) else None
+                generations.append(self._start_one(prompt_token_ids, params, sibling))
+        except BaseException:
+            for generation in generations:  # which nobody will ever read
+                generation.close()
+            raise
         return generations
 
     def check_count(self, count: int, param: str) -> None:
@@ -325,7 +252,7 @@ class AsyncEngine:
         rank = self._load.choose(self._steering.state.home_share) if sibling is None else sibling.rank
         state = GenerationState(params, self.tokenizer.detokenizer(params), count)
         choices = Choices() if sibling is None else sibling.choices
-        generation = Generation(self, self._next_id, rank, state, choices, self._clock.now())
+        generation = Generation(self.abort, self._next_id, rank, state, choices, self._clock.now())
         self._next_id += 1
         sibling_of = None if sibling is None else sibling.request_id
         # First of all: what cannot be sent raises here, and must not stay open for ever.
@@ -437,6 +364,13 @@ class AsyncEngine:
         generation.last_token_at = now
 
     async def _watch(self) -> None:
+        try:
+            await self._watch_workers()
+        except Exception:  # unseen, it would leave the engine healthy for ever
+            logger.exception("the watchdog has failed")
+            self.die("the watchdog has failed")
+
+    async def _watch_workers(self) -> None:
         last = self._clock.now()
         reported: Stall | None = None
         while True:

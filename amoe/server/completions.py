@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from amoe.engine.async_engine import Generation
+from amoe.engine.async_generation import Generation
 from amoe.engine.generation import GenerationDelta
 from amoe.errors import RequestError
 from amoe.policy.admission import fitting_max_tokens

@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from amoe.engine.async_engine import AsyncEngine, Generation
+from amoe.engine.async_engine import AsyncEngine
+from amoe.engine.async_generation import Generation
 from amoe.errors import RequestError
 from amoe.server.chat_options import ChatOptions
 from amoe.server.errors import ModelNotFoundError

@@ -11,7 +11,8 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from amoe.engine.async_engine import Generation, ModelInfo
+from amoe.engine.async_engine import ModelInfo
+from amoe.engine.async_generation import Generation
 from amoe.engine.tokenizer import Tokenizer
 from amoe.errors import RequestError
 from amoe.policy.admission import fitting_max_tokens

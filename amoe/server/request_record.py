@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from amoe.engine.async_engine import Generation
+from amoe.engine.async_generation import Generation
 from amoe.types import SamplingParams
 
 Starts = Sequence[tuple[Sequence[int], SamplingParams]]

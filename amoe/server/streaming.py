@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from amoe.engine.async_engine import Generation
+from amoe.engine.async_generation import Generation
 from amoe.engine.generation import GenerationDelta
 from amoe.server.encoding import DONE, event
 from amoe.server.errors import describe

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from amoe.engine import async_engine
-from amoe.engine.async_engine import AsyncEngine, Generation
+from amoe.engine.async_engine import AsyncEngine
+from amoe.engine.async_generation import Generation
 from amoe.engine.generation import GenerationDelta
-from amoe.engine.messages import AbortRequests, Failed, Outputs
+from amoe.engine.messages import AbortRequests, AddRequest, Failed, Outputs
 from amoe.errors import AmoeError, EngineDeadError, EngineOverloadedError, RequestError
 from amoe.types import SamplingParams, SequenceOutput, SequenceTimes
 from tests.fake_workers import FakeWorker, make_engine, make_tokenizer
@@ -324,6 +325,21 @@ async def test_silent_worker_is_dead(make, monkeypatch):
     assert not engine.healthy
 
 
+async def test_a_watchdog_that_fails_is_no_good_sign(make, monkeypatch):
+    monkeypatch.setattr(async_engine, "WATCHDOG_PERIOD_S", 0.001)
+    engine, (worker,) = make()
+    worker.runs.clear()
+    (generation,) = engine.start([([1], SamplingParams())])
+
+    def explode(seconds: float) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(engine.metrics.http, "lagged", explode)
+    with pytest.raises(EngineDeadError, match="the watchdog has failed"):
+        await read(generation)
+    assert not engine.healthy
+
+
 async def test_refusal_by_the_worker_is_an_error(make):
     engine, (worker,) = make()
     worker.runs.clear()
@@ -352,6 +368,23 @@ async def test_what_cannot_be_sent_does_not_stay_open(make, monkeypatch):
         engine.start([([1], SamplingParams())])
     assert engine.num_open == 0
     await asyncio.wait_for(engine.drain(), 5)
+
+
+async def test_all_are_started_or_none(make, monkeypatch):
+    engine, (worker,) = make()
+    worker.runs.clear()
+    send = worker.send
+
+    def refuse(message):
+        if isinstance(message, AddRequest) and message.prompt_token_ids == [2]:
+            raise OverflowError("no such integer in msgpack")
+        send(message)
+
+    monkeypatch.setattr(worker, "send", refuse)
+    with pytest.raises(OverflowError):
+        engine.start([([1], SamplingParams()), ([2], SamplingParams())])
+    assert engine.num_open == 0 and engine._load.is_empty
+    assert not worker.open
 
 
 async def test_drain_waits_and_refuses(make):
