@@ -8,27 +8,28 @@ from pathlib import Path
 
 import httpx
 
-from amoe.cluster.shutdown import ShutdownSignals
-from amoe.server.context import ServerContext
 from amoe.server.options import ServerOptions
-from amoe.server.run import _serve_http
+from amoe.server.sampling import SamplingDefaults
+from amoe.server.serving import serve_engine
 from tests.fake_workers import make_engine, make_tokenizer
 
 
 async def test_background_is_finished_and_fetched(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("amoe.server.run.POLL_GRACE_S", 5.0)  # for slow machines
+    monkeypatch.setattr("amoe.server.serving.POLL_GRACE_S", 5.0)  # for slow machines
     engine, (worker,) = make_engine(make_tokenizer(tmp_path))
-    context = ServerContext(engine=engine, model_names=("fake",))
-    signals = ShutdownSignals(lambda: None)
+    requested, listening = asyncio.Event(), asyncio.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         options = ServerOptions(model_names=("fake",), shutdown_timeout_s=5.0)
-        serving = asyncio.create_task(_serve_http(context, options, None, listener, signals))
+        serving = asyncio.create_task(
+            serve_engine(engine, options, SamplingDefaults(), listener, requested, listening.set)
+        )
+        await listening.wait()
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}") as http:
             worker.runs.clear()
             body = {"input": "yo", "background": True, "max_output_tokens": 3}
             response = (await http.post("/v1/responses", json=body)).json()
             await worker.has_open(1)
-            signals.requested.set()
+            requested.set()
             while not engine.is_draining:  # noqa: ASYNC110 - there is no event for it
                 await asyncio.sleep(0.01)
             url = f"/v1/responses/{response['id']}"
@@ -38,5 +39,5 @@ async def test_background_is_finished_and_fetched(tmp_path: Path, monkeypatch):
             while (response := (await http.get(url)).json())["status"] in ("queued", "in_progress"):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             assert response["output"][0]["content"][0]["text"] == "u:y"
-        await serving
-    await engine.close()
+        assert await serving == 0
+    worker.die()

@@ -18,7 +18,8 @@ import pytest
 
 from amoe.server.app import create_app
 from amoe.server.context import ServerContext
-from amoe.server.run import ServerOptions, WebServer
+from amoe.server.options import ServerOptions
+from amoe.server.web_server import WebServer
 from tests.fake_workers import FakeWorker, make_engine, make_tokenizer
 
 
@@ -42,7 +43,7 @@ class Serving:
         self._loop = asyncio.get_running_loop()
         self.engine, (self.worker,) = make_engine(self._directory, max_num_seqs=2, max_waiting=0)
         context = ServerContext(engine=self.engine, model_names=("fake",))
-        options = ServerOptions(host="127.0.0.1", port=0, model_names=("fake",), uvicorn_log_level="warning")
+        options = ServerOptions(model_names=("fake",))
         self._server = WebServer(create_app(context), options)
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
         await self._server.listening.wait()
