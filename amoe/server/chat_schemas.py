@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 
 from amoe.errors import RequestError
-from amoe.server.schemas import GenerationRequest, null_means
+from amoe.server.schemas import MAX_TOKENS, GenerationRequest, null_means
 from amoe.types import SamplingParams
 
 MAX_TOOLS = 512
@@ -170,7 +170,7 @@ class ChatPrompt(BaseModel):
 class ChatCompletionRequest(ChatPrompt, GenerationRequest):
     """POST /v1/chat/completions."""
 
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     logprobs: Annotated[bool, null_means(False)] = False
     top_logprobs: Annotated[int, Field(ge=0, le=SamplingParams.MAX_LOGPROBS)] | None = None
     echo: Annotated[bool, null_means(False)] = Field(False, description="The last message's text comes first.")

@@ -17,7 +17,8 @@ def json_bytes(body: Mapping[str, Any]) -> bytes:
     try:
         return _encoder.encode(body)
     except (UnicodeEncodeError, TypeError):  # the slow way takes more kinds of numbers, too
-        return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+        finite = json.loads(json.dumps(body), parse_constant=lambda _: None)  # NaN is null, as in the fast way
+        return json.dumps(finite, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 def json_response(body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

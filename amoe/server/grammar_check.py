@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import sys
 from collections import OrderedDict
 from typing import Protocol
 
-from amoe.errors import AmoeError
+from amoe.errors import AmoeError, EngineOverloadedError
 from amoe.server import grammar_child
 
 START_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 60.0  # a process that is not run at all; one that computes is ended by `grammar_child` itself
 MAX_REMEMBERED = 256
+RETRY_AFTER_S = 5
+MAX_WAITING = 32  # questions, each of up to two seconds: who comes later is told so at once
 
 
 class GrammarCheck(Protocol):
@@ -42,7 +45,8 @@ class GrammarProcess:
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
         self._child: asyncio.subprocess.Process | None = None
-        self._remembered: OrderedDict[str, str | None] = OrderedDict()
+        self._num_asking = 0
+        self._remembered: OrderedDict[bytes, str | None] = OrderedDict()  # by digest: a grammar may have megabytes
 
     async def __aenter__(self) -> GrammarProcess:
         return self
@@ -51,15 +55,15 @@ class GrammarProcess:
         await self.close()
 
     async def __call__(self, grammar: str) -> str | None:
-        if grammar not in self._remembered:
-            async with self._lock:
-                complaint = await self._ask(grammar)
-            self._remembered[grammar] = complaint
+        key = hashlib.sha256(grammar.encode("utf-8", "surrogatepass")).digest()
+        if key not in self._remembered:
+            complaint = await self._ask_in_turn(grammar)
+            self._remembered[key] = complaint
             while len(self._remembered) > MAX_REMEMBERED:
                 self._remembered.popitem(last=False)
             return complaint
-        self._remembered.move_to_end(grammar)
-        return self._remembered[grammar]
+        self._remembered.move_to_end(key)
+        return self._remembered[key]
 
     async def close(self) -> None:
         """End the child."""
@@ -68,6 +72,16 @@ class GrammarProcess:
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
             await child.wait()
+
+    async def _ask_in_turn(self, grammar: str) -> str | None:
+        if self._num_asking >= MAX_WAITING:
+            raise EngineOverloadedError("too many grammars wait to be compiled; try again later", RETRY_AFTER_S)
+        self._num_asking += 1
+        try:
+            async with self._lock:
+                return await self._ask(grammar)
+        finally:
+            self._num_asking -= 1
 
     async def _ask(self, grammar: str) -> str | None:
         try:

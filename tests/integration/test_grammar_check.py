@@ -7,7 +7,8 @@ import asyncio
 import pytest
 from llguidance import LLMatcher
 
-from amoe.server.grammar_check import GrammarProcess
+from amoe.errors import EngineOverloadedError
+from amoe.server.grammar_check import MAX_WAITING, GrammarProcess
 
 DEEP = 1500
 OVERFLOWING_RULES = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(2 * DEEP)) + f'r{2 * DEEP}: "a"'
@@ -48,3 +49,12 @@ async def test_a_question_that_nobody_waits_for_spoils_no_other():
         answers = await asyncio.gather(*(check(f'start: "{n}"') for n in range(4)), check("start: nothing"))
         assert answers[:4] == [None] * 4
         assert "nothing" in (answers[4] or "")
+
+
+async def test_a_crowd_of_grammars_is_refused():
+    async with GrammarProcess() as check:
+        asked = (check(f'start: "{n}"') for n in range(MAX_WAITING + 2))
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert answers[:MAX_WAITING] == [None] * MAX_WAITING
+        assert [type(answer) for answer in answers[MAX_WAITING:]] == [EngineOverloadedError] * 2
+        assert await check('start: "later"') is None

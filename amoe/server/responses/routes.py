@@ -83,7 +83,9 @@ class ResponsesService:
         head = response_head(body, response_id, job.model, job.created, self._context.defaults)
         formatter = _logprobs_formatter(job) if body.wants_logprobs else None
         assembler = ResponseAssembler(head, formatter, with_summary=body.reasoning.summary is not None)
-        return StoredResponse(assembler, history, as_stored(items)), ResponseRun(job, assembler)
+        given_ids = frozenset(item["id"] for item in items if isinstance(item.get("id"), str))
+        stored = StoredResponse(assembler, history, as_stored(items), given_ids=given_ids)
+        return stored, ResponseRun(job, assembler)
 
     def _history(self, response_id: str | None) -> list[dict[str, Any]]:
         if response_id is None:

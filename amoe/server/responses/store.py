@@ -25,12 +25,14 @@ class StoredResponse:
         history: items of the responses before it, oldest first.
         items: its own input.
         run: what works on it in the background; None if it was made in the foreground.
+        given_ids: of its own items, those that the client has chosen.
     """
 
     assembler: ResponseAssembler
     history: list[Item]
     items: list[Item]
     run: BackgroundRun | None = None
+    given_ids: frozenset[str] = frozenset()
 
     @property
     def id(self) -> str:
@@ -49,7 +51,8 @@ class StoredResponse:
 
     def num_bytes(self) -> int:
         """Size as JSON. What it shares with responses before it counts again, so that no chain escapes the bound."""
-        return len(json_bytes({"items": [self.history, self.items], "response": self.body}))
+        size = len(json_bytes({"items": [self.history, self.items], "response": self.body}))
+        return size + (0 if self.run is None else self.run.num_bytes)
 
 
 @dataclass
@@ -78,12 +81,16 @@ class ResponseStore:
         return sum(self._sizes.values())
 
     def put(self, stored: StoredResponse) -> None:
-        """Keep a response; again, once it has ended, since it has grown."""
+        """Keep a response; again, once it has ended, since it has grown.
+
+        Items are found by ids of ours only: what one client calls `msg_1` must be no other's.
+        """
         self._responses[stored.id] = stored
         self._responses.move_to_end(stored.id)
         self._sizes[stored.id] = stored.num_bytes()
         for item in (*stored.items, *(stored.body["output"] if stored.assembler.is_over else ())):
-            self._items[item["id"]] = (stored.id, item)
+            if item["id"] not in stored.given_ids or self.find_item(item["id"]) == item:
+                self._items[item["id"]] = (stored.id, item)
         self._evict()
 
     def get(self, response_id: str, param: str | None = None) -> StoredResponse:

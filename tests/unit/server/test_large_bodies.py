@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from amoe.server.chat_schemas import MAX_MESSAGES, MAX_TOOLS, ChatCompletionRequest
 from amoe.server.completion_schemas import CompletionRequest
+from amoe.server.encoding import json_bytes
 from amoe.server.messages.schemas import MessagesRequest
 from amoe.server.responses.schemas import ResponsesRequest
 from amoe.server.tokenize import DetokenizeRequest
@@ -92,3 +94,20 @@ async def test_words_of_many_tokens(server: Harness, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("amoe.server.tokenize.SHORT_TEXT_CHARS", 4)
     response = await server.post("/tokenize", {"prompt": "z" * 50, "return_token_strs": True})
     assert response.json()["token_strs"] == ["z"] * response.json()["count"]
+
+
+def test_json_of_what_only_python_reads():
+    """Python's JSON takes NaN and half a surrogate pair; no answer may break on them."""
+    body = {"a": [float("nan"), "\ud800", float("inf"), 1.5], "b": 10**30}
+    assert json.loads(json_bytes(body)) == {"a": [None, "?", None, 1.5], "b": 10**30}
+
+
+async def test_numbers_that_only_python_reads_are_kept_as_null(server: Harness):
+    body = '{"max_output_tokens": 1, "input": [{"role": "user", "content": "a", "x": [NaN, "\\ud800"]}]}'
+    response = await server.http.post("/v1/responses", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**31, 10**40])
+async def test_max_completion_tokens_by_its_name(server: Harness, wrong: int):
+    assert_error(await server.chat(max_completion_tokens=wrong), 400, "max_completion_tokens")

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import weakref
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 
 from amoe.server.errors import NotFoundError
 from amoe.server.responses.assembler import ResponseAssembler
+from amoe.server.responses.background import BackgroundRun
+from amoe.server.responses.run import ResponseRun
 from amoe.server.responses.store import ResponseStore, StoredResponse
 
 
@@ -85,3 +94,57 @@ def test_putting_again_counts_once():
     size = store.num_bytes
     store.put(stored("a"))
     assert store.num_bytes == size
+
+
+def test_events_that_are_kept_count():
+    store = ResponseStore(max_bytes=6000)
+    for response_id in "ab":
+        response = stored(response_id)
+        response.run = cast(BackgroundRun, SimpleNamespace(num_bytes=5000))
+        store.put(response)
+    assert ids(store) == ["b"]
+
+
+def test_items_are_not_found_by_names_that_clients_have_chosen():
+    store = ResponseStore()
+    theirs = stored("a", "secret")
+    theirs.given_ids = frozenset({"msg_a"})
+    store.put(theirs)
+    assert store.find_item("msg_a") is None
+
+
+def test_an_item_cannot_be_replaced_by_its_name():
+    store = ResponseStore()
+    store.put(stored("a", "true"))
+    for response_id, text in (("b", "false"), ("c", "true")):
+        copy = stored(response_id)
+        copy.items = [{**copy.items[0], "id": "msg_a", "content": text}]
+        copy.given_ids = frozenset({"msg_a"})
+        store.put(copy)
+        assert store.find_item("msg_a") == {"type": "message", "id": "msg_a", "role": "user", "content": "true"}
+    store.delete("a")  # a copy of the true one is there
+    assert store.find_item("msg_a") is not None
+
+
+async def test_a_run_that_has_ended_keeps_its_events_and_nothing_else():
+    class Run:
+        assembler = ResponseAssembler({"id": "a"})
+        job = SimpleNamespace(generations=[])
+
+        async def events(self) -> AsyncIterator[dict[str, Any]]:
+            for event in (*self.assembler.begin(), *self.assembler.finish("stop", {})):
+                yield event
+
+    run = Run()
+    gone = weakref.ref(run)
+    tasks: set[asyncio.Task[None]] = set()
+    ended = asyncio.Event()
+    background = BackgroundRun(cast(ResponseRun, run), tasks, keeps_events=True, on_end=ended.set)
+    del run
+    await ended.wait()
+    frames = [frame async for frame in background.follow()]
+    await asyncio.gather(*tasks)
+    gc.collect()
+    assert gone() is None
+    assert background.num_bytes == sum(map(len, frames)) > 0
+    await background.cancel()  # changes nothing
