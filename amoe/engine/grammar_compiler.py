@@ -28,8 +28,8 @@ from amoe.errors import RequestError
 T = TypeVar("T")
 
 # Below llguidance's defaults where those allow 500 MB a sequence, or, to ambiguous grammars, seconds a token: with these
-# it is 0.1 s at worst. A schema of 128 alternatives (tools) needs a third of the items.
-LIMITS = LLParserLimits(step_max_items=4_000, max_lexer_states=50_000, verbose_errors=False)
+# a third of a second at worst. 128 alternatives that share their beginnings (tools, say) need 6,000 items at a token.
+LIMITS = LLParserLimits(step_max_items=8_000, max_lexer_states=50_000, verbose_errors=False)
 _NUM_THREADS = 2  # so that a heavy grammar does not keep a light one waiting
 _MAX_KEPT = 32  # compiled grammars: most users send the same one again and again
 _MAX_COMPLAINT = 300  # characters

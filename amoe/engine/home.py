@@ -137,7 +137,7 @@ class Home:
     @property
     def is_compiling(self) -> bool:
         """Requests wait for their grammars: `poll` will bring them in, and nobody wakes the worker for it."""
-        return bool(self._compiling)
+        return self._grammars.is_compiling
 
     def warm_up(self) -> None:
         """Do beside the loop what the first request with a grammar would otherwise wait for."""
