@@ -17,7 +17,7 @@ def add_chat_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trust-request-chat-template",
         action="store_true",
-        help="requests may bring a chat template; it runs in a sandbox, and not for long",
+        help="requests may bring a chat template; it runs in a sandbox, and not for long, but may take any memory",
     )
     group.add_argument(
         "--tool-call-parser",

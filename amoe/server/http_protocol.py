@@ -14,11 +14,15 @@ from amoe.server.errors import error_body
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_TIMEOUT_S = 20.0
 LINGER_S = 2.0
+# For a client to take anything of what waits for it. The system keeps some megabytes more, and asks for the next only
+# when a good part of them is gone: a reader of some kilobytes a second still counts as one.
+READ_TIMEOUT_S = 120.0
 _TOO_LARGE = f"the head of the request is larger than {MAX_HEAD_BYTES} bytes"
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """Refuses heads of more than `MAX_HEAD_BYTES`, and closes connections whose head does not come in time.
+    """Refuses heads of more than `MAX_HEAD_BYTES`, and closes connections whose head does not come in
+    time, or whose answer is not read.
 
     The parser itself would collect headers, and trailers behind a chunked body, for ever. What it cannot read is
     answered in the one shape of errors.
@@ -28,6 +32,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     _mute_bytes = 0  # since the parser has last told of a body or its end: of a trailer, say, which it collects
     _head_timer: asyncio.TimerHandle | None = None
     _is_refused = False  # what else comes in is thrown away
+    _stall_timer: asyncio.TimerHandle | None = None  # while more waits for the client than the socket takes
     _serving: RequestResponseCycle | None = None  # `cycle` is the last request, which may wait behind this one
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -36,8 +41,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
+        self._forget_stall()
         self._abandon()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader(None)
+
+    def resume_writing(self) -> None:
+        self._forget_stall()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
@@ -77,6 +91,23 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """The request is no HTTP."""
         self._refuse(400, "this is no HTTP request that can be understood")
+
+    def _watch_reader(self, num_before: int | None) -> None:
+        """Cut off a client that reads nothing: its answer would stay in memory for as long as it likes.
+
+        Args:
+            num_before: bytes that waited for it `READ_TIMEOUT_S` ago; None: it had none to wait.
+        """
+        num_waiting = self.transport.get_write_buffer_size()  # nothing is added while writing is paused
+        if num_before is not None and num_waiting >= num_before:
+            self.transport.abort()
+            return
+        self._stall_timer = self.loop.call_later(READ_TIMEOUT_S, self._watch_reader, num_waiting)
+
+    def _forget_stall(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
     def _expect_head(self) -> None:
         self._head_bytes = 0

@@ -21,6 +21,7 @@ class Transport:
     def __init__(self) -> None:
         self.sent = b""
         self.closed = False
+        self.num_waiting = 0
 
     def get_extra_info(self, name: str) -> Any:
         return None
@@ -33,6 +34,12 @@ class Transport:
 
     def close(self) -> None:
         self.closed = True
+
+    def abort(self) -> None:
+        self.closed = True
+
+    def get_write_buffer_size(self) -> int:
+        return self.num_waiting
 
     def can_write_eof(self) -> bool:
         return False
@@ -145,3 +152,29 @@ async def test_a_large_body_is_no_head(connection: Connection):
     await connection.feed(head, *[b"y" * 1024] * num_pieces)
     assert connection.transport.sent.startswith(b"HTTP/1.1 200 ")
     assert connection.bodies == [b"y" * (num_pieces * 1024)]
+
+
+async def test_a_client_that_reads_nothing_is_cut_off(connection: Connection, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("amoe.server.http_protocol.READ_TIMEOUT_S", 0.0)
+    await connection.feed(GET % b"a")
+    connection.transport.num_waiting = 100_000
+    connection.protocol.pause_writing()
+    for num_waiting in (90_000, 80_000, 79_999):  # a slow one is not
+        connection.transport.num_waiting = num_waiting
+        await asyncio.sleep(0)
+        assert not connection.transport.closed
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert connection.transport.closed
+
+
+async def test_a_client_that_reads_again_is_left_alone(connection: Connection, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("amoe.server.http_protocol.READ_TIMEOUT_S", 0.0)
+    await connection.feed(GET % b"a")
+    connection.transport.num_waiting = 100_000
+    connection.protocol.pause_writing()
+    connection.transport.num_waiting = 0
+    connection.protocol.resume_writing()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not connection.transport.closed
