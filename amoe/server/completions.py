@@ -21,6 +21,7 @@ from amoe.server.completion_schemas import CompletionRequest
 from amoe.server.constraints import constraints_of
 from amoe.server.context import ServerContext, new_id
 from amoe.server.encoding import event, json_response
+from amoe.server.logprobs import FEW_LOGPROBS
 from amoe.server.openapi import responses
 from amoe.server.sampling import Constraints, check_spans, sampling_params, truncated
 from amoe.server.streaming import EventStream, UsageCounter, collect, interleave, unless_disconnected
@@ -56,7 +57,7 @@ class _Job:
     async def part(self, index: int, delta: GenerationDelta) -> dict[str, Any] | None:
         """What `delta` adds to `choices[index]`, if anything."""
         writer = self.writers[index]
-        if writer.scores_prompt:
+        if writer.scores_prompt or (self.request.logprobs and len(delta.token_ids) > FEW_LOGPROBS):
             return await asyncio.to_thread(writer.part, delta)
         return writer.part(delta)
 

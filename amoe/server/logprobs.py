@@ -8,6 +8,7 @@ from typing import Any
 from amoe.types import TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
+FEW_LOGPROBS = 32  # told in a few milliseconds at most: not worth a thread
 
 TokenBytes = Callable[[int], bytes]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -111,3 +113,27 @@ async def test_numbers_that_only_python_reads_are_kept_as_null(server: Harness):
 @pytest.mark.parametrize("wrong", [-1, 2**31, 10**40])
 async def test_max_completion_tokens_by_its_name(server: Harness, wrong: int):
     assert_error(await server.chat(max_completion_tokens=wrong), 400, "max_completion_tokens")
+
+
+async def test_many_logprobs_are_told_beside_the_event_loop(server: Harness, monkeypatch: pytest.MonkeyPatch):
+    """And say the same there."""
+    prompt = {"max_tokens": 40, "logprobs": 2}
+    beside = (await server.complete(prompt="a", **prompt)).json()["choices"]
+    chat = {"max_tokens": 40, "logprobs": True, "top_logprobs": 2}
+    chat_beside = (await server.chat(**chat)).json()["choices"]
+    threads: list[str] = []
+    original = asyncio.to_thread
+
+    async def to_thread(function: Callable[..., Any], *args: Any) -> Any:
+        threads.append(function.__name__)
+        return await original(function, *args)
+
+    monkeypatch.setattr(asyncio, "to_thread", to_thread)
+    assert (await server.complete(prompt="a", **prompt)).json()["choices"] == beside
+    assert (await server.chat(**chat)).json()["choices"] == chat_beside
+    assert threads == ["part", "whole_choice"]
+    for module in ("chat", "completions"):
+        monkeypatch.setattr(f"amoe.server.{module}.FEW_LOGPROBS", 1000)
+    assert (await server.complete(prompt="a", **prompt)).json()["choices"] == beside
+    assert (await server.chat(**chat)).json()["choices"] == chat_beside
+    assert threads == ["part", "whole_choice"]
