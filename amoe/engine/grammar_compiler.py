@@ -1,8 +1,8 @@
 """Compiles grammars beside the worker's loop: llguidance's parsers, over the tokens of this checkpoint.
 
 A grammar takes a millisecond as a rule, a schema of thousands of properties half a second; meanwhile the worker serves
-the others, because llguidance releases Python's lock. Only reading the vocabulary does not, for 20 ms (4,096 tokens)
-to a second (151,936): it is read once, when the worker is ready or with the first grammar.
+the others, because llguidance releases Python's lock. Only reading the vocabulary mostly does not, for 30 ms (4,096 tokens)
+to 1.7 s (151,936): it is read once, when the worker is ready or with the first grammar.
 
 What one step of a parser may cost is bounded by `LIMITS`: a grammar beyond them fails, and with it its request alone.
 Measured in `benchmarks/results/2026-11-22-structured.md`.
@@ -27,8 +27,9 @@ from amoe.errors import RequestError
 
 T = TypeVar("T")
 
-# Below llguidance's defaults where those allow 500 MB a sequence, or, to ambiguous grammars, seconds a token: with these
-# a third of a second at worst. 128 alternatives that share their beginnings (tools, say) need 6,000 items at a token.
+# Below llguidance's defaults, which allow 500 MB a sequence, and six times the work a token: with these the worst mask
+# found took half a second. What is refused beside such grammars: some schemas of more than a hundred alternatives that
+# all stay possible for long.
 LIMITS = LLParserLimits(step_max_items=8_000, max_lexer_states=50_000, verbose_errors=False)
 _NUM_THREADS = 2  # so that a heavy grammar does not keep a light one waiting
 _MAX_KEPT = 32  # compiled grammars: most users send the same one again and again
