@@ -86,6 +86,7 @@ def test_a_file_does_not_touch_what_it_does_not_name(file):
         ("schedule: fast", "--schedule: invalid choice"),
         ("disable-log-stats: 1", "disable-log-stats must be true or false"),
         ("max-num-seqs: 1\nmax_num_seqs: 2", "twice"),
+        ("port: 1\nhost: a\nport: 2", "port is there twice.* line 3"),
         ("served-model-name: [[a]]", "served-model-name takes a value"),
         ("[1, 2]", "must be a mapping"),
         ("1: 2", "must be a mapping"),
