@@ -138,5 +138,9 @@ def context_free_grammar(text: str) -> str:
 def _of_gbnf(text: str) -> str:
     try:
         return gbnf_to_lark.gbnf_to_lark(text)
+    except (gbnf_to_lark.GbnfToLarkError, RecursionError):
+        raise
     except IndexError as error:  # how the converter meets an escape sequence that breaks off
         raise ValueError("the grammar breaks off") from error
+    except Exception as error:  # of no class of its own: a rule that is nowhere
+        raise ValueError(str(error)) from error

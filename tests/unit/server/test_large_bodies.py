@@ -80,7 +80,9 @@ async def test_a_grammar_of_spaces(server: Harness, grammar: str):
     )
 
 
-@pytest.mark.parametrize("grammar", ['root ::= "\\', "root ::= [\\", 'root ::= "a', "root ::= (" * 2000, "root ::= a{"])
+@pytest.mark.parametrize(
+    "grammar", ['root ::= "\\', "root ::= [\\", 'root ::= "a', "root ::= (" * 2000, "root ::= a{", "root ::= a"]
+)
 async def test_a_gbnf_that_breaks_off(server: Harness, grammar: str):
     assert_error(
         await server.complete(prompt="a", structured_outputs={"grammar": grammar}), 400, "structured_outputs.grammar"
