@@ -1,8 +1,8 @@
 """Compiles grammars beside the worker's loop: llguidance's parsers, over the tokens of this checkpoint.
 
 A grammar takes a millisecond as a rule, a schema of thousands of properties half a second; meanwhile the worker serves
-the others, because llguidance releases Python's lock. Only reading the vocabulary mostly does not, for 30 ms (4,096 tokens)
-to 1.7 s (151,936): it is read once, when the worker is ready or with the first grammar.
+the others, because llguidance releases Python's lock. Only reading the vocabulary mostly does not, for 30 ms (4,096
+tokens) to 1.7 s (151,936): it is read once, when the worker has become ready.
 
 What one step of a parser may cost is bounded by `LIMITS`: a grammar beyond them fails, and with it its request alone.
 Measured in `benchmarks/results/2026-11-22-structured.md`.
