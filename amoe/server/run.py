@@ -23,6 +23,7 @@ from amoe.engine.messages import Ready
 from amoe.engine.tokenizer import Tokenizer
 from amoe.errors import ConfigError
 from amoe.logs import LogOptions, configure
+from amoe.metrics.engine import is_multiprocess
 from amoe.models.config import load_model_config
 from amoe.server.api_processes import ApiProcesses
 from amoe.server.options import ServerOptions
@@ -63,10 +64,15 @@ async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions)
     check_certificate(options)
     if options.otlp_traces_endpoint is not None:
         check_tracing(options.otlp_traces_endpoint)
+    num_fronts = options.api_server_count if options.api_server_count > 1 else 0
+    if num_fronts == 0 and is_multiprocess():
+        raise ConfigError(
+            "PROMETHEUS_MULTIPROC_DIR is set: what others have counted there, or this server before it was started "
+            "anew, would be added to its metrics: unset it (for --api-server-count, amoe makes its own)"
+        )
     model = load_model_config(config.model)  # first: what is wrong with the checkpoint is said before all else
     tokenizer = Tokenizer(config.model, options.chat.chat_template)
     defaults = SamplingDefaults.from_checkpoint(config.model)
-    num_fronts = options.api_server_count if options.api_server_count > 1 else 0
     with bound_socket(options) as listener:
         cluster = LocalCluster(config, logs=logs, num_fronts=num_fronts)
         signals = ShutdownSignals(cluster.kill)
