@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=3, help="measured passes of the token-level parts")
     parser.add_argument("--fault-seconds", type=float, default=1.8, help="simulated")
     parser.add_argument("--serving-seconds", type=float, default=0.9, help="simulated")
-    parser.add_argument("--largest", type=int, default=256, help="devices to scale to; 1024: 15 min")
+    parser.add_argument("--largest", type=int, default=256, help="devices to scale to; 1024: half an hour, 6 GB")
     parser.add_argument("--engine", choices=("brief", "full"), default="brief", help="full: all, half an hour")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/study"))
