@@ -11,6 +11,7 @@ from amoe.server.schemas import MAX_TOKENS, GenerationRequest, null_means
 from amoe.types import SamplingParams
 
 MAX_TOOLS = 512
+MAX_CALLS = 1024  # of one message
 MAX_MESSAGES = 4096  # twice what OpenAI takes: each costs the event loop some time
 TOOL_NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
 
@@ -43,7 +44,7 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content = None
     name: str | None = None
-    tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = Field(
+    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=MAX_CALLS, fail_fast=True)] | None = Field(
         None, description="Of the assistant: what it has called."
     )
     tool_call_id: str | None = Field(None, description="Of a tool: the call that this is the result of.")

@@ -78,6 +78,8 @@ def _parse_prompts(value: Any) -> list[str | list[int]]:
 
 def _parse_spans(value: Any) -> tuple[tuple[int, int], ...]:
     spans = [] if value is None else value
+    if isinstance(spans, list) and len(spans) > SamplingParams.MAX_SPANS:
+        raise ValueError(f"must hold at most {SamplingParams.MAX_SPANS} pairs")
     if not isinstance(spans, list) or not all(is_ids(span) and len(span) == 2 for span in spans):
         raise ValueError("must be a list of [start, end] pairs of token positions, such as [[0, 16], [20, 24]]")
     return tuple((start, end) for start, end in spans)

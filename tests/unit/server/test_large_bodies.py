@@ -25,7 +25,7 @@ MESSAGE = {"role": "user", "content": "a"}
 # 16 MiB there would be eight million.
 LISTS: list[tuple[type[BaseModel], dict[str, Any]]] = [
     (ChatCompletionRequest, {"messages": [1] * MANY}),
-    (ChatCompletionRequest, {"messages": [{"role": "assistant", "tool_calls": [1] * MANY}]}),
+    (ChatCompletionRequest, {"messages": [{"role": "assistant", "tool_calls": [1] * 1000}]}),
     (ChatCompletionRequest, {"messages": [MESSAGE], "tools": [1] * 500}),
     (ChatCompletionRequest, {"messages": [MESSAGE], "documents": [1] * MANY}),
     (ChatCompletionRequest, {"messages": [MESSAGE], "structured_outputs": {"choice": [1] * MANY}}),
@@ -53,6 +53,8 @@ def test_one_complaint_is_enough(model: type[BaseModel], body: dict[str, Any]):
     [
         (ChatCompletionRequest, {"messages": [MESSAGE] * (MAX_MESSAGES + 1)}, "messages"),
         (MessagesRequest, {"max_tokens": 1, "messages": [MESSAGE] * (MAX_MESSAGES + 1)}, "messages"),
+        (ChatCompletionRequest, {"messages": [{"role": "assistant", "tool_calls": [{}] * 1025}]}, "messages"),
+        (CompletionRequest, {"prompt": "a", "droppable_spans": [[0, 1]] * MANY}, "droppable_spans"),
         (ResponsesRequest, {"input": [MESSAGE] * (MAX_MESSAGES + 1)}, "input"),
         (ResponsesRequest, {"input": "a", "tools": [{"type": "function"}] * (MAX_TOOLS + 1)}, "tools"),
         (ResponsesRequest, {"input": "a", "metadata": {"k": "v" * 513}}, "metadata"),

@@ -74,6 +74,21 @@ class TestKeys:
         assert response.headers["www-authenticate"].startswith("Basic")
         assert "API key" in response.text
 
+    @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None])
+    async def test_a_strangers_page_cannot_use_the_browsers_login(self, guarded: httpx.AsyncClient, kind: str | None):
+        """A browser sends these without asking the server first, and its stored password along."""
+        login = {"authorization": "Basic " + base64.b64encode(b"anybody:correct-horse").decode()}
+        headers = login if kind is None else {**login, "content-type": kind}
+        messages = b'[{"role": "user", "content": "a"}]'
+        body = b'{"prompt": "a", "input": "a", "tokens": [1], "max_tokens": 1, "messages": %b}' % messages
+        for path in (
+            *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
+            *("/tokenize", "/v1/tokenize", "/detokenize", "/v1/detokenize"),
+        ):
+            response = await guarded.post(path, content=body, headers=headers)
+            assert response.status_code == 400, path
+            assert "application/json" in response.json()["error"]["message"]
+
     def test_keys_are_kept_nowhere(self):
         options = HttpOptions(key_digests=digest_keys(("secret-key",), "test"))
         assert "secret" not in repr(options)
