@@ -217,7 +217,8 @@ async def test_admission_follows_heartbeats(tmp_path: Path) -> None:
             await asyncio.sleep(0)
         for _ in range(10):
             await engine._steering.steer()
-        engine.start([([5, 6], SamplingParams(max_tokens=4)) for _ in range(40)])
+        # Different prompts: those of one would stay together, as its choices.
+        engine.start([([5, 6 + index], SamplingParams(max_tokens=4)) for index in range(40)])
         counts = [len(worker.requests) for worker in workers]
         assert counts[0] > 2 * counts[1] > 0
         assert 'amoe:owner_speed{worker="1"} 0.5' in engine.metrics.render().decode()
