@@ -15,7 +15,7 @@ os.environ.setdefault("LANGSMITH_TRACING", "false")
 os.environ.setdefault("ANONYMIZED_TELEMETRY", "false")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def served() -> Iterator[ServedModel]:
     with ServedModel() as server:
         yield server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -30,11 +31,13 @@ ONE = PlacementConfig()  # starting a worker costs seconds of processor time: mo
 def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Workers find `fake_worker`; afterwards no descriptor, child or name in /dev/shm is left."""
     monkeypatch.setenv("PYTHONPATH", str(HERE))
+    gc.collect()  # what earlier tests have dropped must not make room for what these leave
     descriptors, names = len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))
+    others = set(psutil.Process().children(recursive=True))  # servers that other tests share
     yield
     assert set(os.listdir("/dev/shm")) <= names
-    assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert not psutil.Process().children(recursive=True)
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
+    assert set(psutil.Process().children(recursive=True)) <= others
 
 
 def cluster_of(mode: str, placement: PlacementConfig = TWO) -> LocalCluster:
