@@ -69,7 +69,9 @@ def _logs(context: ServerContext, options: HttpOptions) -> list[Observer]:
 
 def _add_middleware(app: FastAPI, context: ServerContext, options: HttpOptions, observers: list[Observer]) -> None:
     """What is added later is further outside."""
-    app.add_middleware(BodyLimit, limit=options.max_body_bytes, timeout_s=options.body_timeout_s)
+    app.add_middleware(
+        BodyLimit, limit=options.body_limit(context.engine.model.max_model_len), timeout_s=options.body_timeout_s
+    )
     if options.key_digests:
         app.add_middleware(ApiKeyGuard, digests=options.key_digests)
     cors = options.cors

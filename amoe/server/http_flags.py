@@ -12,7 +12,7 @@ from amoe.engine.watchdog import HEARTBEAT_TIMEOUT_S, STALL_TIMEOUT_S
 from amoe.errors import ConfigError
 from amoe.logs import FORMATS, LEVELS, LogFormat, LogOptions, level_from_environment
 from amoe.server.engine_flags import human_int
-from amoe.server.options import BODY_TIMEOUT_S, MAX_BODY_BYTES, CorsOptions, HttpOptions, ServerOptions, digest_keys
+from amoe.server.options import BODY_TIMEOUT_S, CorsOptions, HttpOptions, ServerOptions, digest_keys
 
 UVICORN_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
@@ -105,7 +105,10 @@ def _add_access_flags(parser: argparse.ArgumentParser) -> None:
         "--allow-credentials", action="store_true", help="browsers may send stored passwords along, and cookies"
     )
     group.add_argument(
-        "--max-body-bytes", type=human_int, default=MAX_BODY_BYTES, metavar="N", help="of a request; more is a 413"
+        "--max-body-bytes",
+        type=human_int,
+        metavar="N",
+        help="of a request; more is a 413; default: 128 per token of the model's context, at least a megabyte",
     )
     group.add_argument(
         "--request-body-timeout",

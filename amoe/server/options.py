@@ -9,7 +9,8 @@ from amoe.engine.watchdog import HEARTBEAT_TIMEOUT_S, STALL_TIMEOUT_S
 from amoe.errors import ConfigError
 from amoe.server.chat_options import ChatOptions
 
-MAX_BODY_BYTES = 16 * 1024 * 1024
+LEAST_BODY_BYTES = 1024 * 1024
+BODY_BYTES_PER_TOKEN = 128  # a token has some 4 characters; JSON, tools and log-probabilities' ids take more
 BODY_TIMEOUT_S = 60.0
 
 
@@ -50,7 +51,7 @@ class HttpOptions:
 
     Attributes:
         key_digests: SHA-256 of each API key; empty: everybody may come in. The keys themselves are kept nowhere.
-        max_body_bytes: a larger body is refused.
+        max_body_bytes: a larger body is refused; None: one that is larger than the model's context can be.
         body_timeout_s: so long may a body take to come in.
         access_log: a line per request.
         log_requests: a line when a request is admitted, with its parameters.
@@ -59,16 +60,23 @@ class HttpOptions:
 
     key_digests: tuple[bytes, ...] = field(default=(), repr=False)
     cors: CorsOptions = field(default_factory=CorsOptions)
-    max_body_bytes: int = MAX_BODY_BYTES
+    max_body_bytes: int | None = None
     body_timeout_s: float = BODY_TIMEOUT_S
     access_log: bool = True
     log_requests: bool = False
     max_log_len: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.max_body_bytes >= 1, "--max-body-bytes must be at least 1")
+        _require(self.max_body_bytes is None or self.max_body_bytes >= 1, "--max-body-bytes must be at least 1")
         _require(self.body_timeout_s > 0, "--request-body-timeout must be greater than 0")
         _require(self.max_log_len >= 0, "--max-log-len must be at least 0")
+
+    def body_limit(self, max_model_len: int) -> int:
+        """Bytes of a body at most. Reading one holds the event loop for up to a third of a second per megabyte, so that
+        nobody gets to send more than the model can take."""
+        if self.max_body_bytes is not None:
+            return self.max_body_bytes
+        return max(LEAST_BODY_BYTES, BODY_BYTES_PER_TOKEN * max_model_len)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -303,3 +303,9 @@ async def test_a_bug_is_answered_with_the_id_under_which_it_is_logged(server: Ha
 def test_options_that_cannot_work(wrong, flag):
     with pytest.raises(ConfigError, match=flag):
         replace(ServerOptions(model_names=("m",)), **wrong)
+
+
+@pytest.mark.parametrize(("max_model_len", "limit"), [(64, 2**20), (131_072, 2**24)])
+def test_the_longest_body_follows_the_context(max_model_len: int, limit: int) -> None:
+    assert HttpOptions().body_limit(max_model_len) == limit
+    assert HttpOptions(max_body_bytes=7).body_limit(max_model_len) == 7
