@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic.config import JsonDict
 
 from amoe.errors import RequestError
 from amoe.server.schemas import MAX_TOKENS, GenerationRequest, null_means
@@ -36,12 +37,25 @@ Content = Annotated[
 ]
 
 
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+# Only an assistant may say nothing, which pydantic has no words for.
+_HAS_CONTENT: JsonDict = {
+    "anyOf": [
+        {"properties": {"role": {"const": "assistant"}}},
+        {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+    ]
+}
+
+
 class ChatMessage(BaseModel):
     """One message. Other keys (`name`, ...) reach the chat template as they are."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=_HAS_CONTENT)
 
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant", "tool", "function"],
+        WithJsonSchema({"type": "string", "enum": list(_ROLES)}),
+    ]
     content: Content = None
     name: str | None = None
     tool_calls: Annotated[list[dict[str, Any]], Field(max_length=MAX_CALLS, fail_fast=True)] | None = Field(
