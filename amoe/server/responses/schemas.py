@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.config import JsonDict
 
 from amoe.errors import RequestError
-from amoe.server.chat_schemas import MAX_MESSAGES, MAX_TOOLS
+from amoe.server.chat_schemas import MAX_MESSAGES, MAX_TOOLS, TOOL_NAME
 from amoe.server.schemas import null_means
 from amoe.types import SamplingParams
 
@@ -46,10 +55,55 @@ def _check_metadata(value: Any) -> Any:
     return value
 
 
-Input = Annotated[str | list[Item], PlainValidator(_parse_input, json_schema_input_type=str | list[dict[str, Any]])]
-Tools = Annotated[
-    list[dict[str, Any]], PlainValidator(_parse_tools, json_schema_input_type=list[dict[str, Any]] | None)
-]
+_MESSAGE: JsonDict = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {
+        "type": {"const": "message"},
+        "role": {"enum": ["user", "system", "developer", "assistant"]},
+        "content": {"type": "string", "minLength": 1},
+    },
+}
+_CALL_OUTPUT: JsonDict = {
+    "type": "object",
+    "description": "What a function has returned; function_call, reasoning and item_reference are items as well.",
+    "required": ["type", "call_id", "output"],
+    "properties": {
+        "type": {"const": "function_call_output"},
+        "call_id": {"type": "string", "minLength": 1},
+        "output": {"type": "string"},
+    },
+}
+# What is understood of items and tools is told by `items` and `translate`: here only as much as helps a reader.
+_INPUT: JsonDict = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "minItems": 1, "maxItems": MAX_MESSAGES, "items": {"anyOf": [_MESSAGE, _CALL_OUTPUT]}},
+    ]
+}
+_TOOLS: JsonDict = {
+    "anyOf": [
+        {
+            "type": "array",
+            "maxItems": MAX_TOOLS,
+            "items": {
+                "type": "object",
+                "description": "Types other than function are skipped.",
+                "required": ["type", "name"],
+                "properties": {
+                    "type": {"const": "function"},
+                    "name": {"type": "string", "pattern": TOOL_NAME},
+                    "description": {"type": "string"},
+                    "parameters": {"type": "object"},
+                    "strict": {"type": "boolean"},
+                },
+            },
+        },
+        {"type": "null"},
+    ]
+}
+Input = Annotated[str | list[Item], PlainValidator(_parse_input), WithJsonSchema(_INPUT)]
+Tools = Annotated[list[dict[str, Any]], PlainValidator(_parse_tools), WithJsonSchema(_TOOLS)]
 Metadata = Annotated[
     dict[str, Annotated[str, Field(max_length=MAX_METADATA_CHARS)]],
     Field(max_length=MAX_METADATA_PAIRS),
