@@ -59,7 +59,7 @@ def test_right_requests(operations: dict[str, schemathesis.APIOperation]) -> Non
     assert len(operations) > 10
     for label, operation in operations.items():
         statuses = statuses_of(operation, GenerationMode.POSITIVE)
-        if label.startswith("POST /v1/"):
+        if label.startswith("POST /v1/") and "{" not in label:
             assert 200 in statuses, f"no request that {label} describes as right was served: {statuses}"
 
 
