@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastapi import APIRouter, FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from amoe import __version__
@@ -36,7 +37,14 @@ def create_app(
     """
     options = options or HttpOptions()
     load = LoadCounter()
-    app = FastAPI(title="amoe", version=__version__, description="OpenAI-compatible API of an amoe server.")
+    # /docs without a CDN: there may be no internet, and whose script is in it has the browser's login.
+    app = FastAPIOffline(
+        redoc_url=None,
+        static_url="/docs/static",
+        title="amoe",
+        version=__version__,
+        description="OpenAI-compatible API of an amoe server.",
+    )
     install_error_handlers(app)
     for router in _routers(context, load):
         app.include_router(router)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -108,3 +109,13 @@ def test_defaults_that_would_fail_every_request_are_refused_at_start(tmp_path, c
     (tmp_path / "generation_config.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=f"generation_config.json: {message}"):
         SamplingDefaults.from_checkpoint(tmp_path)
+
+
+async def test_docs_need_nothing_from_outside(server: Harness):
+    page = await server.http.get("/docs")
+    assert page.status_code == 200
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(sources) >= 3
+    for source in sources:
+        assert source.startswith("/docs/static/"), source
+        assert (await server.http.get(source)).status_code == 200
