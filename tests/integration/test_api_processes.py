@@ -17,9 +17,19 @@ from tests.served import ServedModel
 BODY = {"prompt": "def add(a, b):", "max_tokens": 8, "temperature": 0}
 
 
+FLAGS = ("--api-server-count", "2", "--colocated", "2", "--shutdown-timeout", "5")
+
+
+@pytest.fixture(scope="module")
+def lasting() -> Iterator[ServedModel]:
+    with ServedModel(*FLAGS) as server:
+        yield server
+
+
 @pytest.fixture
 def served() -> Iterator[ServedModel]:
-    with ServedModel("--api-server-count", "2", "--colocated", "2", "--shutdown-timeout", "5") as server:
+    """One that the test may end."""
+    with ServedModel(*FLAGS) as server:
         yield server
 
 
@@ -40,14 +50,22 @@ def counted(server: ServedModel) -> float:
     return sum(float(value) for value in re.findall(r"^amoe:generation_tokens_total\{.*\} (\S+)$", text, re.MULTILINE))
 
 
-def test_all_processes_serve_the_same_model(served: ServedModel) -> None:
+def test_all_processes_serve_the_same_model(lasting: ServedModel) -> None:
     with ThreadPoolExecutor(16) as pool:
-        texts = set(pool.map(lambda _: complete(served), range(48)))
+        texts = set(pool.map(lambda _: complete(lasting), range(48)))
     assert len(texts) == 1
-    served_by = {line.split(" INFO ")[1].split(":")[0] for line in served.output if "request ended" in line}
+    served_by = {line.split(" INFO ")[1].split(":")[0] for line in lasting.output if "request ended" in line}
     assert served_by == {"api 0", "api 1"}
-    assert {counted(served) for _ in range(8)} == {48.0 * 8}, "every process tells the sum"
-    assert httpx.get(f"{served.url}/health").status_code == 200
+    assert {counted(lasting) for _ in range(8)} == {48.0 * 8}, "every process tells the sum"
+    assert httpx.get(f"{lasting.url}/health").status_code == 200
+
+
+def test_a_client_that_goes_frees_its_sequence(lasting: ServedModel) -> None:
+    with httpx.stream(
+        "POST", f"{lasting.url}/v1/completions", json=BODY | {"max_tokens": 1500, "stream": True}, timeout=60
+    ) as answer:
+        next(answer.iter_lines())
+    assert lasting.until_idle()
 
 
 def test_a_process_that_goes_takes_the_server_along(served: ServedModel) -> None:
@@ -64,14 +82,6 @@ def test_a_worker_that_dies_takes_the_server_along(served: ServedModel) -> None:
     assert served.process.wait(60) == 1
     _, alive = psutil.wait_procs(children.values(), timeout=30)
     assert not alive
-
-
-def test_a_client_that_goes_frees_its_sequence(served: ServedModel) -> None:
-    with httpx.stream(
-        "POST", f"{served.url}/v1/completions", json=BODY | {"max_tokens": 1500, "stream": True}, timeout=60
-    ) as answer:
-        next(answer.iter_lines())
-    assert served.until_idle()
 
 
 def test_sigterm_lets_open_streams_end(served: ServedModel) -> None:
