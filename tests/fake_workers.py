@@ -167,7 +167,8 @@ def make_engine(
     max_waiting: int = 2,
     max_waiting_tokens: int | None = None,
     scheduling_policy: SchedulingPolicy = "fcfs",
-    heartbeat_timeout_s: float = 1e6,
+    heartbeat_timeout_s: float = 1e6,  # they send no sign of life unless told
+    stall_timeout_s: float = 1e5,
 ) -> tuple[AsyncEngine, list[FakeWorker]]:
     """A running engine over fake workers, with the tokenizer in `directory`. To be called within an event loop."""
     workers = [FakeWorker(rank) for rank in range(num_workers)]
@@ -179,6 +180,7 @@ def make_engine(
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, scheduling_policy=scheduling_policy),
     )
     model = ModelInfo(name="fake", max_model_len=max_model_len, vocab_size=300)
-    engine = AsyncEngine(workers, config, Tokenizer(directory), model, heartbeat_timeout_s=heartbeat_timeout_s)
+    timeouts = {"heartbeat_timeout_s": heartbeat_timeout_s, "stall_timeout_s": stall_timeout_s}
+    engine = AsyncEngine(workers, config, Tokenizer(directory), model, **timeouts)
     engine.run()
     return engine, workers

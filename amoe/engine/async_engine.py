@@ -17,7 +17,7 @@ from amoe.clock import Clock, MonotonicClock
 from amoe.config import EngineConfig
 from amoe.engine.async_generation import Generation
 from amoe.engine.generation import GenerationDelta, GenerationState
-from amoe.engine.load import Choices, Front, OpenLoad, first_choices
+from amoe.engine.load import Choices, Front, OpenLoad, Refusal, first_choices
 from amoe.engine.messages import AbortRequests, AddRequest, Failed, Heartbeat, Outputs, Pulse, ToServer, ToWorker
 from amoe.engine.shared_control import REQUESTS_PER_FRONT
 from amoe.engine.steering import Steering
@@ -74,7 +74,7 @@ class AsyncEngine:
         owners: [num_layers, num_experts, R] where experts live; None: replicas, if there are any, are not steered.
         heartbeat_timeout_s: a worker whose loop does not turn for so long is dead.
         stall_timeout_s: a worker that gives no sign of life, or has work and runs no block, for so long makes the
-            engine unhealthy until it goes on.
+            engine unhealthy until it goes on: what is open stays open, and nothing new is taken.
         front: which of several engines on the same workers this is; the first one steers them.
     """
 
@@ -185,7 +185,7 @@ class AsyncEngine:
 
         Raises:
             RequestError: a prompt that is empty, too long, or holds an unknown token id; a priority that means nothing.
-            EngineOverloadedError: no room now.
+            EngineOverloadedError: no room now, or a worker has stalled.
             EngineDeadError: no room ever.
         """
         firsts = first_choices(requests)
@@ -239,8 +239,9 @@ class AsyncEngine:
             self.metrics.rejected("dead")
             raise EngineDeadError(str(self._death))
         if self._draining:
-            self.metrics.rejected("shutdown")
-            raise EngineOverloadedError("the server is shutting down and takes no new requests", 5)
+            refusal = Refusal("shutdown", "the server is shutting down and takes no new requests", 5)
+        elif (stall := self._watchdog.stalled) is not None:  # what came in now would only wait for it
+            refusal = Refusal("stalled", f"{stall}: nothing new is taken until it goes on; try again later", 5)
         if refusal is not None:
             self.metrics.rejected(refusal.reason)
             raise EngineOverloadedError(refusal.message, refusal.retry_after_s)
@@ -381,8 +382,7 @@ class AsyncEngine:
             # whose messages lie unread: count a period for two at most.
             self._watchdog.advance(min(now - last, 2 * WATCHDOG_PERIOD_S))
             last = now
-            silent = self._watchdog.silent
-            if silent is not None:
+            if (silent := self._watchdog.silent) is not None:
                 self.die(f"worker {silent} has made no progress for {self._watchdog.heartbeat_timeout_s:g} s")
                 return
             reported = self._report(self._watchdog.stalled, reported)

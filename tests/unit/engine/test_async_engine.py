@@ -325,6 +325,25 @@ async def test_silent_worker_is_dead(make, monkeypatch):
     assert not engine.healthy
 
 
+async def test_a_stalled_worker_gets_nothing_new_and_what_is_open_goes_on(make):
+    engine, workers = make(num_workers=2)
+    workers[0].runs.clear()
+    (generation,) = engine.start([([1], SamplingParams(max_tokens=3))])
+    engine._watchdog.advance(2e5)
+    workers[0].beat()
+    await asyncio.sleep(0)
+    with pytest.raises(EngineOverloadedError, match=r"worker 1 gives no sign of life for 200000\.0 s") as caught:
+        engine.start([([2], SamplingParams())])
+    assert caught.value.retry_after_s >= 1
+    labels = {"model_name": "fake", "reason": "stalled"}
+    assert engine.metrics.registry.get_sample_value("amoe:admission_rejections_total", labels) == 1
+    workers[0].runs.set()
+    assert (await read(generation)).token_ids == [1, 1, 1]
+    workers[1].beat()
+    await asyncio.sleep(0)
+    assert (await read(engine.generate([2], SamplingParams(max_tokens=1)))).token_ids == [2]
+
+
 async def test_a_watchdog_that_fails_is_no_good_sign(make, monkeypatch):
     monkeypatch.setattr(async_engine, "WATCHDOG_PERIOD_S", 0.001)
     engine, (worker,) = make()

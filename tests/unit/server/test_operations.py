@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from amoe import __version__
 from amoe.errors import CheckpointError
 from amoe.server.sampling import SamplingDefaults
-from tests.unit.server.conftest import Harness
+from tests.unit.server.conftest import Harness, assert_error
 
 
 async def settle() -> None:
@@ -50,12 +50,16 @@ async def test_health_is_false_while_a_worker_stalls(server: Harness):
     server.worker.beat()
     await settle()
     assert 'amoe:num_requests_running{engine="0",model_name="fake"} 1.0' in (await server.http.get("/metrics")).text
-    server.engine._watchdog.advance(31.0)
+    server.engine._watchdog.advance(2e5)
     assert (await server.http.get("/health")).status_code == 503
+    refused = await server.complete(prompt="ab", max_tokens=4)
+    assert_error(refused, 503)
+    assert int(refused.headers["retry-after"]) >= 1
     server.worker.stats.steps += 1
     server.worker.beat()
     await settle()
     assert (await server.http.get("/health")).status_code == 200
+    assert (await server.complete(prompt="ab", max_tokens=4)).status_code == 200
 
 
 async def test_metrics(server: Harness):
