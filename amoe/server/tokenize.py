@@ -55,7 +55,8 @@ _TEXT, _CHAT = "a text", "a conversation"
 
 
 def _kind(body: Any) -> str:
-    return _CHAT if isinstance(body, TokenizeChat) or (isinstance(body, dict) and "messages" in body) else _TEXT
+    has_messages = isinstance(body, dict) and body.get("messages") is not None
+    return _CHAT if has_messages or isinstance(body, TokenizeChat) else _TEXT
 
 
 TokenizeRequest = Annotated[
@@ -77,6 +78,7 @@ def tokenize_router(context: ServerContext) -> APIRouter:
         """Token ids of a text, or of a conversation's prompt."""
         context.resolve_model(body.model)
         if isinstance(body, TokenizeChat):
+            _refuse_prompt(body)
             tokens = await chat_prompt_ids(context, body)
         else:
             tokens = await context.tokenize(body.prompt, body.add_special_tokens, "prompt")
@@ -102,6 +104,11 @@ def tokenize_router(context: ServerContext) -> APIRouter:
         return json_response(context.engine.tokenizer.info())
 
     return router
+
+
+def _refuse_prompt(body: TokenizeChat) -> None:
+    if (body.model_extra or {}).get("prompt") is not None:
+        raise RequestError("prompt cannot be used together with messages: send one of them", param="prompt")
 
 
 async def _token_strs(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:

@@ -53,6 +53,8 @@ async def test_back_to_text(server: Harness, path: str):
         ("/tokenize", {"prompt": 5}, "prompt"),
         ("/tokenize", {"prompt": "\ud800"}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "prompt": "a"}, "prompt"),
+        ("/tokenize", {"messages": None}, "prompt"),
         ("/tokenize", {"messages": [{"role": "user"}]}, "messages.0.content"),
         ("/tokenize", {"messages": [{"role": "nobody", "content": ""}]}, "messages.0.role"),
         ("/detokenize", {}, "tokens"),
