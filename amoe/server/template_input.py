@@ -19,11 +19,24 @@ def _refuse(where: str, why: str) -> RequestError:
     return RequestError(f"{where} {why}", param=where)
 
 
-def _part_text(part: Any, where: str) -> str:
+def text_key(part: Any, where: str, wanted: str = "text") -> str:
+    """Where the text of a content part lies.
+
+    Args:
+        wanted: what the API in use calls a part of text.
+
+    Raises:
+        RequestError: it is not text.
+    """
     kind = part.get("type") if isinstance(part, dict) else None
     key = TEXT_PARTS.get(kind) if isinstance(kind, str) else None
     if key is None:
-        raise _refuse(where, f"must be a part of type 'text', not {kind!r}: this server reads nothing but text")
+        raise _refuse(where, f"must be a part of type {wanted!r}, not {kind!r}: this server reads nothing but text")
+    return key
+
+
+def _part_text(part: Any, where: str) -> str:
+    key = text_key(part, where)
     text = part.get(key)
     if not isinstance(text, str):
         raise _refuse(f"{where}.{key}", "must be a string")

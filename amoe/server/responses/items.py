@@ -8,6 +8,7 @@ from typing import Any
 
 from amoe.errors import RequestError
 from amoe.server.responses.schemas import Item
+from amoe.server.template_input import text_key
 
 # What an item's id begins with.
 PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
@@ -54,6 +55,15 @@ def _string(item: Item, key: str, where: str) -> str:
     if not isinstance(value, str):
         raise RequestError(f"{where}.{key} must be a string", param=f"{where}.{key}")
     return value
+
+
+def _content(item: Item, key: str, where: str) -> Any:
+    """What a message or an output says, whose parts are refused here if they are no text: in the words of this API."""
+    content = item.get(key)
+    wanted = "output_text" if item.get("role") == "assistant" else "input_text"
+    for index, part in enumerate(content if isinstance(content, list) else ()):
+        text_key(part, f"{where}.{key}.{index}", wanted)
+    return content
 
 
 def _thoughts(item: Item, where: str) -> str:
@@ -120,7 +130,7 @@ class MessageBuilder:
         role = item.get("role")
         if role not in ROLES:
             raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}", param=f"{where}.role")
-        message = {"role": role, "content": item.get("content")}
+        message = {"role": role, "content": _content(item, "content", where)}
         if role == "assistant":
             message |= self._taken_thoughts()
         else:
@@ -155,6 +165,6 @@ class MessageBuilder:
         self._flush_thoughts()
         call_id = _string(item, "call_id", where)
         name = self._functions.get(call_id)
-        message = {"role": "tool", "tool_call_id": call_id, "content": item.get("output")}
+        message = {"role": "tool", "tool_call_id": call_id, "content": _content(item, "output", where)}
         self._append(message | ({} if name is None else {"name": name}), where)
         self.names[f"messages.{len(self.messages) - 1}.content"] = f"{where}.output"

@@ -242,6 +242,14 @@ def test_errors_name_the_users_own_field(fields, param):
     assert param.split(".")[-1] in content["error"]["message"]
 
 
+@pytest.mark.parametrize(("role", "wanted"), [("user", "input_text"), ("assistant", "output_text")])
+def test_a_part_that_is_no_text_is_told_what_text_is_called_here(role, wanted):
+    image = {"type": "input_image", "image_url": "x"}
+    body = ResponsesRequest.model_validate({"input": [{"role": role, "content": [image]}]})
+    with pytest.raises(RequestError, match=f"part of type '{wanted}', not 'input_image'"):
+        translate(body, [], input_items(body, {}.get))
+
+
 def test_stored_items_have_all_that_is_told_of_them():
     items = as_stored(
         [
