@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from amoe.errors import AmoeError, EngineDeadError, EngineOverloadedError, RequestError
 from amoe.server.encoding import json_response
+from amoe.server.request_record import note_error
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ class ModelNotFoundError(NotFoundError):
 
 
 def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
-    """The JSON of an error."""
+    """The JSON of an error that the client is about to be told; the request's line in the log tells it too."""
+    note_error(message)
     kind = TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 

@@ -15,6 +15,8 @@ from amoe.types import SamplingParams
 
 Starts = Sequence[tuple[Sequence[int], SamplingParams]]
 
+MAX_ERROR_CHARS = 200
+
 _GOOD_ID = re.compile(r"[!-~]{1,256}")
 
 
@@ -28,6 +30,8 @@ class RequestRecord:
         began_s, began_ns: of the monotonic clock, and Unix time.
         headers: those that a tracer reads.
         status: of the response; None until it has begun.
+        error: what the client has been told went wrong, on one line of at most `MAX_ERROR_CHARS`; None: nothing.
+        client: address that the request came from; None: a Unix socket.
         handler: template of the route that it has reached; None: none.
         starts, generations: the sequences that the engine has admitted for it.
         model: the served name that it meant.
@@ -41,6 +45,8 @@ class RequestRecord:
     began_ns: int = field(default_factory=time.time_ns)
     headers: dict[str, str] = field(default_factory=dict)
     status: int | None = None
+    error: str | None = None
+    client: str | None = None
     handler: str | None = None
     starts: list[tuple[Sequence[int], SamplingParams]] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)
@@ -93,6 +99,12 @@ def enter_record(record: RequestRecord) -> None:
     _current.set(record)
 
 
+def note_error(message: str) -> None:
+    """The client of the request that this task serves is told that `message` went wrong."""
+    if (record := _current.get()) is not None:
+        record.error = " ".join(message.split())[:MAX_ERROR_CHARS]
+
+
 def request_id_of(header: bytes | None) -> str:
     """The client's id of a request, or a new one where there is none, or one that does not belong into a log."""
     text = (header or b"").decode("latin-1")
@@ -105,6 +117,14 @@ def new_id(prefix: str, request_id: str | None = None) -> str:
     return f"{prefix}-{request_id or (uuid.uuid4().hex if record is None else record.request_id)}"
 
 
+def _trouble(record: RequestRecord) -> dict[str, Any]:
+    """Why a request went wrong, and who sent it. A stream may break after a status of 200."""
+    if record.error is None and record.status is not None and record.status < 400:
+        return {}
+    trouble = {"error": record.error, "client": record.client}
+    return {name: value for name, value in trouble.items() if value is not None}
+
+
 def as_fields(record: RequestRecord) -> dict[str, Any]:
     """What a log line tells of a request that has ended."""
     fields: dict[str, Any] = {
@@ -113,7 +133,7 @@ def as_fields(record: RequestRecord) -> dict[str, Any]:
         "status": 499 if record.status is None else record.status,  # nginx's number for a client that has gone
         "request_id": record.request_id,
         "seconds": round(time.monotonic() - record.began_s, 4),
-    }
+    } | _trouble(record)
     if record.generations:
         queue_s = max((g.queue_s for g in record.generations if g.queue_s is not None), default=None)
         more = {

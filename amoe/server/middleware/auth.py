@@ -73,7 +73,8 @@ class ApiKeyGuard:
 
 
 def _refusal(is_browser: bool) -> Response:
+    body = error_body(_MESSAGE, 401)
     if is_browser:
         headers = {"WWW-Authenticate": 'Basic realm="amoe", charset="UTF-8"', "Cache-Control": "no-store"}
         return Response(_PAGE, 401, headers, "text/html; charset=utf-8")
-    return json_response(error_body(_MESSAGE, 401), 401, {"WWW-Authenticate": 'Bearer realm="amoe"'})
+    return json_response(body, 401, {"WWW-Authenticate": 'Bearer realm="amoe"'})

@@ -47,6 +47,7 @@ class RequestScope:
         headers = dict(scope["headers"])
         record = RequestRecord(request_id_of(headers.get(b"x-request-id")), scope["method"], scope["path"])
         record.headers = {n.decode(): headers[n].decode("latin-1") for n in _TRACE_HEADERS if n in headers}
+        record.client = scope["client"][0] if scope.get("client") else None
         enter_record(record)
         scope[DIRECT_SEND] = send
         for observer in self._observers:

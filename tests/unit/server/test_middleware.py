@@ -261,6 +261,32 @@ class TestLines:
         assert (stream["generated_tokens"], stream["finish_reason"], stream["status"]) == (3, "length", 200)
         assert (wrong["status"], "prompt_tokens" in wrong) == (400, False)
 
+    @pytest.mark.parametrize(
+        ("path", "body", "words"),
+        [
+            ("/v1/completions", {"prompt": "secret", "max_tokens": -3}, "max_tokens"),
+            ("/v1/completions", {"prompt": ["secret", 5]}, "prompt"),
+            ("/v1/completions", {"prompt": "secret", "model": "two\nlines" + "s" * 300}, "the model 'two"),
+            ("/v1/messages", {"messages": [{"role": "user", "content": "secret"}]}, "max_tokens"),
+            ("/v1/completions", {"prompt": "secret" * 20_000}, "the body is larger than"),
+            ("/v1/nothing", {"prompt": "secret"}, "there is no route POST /v1/nothing"),
+        ],
+    )
+    async def test_why_and_from_where_a_request_was_refused(self, server: Harness, caplog, path, body, words):
+        caplog.set_level(logging.INFO, "amoe.request")
+        assert (await server.post(path, body)).status_code >= 400
+        (line,) = fields_of(caplog, "request ended")
+        assert (line["client"], words in line["error"]) == ("127.0.0.1", True)
+        assert "secret" not in line["error"]
+        assert "\n" not in line["error"]
+        assert len(line["error"]) <= 200
+
+    @pytest.mark.parametrize("accept", ["text/html", "application/json"])
+    async def test_a_missing_key_is_told(self, guarded: httpx.AsyncClient, caplog, accept):
+        caplog.set_level(logging.INFO, "amoe.request")
+        await guarded.get("/v1/models", headers={"accept": accept})
+        assert fields_of(caplog, "request ended")[0]["error"].startswith("no API key")
+
     async def test_probes_are_told_to_whoever_wants_everything(self, server: Harness, caplog):
         caplog.set_level(logging.DEBUG, "amoe.request")
         await server.http.get("/health")
