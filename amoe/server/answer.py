@@ -80,6 +80,9 @@ class AnswerReader:
         if is_last:
             rest = parser.finish()
             parsed = Parsed(parsed.content + rest.content, parsed.calls + rest.calls)
+        if self._answers.plan.is_forced:
+            # Nothing but calls can be meant: the rest is the head of one that was cut off, or stands between two.
+            parsed.content = ""
         return parsed
 
     def _finish_reason(self, raw: GenerationDelta) -> ChatFinishReason | None:

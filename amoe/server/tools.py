@@ -42,7 +42,7 @@ class ToolPlan:
 
     @property
     def is_forced(self) -> bool:
-        """A function must be called."""
+        """A function must be called: the answer is calls and nothing else, thoughts aside."""
         return self.mode in ("required", "named")
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -129,6 +130,10 @@ class OpenCall(OpenItem):
     def __init__(self, index: int, emit: Emit, call_id: str, name: str) -> None:
         super().__init__("function_call", index, emit, call_id=call_id, name=name, arguments="")
 
+    def end(self, status: ItemStatus) -> list[Event]:
+        """Nothing more comes. Arguments that are whole stay so, where the answer was cut off behind them."""
+        return super().end("completed" if _is_json(self.body["arguments"]) else status)
+
     def add(self, arguments: str) -> list[Event]:
         """More of the arguments."""
         self.body["arguments"] += arguments
@@ -137,3 +142,11 @@ class OpenCall(OpenItem):
     def _end_parts(self) -> list[Event]:
         arguments, name = self.body["arguments"], self.body["name"]
         return [self._tell("response.function_call_arguments.done", arguments=arguments, name=name)]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
+from pydantic_core import from_json
 
 from amoe.server.app import create_app
 from amoe.server.chat_options import ChatOptions
@@ -55,6 +56,11 @@ async def thinking_server(tokenizer_directory: Path) -> AsyncIterator[Harness]:
     worker.die()
 
 
+def arguments(text: str) -> dict[str, Any]:
+    """Of a call, as far as they go."""
+    return from_json(text, allow_partial=True)
+
+
 def named_events(response: httpx.Response) -> list[dict[str, Any]]:
     frames = [frame for frame in response.text.split("\n\n") if frame and frame != "data: [DONE]"]
     return [json.loads(frame.split("\ndata: ")[1]) for frame in frames]
@@ -62,11 +68,12 @@ def named_events(response: httpx.Response) -> list[dict[str, Any]]:
 
 async def of_chat(server: Harness, fields: dict[str, Any]) -> Answer:
     tool = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
-    response = await server.chat(**fields, max_tokens=fields.pop("limit"), tools=[tool])
+    choice = "required" if fields.get("forced") else "auto"
+    response = await server.chat(max_tokens=fields["limit"], tools=[tool], tool_choice=choice)
     body = response.json()
     (choice,) = body["choices"]
     message, usage = choice["message"], body["usage"]
-    calls = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in message.get("tool_calls") or ()]
+    calls = [(c["function"]["name"], arguments(c["function"]["arguments"])) for c in message.get("tool_calls") or ()]
     return Answer(
         message.get("reasoning") or "",
         message["content"] or "",
@@ -81,6 +88,7 @@ async def of_chat(server: Harness, fields: dict[str, Any]) -> Answer:
 async def of_responses(server: Harness, fields: dict[str, Any]) -> Answer:
     tool = {"type": "function", "name": "get_weather", "parameters": PARAMETERS}
     asked = {"input": "hi", "max_output_tokens": fields["limit"], "tools": [tool]}
+    asked["tool_choice"] = "required" if fields.get("forced") else "auto"
     response = await server.post("/v1/responses", asked | {"stream": fields.get("stream", False)})
     if fields.get("stream"):
         body = openai_types.check_stream(named_events(response))
@@ -93,7 +101,7 @@ async def of_responses(server: Harness, fields: dict[str, Any]) -> Answer:
     return Answer(
         "".join(item["content"][0]["text"] for item in items["reasoning"]),
         "".join(item["content"][0]["text"] for item in items["message"]),
-        [(item["name"], json.loads(item["arguments"])) for item in calls],
+        [(item["name"], arguments(item["arguments"])) for item in calls],
         ending,
         body["usage"]["input_tokens"],
         body["usage"]["output_tokens"],
@@ -104,6 +112,7 @@ async def of_responses(server: Harness, fields: dict[str, Any]) -> Answer:
 async def of_messages(server: Harness, fields: dict[str, Any]) -> Answer:
     tool = {"name": "get_weather", "input_schema": PARAMETERS}
     asked = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": fields["limit"], "tools": [tool]}
+    asked["tool_choice"] = {"type": "any" if fields.get("forced") else "auto"}
     response = await server.post("/v1/messages", asked | {"stream": fields.get("stream", False)})
     if fields.get("stream"):
         body = anthropic_types.check_stream(named_events(response))
@@ -119,7 +128,7 @@ async def of_messages(server: Harness, fields: dict[str, Any]) -> Answer:
     return Answer(
         joined("thinking"),
         joined("text"),
-        [(b["name"], json.loads(b["json"]) if "json" in b else b["input"]) for b in calls],
+        [(b["name"], arguments(b["json"]) if "json" in b else b["input"]) for b in calls],
         {"max_tokens": "length", "tool_use": "tool_calls", "end_turn": "stop"}[body["stop_reason"]],
         usage["input_tokens"] + usage["cache_read_input_tokens"],
         usage["output_tokens"],
@@ -151,3 +160,18 @@ async def test_all_are_cut_off_in_the_same_place(thinking_server: Harness, name:
         for ask in (of_responses, of_messages):
             for stream in (False, True):
                 assert await ask(server, {"limit": limit, "stream": stream}) == expected, (ask.__name__, stream)
+
+
+async def test_a_forced_call_that_is_cut_off_is_no_text(thinking_server: Harness):
+    server, answer = thinking_server, ANSWERS["calls"]
+    server.worker.script = lambda request: server.ids(answer)
+    num_calls = set()
+    for limit in range(1, len(server.ids(answer)) + 1, 5):
+        expected = await of_chat(server, {"limit": limit, "forced": True})
+        assert (expected.text, expected.ending, expected.generated_tokens) == ("", "length", limit)
+        num_calls.add(len(expected.calls))
+        for ask in (of_responses, of_messages):
+            for stream in (False, True):
+                fields = {"limit": limit, "forced": True, "stream": stream}
+                assert await ask(server, fields) == expected, (ask.__name__, stream)
+    assert num_calls == {0, 1, 2}

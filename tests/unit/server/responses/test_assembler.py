@@ -56,6 +56,13 @@ def test_cut_off():
     assert response["output"][0]["status"] == "incomplete"
 
 
+@pytest.mark.parametrize(("arguments", "status"), [('{"a": 1}', "completed"), ('{"a": 1', "incomplete")])
+def test_a_call_is_as_complete_as_its_arguments(arguments, status):
+    response = check_stream(stream(assembler(), [call(0, "f", arguments), nothing("length")]))
+    assert response["status"] == "incomplete"
+    assert response["output"][0]["status"] == status
+
+
 def test_nothing_said_is_an_empty_message():
     response = check_stream(stream(assembler(), [nothing("stop")]))
     assert [item["content"][0]["text"] for item in response["output"]] == [""]
