@@ -4,6 +4,7 @@
     ├── ConfigError            a flag or a configuration value that cannot work
     ├── CheckpointError        a checkpoint that cannot be served; the message names file, tensor or option
     ├── RequestError           a request that cannot be served (HTTP 400)
+    │   └── QuotingError       ... whose message may quote the prompt
     ├── EngineOverloadedError  the waiting queue is full (HTTP 503 with Retry-After)
     ├── EngineDeadError        a worker died or hangs; nothing can be served any more (HTTP 503)
     └── TransportError         a peer broke the wire protocol or went away
@@ -30,6 +31,11 @@ class RequestError(AmoeError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class QuotingError(RequestError):
+    """A request that cannot be served, for a reason that may quote the prompt: what follows the message's first colon.
+    That is for the user, and not for logs."""
 
 
 class EngineOverloadedError(AmoeError):

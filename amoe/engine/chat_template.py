@@ -17,7 +17,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from amoe.errors import CheckpointError, RequestError
+from amoe.errors import CheckpointError, QuotingError
 
 # Lines of compiled template that a client's own template may run: a long conversation takes thousands, an endless loop
 # takes them all within a second.
@@ -128,17 +128,17 @@ class ChatTemplate:
         """Prompt text.
 
         Raises:
-            RequestError: with the template's own words, if it rejects the messages.
+            QuotingError: with the template's own words, if it rejects the messages.
         """
         if not self._knows_developers:  # OpenAI's newer name of the system role
             messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
         try:
             return self._run({"tools": None, "documents": None, **variables, "messages": messages})
         except jinja2.TemplateError as error:
-            raise RequestError(f"the chat template rejects the messages: {error}", param="messages") from error
+            raise QuotingError(f"the chat template rejects the messages: {error}", param="messages") from error
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             # What a template does to messages of a shape that it does not expect: None + str, and the like.
-            raise RequestError(f"the chat template cannot render these messages: {error}", param="messages") from error
+            raise QuotingError(f"the chat template cannot render these messages: {error}", param="messages") from error
 
     def _run(self, variables: Mapping[str, Any]) -> str:
         if self._trusted:

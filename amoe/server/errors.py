@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from amoe.errors import AmoeError, EngineDeadError, EngineOverloadedError, RequestError
+from amoe.errors import AmoeError, EngineDeadError, EngineOverloadedError, QuotingError, RequestError
 from amoe.server.encoding import json_response
 from amoe.server.request_record import note_error
 
@@ -67,6 +67,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
 def error_response(error: Exception) -> Response:
     """The response to a request that failed with `error`."""
     status, body = describe(error)
+    if isinstance(error, QuotingError):
+        note_error(str(error).partition(":")[0])
     return json_response(body, status, _retry_headers(error))
 
 

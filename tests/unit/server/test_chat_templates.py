@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -75,6 +76,17 @@ async def test_hostile_templates_end(serve: Serve, template: str):
     response = await server.chat(chat_template=template)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] in ("messages", "chat_template")
+
+
+@pytest.mark.parametrize("says", ["{{ raise_exception(messages[0].content) }}", "{{ {}[messages[0].content] + 1 }}"])
+async def test_what_a_template_quotes_is_not_logged(serve: Serve, caplog: pytest.LogCaptureFixture, says: str):
+    caplog.set_level(logging.INFO, "amoe.request")
+    server = await serve(says)
+    message = assert_error(await server.chat(messages=[{"role": "user", "content": "secret"}]), 400, "messages")
+    assert "secret" in message
+    (line,) = [record.fields for record in caplog.records if record.getMessage() == "request ended"]
+    assert line["error"].startswith("the chat template")
+    assert "secret" not in line["error"]
 
 
 async def test_a_long_conversation_is_no_endless_loop(serve: Serve):
