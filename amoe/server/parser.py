@@ -32,12 +32,23 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse, over the defaults of the configuration file.
 
+        Unlike in argparse, a command that does not know an argument ends the program.
+
         Raises:
             ConfigError: what is wrong with the file.
         """
         if "--config" in self._option_string_actions and args is not None and (path := _config_path(args)) is not None:
             self._take_defaults(path)
-        return super().parse_known_args(args, namespace)
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown and self._subparsers is None:  # here, where the flags are known: not in the command above this one
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown)}")
+        return known, unknown
+
+    def _hint(self, unknown: Sequence[str]) -> str:
+        """The flag that the user may have meant."""
+        flag = next((arg.partition("=")[0] for arg in unknown if arg.startswith("--")), None)
+        near = difflib.get_close_matches(flag, self._option_string_actions, 1) if flag else []
+        return f" (did you mean {near[0]}?)" if near else ""
 
     def error(self, message: str) -> NoReturn:
         """What is wrong with the command line ends the program; what is wrong with a file is told with its name."""

@@ -148,7 +148,24 @@ def test_mistakes_of_syntax(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["serve", *argv])
     assert caught.value.code == 2
-    assert "amoe serve: error" in capsys.readouterr().err or "--nope" in argv
+    assert "amoe serve: error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["--prot", "1"], "unrecognized arguments: --prot (did you mean --port?)"),
+        (["--prot=1"], "unrecognized arguments: --prot=1 (did you mean --port?)"),
+        (["model", "--xyzzy"], "unrecognized arguments: --xyzzy\n"),
+        (["model", "other"], "unrecognized arguments: other\n"),
+    ],
+)
+def test_unknown_flags_are_told_with_what_was_meant(argv, hint, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", *argv])
+    error = capsys.readouterr().err
+    assert error.startswith("usage: amoe serve ")
+    assert f"amoe serve: error: {hint}" in error
 
 
 @pytest.mark.parametrize("argv", [["--seed", "-1"], ["--json", "/does/not/exist/report.json"]])
