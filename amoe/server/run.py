@@ -8,7 +8,7 @@ import json
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from amoe.errors import ConfigError
 from amoe.logs import LogOptions, configure
 from amoe.metrics.engine import is_multiprocess
 from amoe.models.config import load_model_config
+from amoe.server.announcement import summary
 from amoe.server.api_processes import ApiProcesses
 from amoe.server.options import ServerOptions
 from amoe.server.progress import LoadingProgress
@@ -84,7 +85,7 @@ async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions)
             _warn_of_short_cache(info.max_model_len, config.max_model_len, model.max_position_embeddings)
 
             def on_listening() -> None:
-                _announce(options, defaults, listener)
+                _announce(summary(config, info, ready), options, defaults, listener)
 
             if num_fronts:
                 processes = ApiProcesses(cluster, options, info, logs)
@@ -152,12 +153,15 @@ def check_model_directory(model: str) -> None:
         raise ConfigError(f"MODEL {model!r} has no config.json: it is not a checkpoint in Hugging Face format")
 
 
-def _announce(options: ServerOptions, defaults: SamplingDefaults, listener: socket.socket) -> None:
+def _announce(
+    lines: Sequence[str], options: ServerOptions, defaults: SamplingDefaults, listener: socket.socket
+) -> None:
     port = listener.getsockname()[1] if options.uds is None else 0
     url, curl = address_of(options, port)
     changed = defaults.changed()
     if changed:
         print(f"sampling defaults of this model's generation_config.json: {changed}")
+    print("\n".join(lines))
     print(f"ready at {url}")
     key = " -H 'Authorization: Bearer '$AMOE_API_KEY" if options.http.key_digests else ""
     body = {"model": options.model_names[0], "prompt": "def add(a, b):", "max_tokens": 32}
