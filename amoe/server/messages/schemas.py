@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic.config import JsonDict
 
 from amoe.errors import RequestError
-from amoe.server.chat_schemas import MAX_MESSAGES, MAX_TOOLS
-from amoe.server.field_types import MAX_STOP_STRINGS
-from amoe.server.schemas import null_means
+from amoe.server.chat_schemas import MAX_MESSAGES, MAX_TOOLS, TOOL_NAME
+from amoe.server.field_types import MAX_STOP_CHARS, MAX_STOP_STRINGS
+from amoe.server.schemas import MAX_TOKENS, null_means
 
 Block = dict[str, Any]
 
@@ -23,9 +24,35 @@ def _parse_content(value: Any) -> str | list[Block]:
     raise ValueError("must be a string or a list of content blocks")
 
 
-Content = Annotated[
-    str | list[Block], PlainValidator(_parse_content, json_schema_input_type=str | list[dict[str, Any]])
-]
+# What is understood of blocks is told by `blocks`, of tools and their choice by `translate`: here only as much as helps
+# a reader to write a request that is served.
+_TEXT: JsonDict = {"type": "string", "minLength": 1}
+_CONTENT: JsonDict = {
+    "anyOf": [
+        _TEXT,
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "description": "tool_result, tool_use, thinking and redacted_thinking are blocks as well.",
+                "required": ["type", "text"],
+                "properties": {"type": {"const": "text"}, "text": _TEXT},
+            },
+        },
+    ]
+}
+_HAS_NAME: JsonDict = {"required": ["name"]}
+_NAMES_TOOL: JsonDict = {
+    "anyOf": [
+        {"properties": {"type": {"enum": ["auto", "any", "none"]}}},
+        {"required": ["name"], "properties": {"name": {"type": "string"}}},
+    ]
+}
+_PARAMETERS: JsonDict = {"type": "object", "properties": {"type": {"const": "object"}}}
+
+Content = Annotated[str | list[Block], PlainValidator(_parse_content), WithJsonSchema(_CONTENT)]
+StopSequence = Annotated[str, WithJsonSchema({**_TEXT, "maxLength": MAX_STOP_CHARS})]
 
 
 class MessageParam(BaseModel):
@@ -40,12 +67,12 @@ class MessageParam(BaseModel):
 class ToolParam(BaseModel):
     """A tool. Types other than `custom` are Anthropic's own, and skipped: agents offer them to every server."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=_HAS_NAME)
 
     type: Annotated[str, null_means("custom")] = "custom"
-    name: str | None = None
+    name: Annotated[str | None, WithJsonSchema({"type": "string", "pattern": TOOL_NAME})] = None
     description: str | None = None
-    input_schema: dict[str, Any] | None = None
+    input_schema: Annotated[dict[str, Any] | None, WithJsonSchema(_PARAMETERS)] = None
     strict: bool | None = None
 
     @property
@@ -57,7 +84,7 @@ class ToolParam(BaseModel):
 class ToolChoiceParam(BaseModel):
     """Whether a tool is to be called, and which."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=_NAMES_TOOL)
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -116,12 +143,14 @@ class MessagesPrompt(BaseModel):
 class MessagesRequest(MessagesPrompt):
     """POST /v1/messages."""
 
-    max_tokens: Annotated[int, Field(ge=1)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
     stream: Annotated[bool, null_means(False)] = False
-    stop_sequences: Annotated[list[str], Field(max_length=MAX_STOP_STRINGS, fail_fast=True), null_means([])] = []
+    stop_sequences: Annotated[
+        list[StopSequence], Field(max_length=MAX_STOP_STRINGS, fail_fast=True), null_means([])
+    ] = []
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_p: float | None = None
-    top_k: int | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     metadata: dict[str, Any] | None = Field(None, description="For the client's own records.")
     request_id: str | None = Field(None, max_length=256, description="Becomes part of the message's id.")
 
