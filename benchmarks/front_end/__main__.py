@@ -33,7 +33,8 @@ import numpy as np
 
 from benchmarks.front_end.instant_worker import EMITTED, MAX_TOKENS, PERIOD, emission_times
 
-KINDS = ("amoe", "pydantic", "echo")
+KINDS = ("amoe", "amoe, chat", "pydantic", "echo")
+CHAT = "amoe, chat"
 PACED_S = 0.02
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -93,15 +94,13 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
-async def _stream(port: int, number: int, tokens: int, arrivals: list[tuple[int, int, float]]) -> int:
+async def _stream(port: int, number: int, tokens: int, chat: bool, arrivals: list[tuple[int, int, float]]) -> int:
     """Read one stream; appends (request, event, time). Returns the number of events."""
-    body = json.dumps(
-        {"model": "bench", "prompt": [number, 7], "max_tokens": tokens, "stream": True, "ignore_eos": True}
-    ).encode()
+    prompt = {"messages": [{"role": "user", "content": "hi"}]} if chat else {"prompt": [number, 7]}
+    body = json.dumps({**prompt, "max_tokens": tokens, "stream": True, "ignore_eos": True}).encode()
+    path = "/v1/chat/completions" if chat else "/v1/completions"
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    )
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     writer.write(head.encode() + b"Connection: close\r\n\r\n" + body)
     events, rest = 0, b""
     while data := await reader.read(1 << 16):
@@ -117,10 +116,10 @@ async def _stream(port: int, number: int, tokens: int, arrivals: list[tuple[int,
     return events
 
 
-async def _load(port: int, streams: int, tokens: int) -> tuple[list[tuple[int, int, float]], int, float]:
+async def _load(port: int, streams: int, tokens: int, chat: bool) -> tuple[list[tuple[int, int, float]], int, float]:
     arrivals: list[tuple[int, int, float]] = []
     start = time.monotonic()
-    counts = await asyncio.gather(*(_stream(port, 1 + number, tokens, arrivals) for number in range(streams)))
+    counts = await asyncio.gather(*(_stream(port, 1 + number, tokens, chat, arrivals) for number in range(streams)))
     return arrivals, sum(counts), time.monotonic() - start
 
 
@@ -130,13 +129,14 @@ def measure(kind: str, *, paced: bool, streams: int, tokens: int) -> Sample:
         emitted = Path(directory) / "emitted"
         times = emission_times(str(emitted))
         with _server(kind, PACED_S if paced else 0.0, emitted) as (pid, port):
-            asyncio.run(_load(port, 4, 32))
+            asyncio.run(_load(port, 4, 32, kind == CHAT))
             before = _cpu_seconds(pid)
-            arrivals, events, seconds = asyncio.run(_load(port, streams, tokens))
+            arrivals, events, seconds = asyncio.run(_load(port, streams, tokens, kind == CHAT))
             cpu = _cpu_seconds(pid) - before
-        # Of an event that holds several tokens nobody can say which: those streams are left out.
+        # Of a chat's tokens the worker does not know whose they are, and of an event that holds several tokens
+        # nobody can say which: those streams are left out.
         whole = {number for number, count in Counter(number for number, _, _ in arrivals).items() if count == tokens}
-        delays = [now - times[number, event] for number, event, now in arrivals if number in whole]
+        delays = [now - times[number, event] for number, event, now in arrivals if number in whole and kind != CHAT]
         delays_us = 1e6 * np.array(delays or [np.nan])
     return Sample(
         kind,

@@ -115,7 +115,7 @@ async def serve(kind: str, port: int) -> None:
     tokenizer = Tokenizer(config.model)
     listening: asyncio.Task[None] | None = None
     try:
-        if kind == "amoe":
+        if kind.startswith("amoe"):
             engine = connect_engine(cluster, ready, name=MODEL, tokenizer=tokenizer)
             app = create_app(ServerContext(engine=engine, model_names=(MODEL,)))
         else:
