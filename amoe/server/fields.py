@@ -121,3 +121,23 @@ def refuse_best_of(extra: Mapping[str, Any], n: int) -> None:
     """
     if extra.get("best_of") not in (None, n):
         raise RequestError("best_of is not supported by this server, other than equal to n", param="best_of")
+
+
+def shared_extras(extra: Mapping[str, Any], not_here: Mapping[str, str], route: str) -> dict[str, Any]:
+    """Fields of an API of its own that mean there what they mean in chat completions.
+
+    Args:
+        extra: fields that the API itself does not have.
+        not_here: what chat completions have and `route` has not, with what to send instead.
+
+    Raises:
+        RequestError: naming a field that means nothing at `route`.
+    """
+    given = {name: value for name, value in extra.items() if value is not None}
+    for name, value in given.items():
+        if name in not_here and value not in (False, [], {}):
+            raise RequestError(f"{name} cannot be used in {route}: {not_here[name]}", param=name)
+    for name in ("n", "best_of"):
+        if given.pop(name, 1) != 1:
+            raise RequestError(f"{name} must be 1 in {route}, which gives one answer", param=name)
+    return {name: value for name, value in given.items() if name not in not_here}

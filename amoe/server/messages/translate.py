@@ -9,6 +9,7 @@ from amoe.errors import RequestError
 from amoe.server import fields
 from amoe.server.chat_schemas import ChatCompletionRequest
 from amoe.server.field_names import FieldNames
+from amoe.server.fields import shared_extras
 from amoe.server.messages.blocks import MessageBuilder
 from amoe.server.messages.schemas import MessagesPrompt, MessagesRequest
 
@@ -45,22 +46,6 @@ _RENAMED = {
 }
 
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-
-
-def _extras(body: MessagesPrompt) -> dict[str, Any]:
-    """Fields that chat completions share by name.
-
-    Raises:
-        RequestError: naming a field that means nothing here.
-    """
-    extras = {name: value for name, value in (body.model_extra or {}).items() if value is not None}
-    for name, value in extras.items():
-        if name in NOT_HERE and value not in (False, [], {}):
-            raise RequestError(f"{name} cannot be used in /v1/messages: {NOT_HERE[name]}", param=name)
-    for name in ("n", "best_of"):
-        if extras.pop(name, 1) != 1:
-            raise RequestError(f"{name} must be 1 in /v1/messages: a message is one answer", param=name)
-    return {name: value for name, value in extras.items() if name not in NOT_HERE}
 
 
 def _tools(body: MessagesPrompt, names: dict[str, str]) -> dict[str, Any]:
@@ -144,7 +129,7 @@ def translate(body: MessagesPrompt) -> tuple[ChatCompletionRequest, FieldNames]:
     Raises:
         RequestError, RequestValidationError: naming the field of `body`.
     """
-    extras = _extras(body)
+    extras = shared_extras(body.model_extra or {}, NOT_HERE, "/v1/messages")
     builder = MessageBuilder()
     if body.system:
         builder.add_system(body.system)

@@ -9,6 +9,7 @@ from amoe.errors import RequestError
 from amoe.server import fields
 from amoe.server.chat_schemas import ChatCompletionRequest
 from amoe.server.field_names import FieldNames
+from amoe.server.fields import shared_extras
 from amoe.server.responses.items import MessageBuilder, completed, kind_of, user_message
 from amoe.server.responses.schemas import Item, ResponsesRequest
 
@@ -47,22 +48,6 @@ _RENAMED = {
 }
 
 FindItem = Callable[[str], Item | None]
-
-
-def _extras(body: ResponsesRequest) -> dict[str, Any]:
-    """Fields that chat completions share by name.
-
-    Raises:
-        RequestError: naming a field that means nothing here.
-    """
-    extras = {name: value for name, value in (body.model_extra or {}).items() if value is not None}
-    for name, value in extras.items():
-        if name in NOT_HERE and value not in (False, [], {}):
-            raise RequestError(f"{name} cannot be used in /v1/responses: {NOT_HERE[name]}", param=name)
-    for name in ("n", "best_of"):
-        if extras.pop(name, 1) != 1:
-            raise RequestError(f"{name} must be 1 in /v1/responses: a response has one answer", param=name)
-    return {name: value for name, value in extras.items() if name not in NOT_HERE}
 
 
 def input_items(body: ResponsesRequest, find_item: FindItem) -> list[Item]:
@@ -166,7 +151,7 @@ def translate(
     Raises:
         RequestError, RequestValidationError: naming the field of `body`.
     """
-    extras = _extras(body)
+    extras = shared_extras(body.model_extra or {}, NOT_HERE, "/v1/responses")
     messages = MessageBuilder()
     if body.instructions:
         messages.add_text("system", body.instructions, "instructions")
