@@ -318,6 +318,7 @@ class EngineConfig:
         threads_per_worker: intra-op threads; None: the cores divided by the workers, at least one.
         max_waiting: requests that may wait beside the running ones before the engine refuses.
         max_waiting_tokens: prompt tokens that may wait for their first answer; None: any number.
+        max_queue_s: who would probably wait longer than this to be computed is refused; 0: nobody is for that.
         seed: base of the seeds of requests that bring none, and of random drops.
     """
 
@@ -328,6 +329,7 @@ class EngineConfig:
     threads_per_worker: int | None = None
     max_waiting: int = 1024
     max_waiting_tokens: int | None = None
+    max_queue_s: float = 60.0
     seed: int = 0
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -343,6 +345,7 @@ class EngineConfig:
             self.threads_per_worker is None or self.threads_per_worker >= 1, "--threads-per-worker must be at least 1"
         )
         _require(self.max_waiting >= 0, "--max-waiting must be at least 0")
+        _require(0 <= self.max_queue_s < float("inf"), "--max-queue-time must be a finite number of at least 0")
         _require(
             self.max_waiting_tokens is None or self.max_waiting_tokens >= 1, "--max-waiting-tokens must be at least 1"
         )

@@ -260,7 +260,7 @@ class AsyncEngine:
         self._send(rank, AddRequest(generation.request_id, list(prompt_token_ids), params, sibling_of))
         self._open[generation.request_id] = generation
         generation.num_waiting_tokens = count if sibling is None else 0
-        self._load.enter(rank, count, generation.num_waiting_tokens)
+        self._load.enter(rank, count, generation.num_waiting_tokens, generation.arrived_at)
         choices.enter()
         self._all_closed.clear()
         return generation

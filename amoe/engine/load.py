@@ -89,6 +89,10 @@ class OpenLoad:
         self._num_tokens = dict.fromkeys(ranks, 0)
         self._num_waiting_tokens = 0
         self._finished_at: deque[float] = deque(maxlen=64)
+        self._max_queue_s = config.max_queue_s
+        self._num_seats = max(1, len(ranks) * self._max_num_seqs // num_fronts)
+        self._full_since: float | None = None  # somebody waits since then, and so many have ended
+        self._finished_since_full = 0
 
     @property
     def is_empty(self) -> bool:
@@ -132,7 +136,21 @@ class OpenLoad:
                 "limit (--max-waiting-tokens); try again later",
                 admission.retry_after_s(1, self._finish_rate(now)),
             )
-        return None
+        return self._refusal_for_time(num_open + count - self._num_seats, now)
+
+    def _refusal_for_time(self, num_waiting: int, now: float) -> Refusal | None:
+        """A queue within its bounds may still take longer than any client waits."""
+        if self._full_since is None or self._max_queue_s == 0:
+            return None
+        expected = admission.expected_wait_s(num_waiting, self._finished_since_full, now - self._full_since)
+        if expected is None or expected <= self._max_queue_s:
+            return None
+        return Refusal(
+            "queue_time",
+            f"{num_waiting} requests wait, which will take about {expected:.0f} s, and {self._max_queue_s:g} s is the "
+            "limit (--max-queue-time); try again later",
+            max(1, min(admission.MAX_RETRY_AFTER_S, round(expected - self._max_queue_s))),
+        )
 
     def _finish_rate(self, now: float) -> float:
         """Requests that ended per second, lately; 0 if too few have."""
@@ -150,11 +168,13 @@ class OpenLoad:
             self._max_num_seqs,
         )
 
-    def enter(self, rank: int, num_prompt_tokens: int, num_waiting_tokens: int) -> None:
+    def enter(self, rank: int, num_prompt_tokens: int, num_waiting_tokens: int, now: float) -> None:
         """A sequence goes to a worker; `num_waiting_tokens` of its prompt wait to be computed there."""
         self._num_requests[rank] += 1
         self._num_tokens[rank] += num_prompt_tokens
         self._num_waiting_tokens += num_waiting_tokens
+        if self._full_since is None and sum(self._num_requests.values()) > self._num_seats:
+            self._full_since, self._finished_since_full = now, 0
 
     def grow(self, rank: int, count: int) -> None:
         """A sequence has got tokens."""
@@ -169,3 +189,6 @@ class OpenLoad:
         self._num_requests[rank] -= 1
         self._num_tokens[rank] -= num_tokens
         self._finished_at.append(now)
+        self._finished_since_full += 1
+        if sum(self._num_requests.values()) <= self._num_seats:
+            self._full_since = None

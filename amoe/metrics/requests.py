@@ -19,7 +19,7 @@ from amoe.metrics.buckets import (
 )
 from amoe.types import FinishReason
 
-REJECTION_REASONS = ("queue_full", "queue_tokens", "stalled", "shutdown", "dead")
+REJECTION_REASONS = ("queue_full", "queue_tokens", "queue_time", "stalled", "shutdown", "dead")
 
 _COUNTERS = {
     "prompt_tokens": "Prompt tokens processed.",

@@ -10,6 +10,7 @@ from amoe.config import MAX_NUM_SEQS, SchedulingPolicy
 from amoe.errors import RequestError
 
 MAX_RETRY_AFTER_S = 30
+MIN_FINISHED = 8  # of which a rate can be told
 
 
 class WorkerLoad(NamedTuple):
@@ -61,6 +62,20 @@ def place_in_line(policy: SchedulingPolicy, priority: int, arrival: int) -> tupl
 def queue_capacity(num_workers: int, max_num_seqs: int, max_waiting: int) -> int:
     """Requests that may be open at once: those that can run, and those that may wait."""
     return num_workers * max_num_seqs + max_waiting
+
+
+def expected_wait_s(num_waiting: int, num_finished: int, seconds: float) -> float | None:
+    """Seconds until somebody behind `num_waiting` others is computed, if sequences go on to end as they have.
+
+    Args:
+        num_finished: sequences that have ended in the last `seconds`, in all of which somebody waited.
+
+    Returns:
+        None: too few have ended to tell.
+    """
+    if num_finished < MIN_FINISHED or seconds <= 0.0:
+        return None
+    return max(0, num_waiting) * seconds / num_finished
 
 
 def retry_after_s(excess: int, finished_per_s: float) -> int:

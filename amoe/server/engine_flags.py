@@ -180,6 +180,13 @@ def _add_scheduler_flags(parser: argparse.ArgumentParser) -> None:
         help="tokens of prompts that may wait for their first answer; more are answered 503 (default: any number)",
     )
     group.add_argument(
+        "--max-queue-time",
+        type=float,
+        default=EngineConfig(model="x").max_queue_s,
+        metavar="SECONDS",
+        help="who would probably wait longer to be computed is answered 503 at once; 0: nobody is for that",
+    )
+    group.add_argument(
         "--scheduling-policy",
         choices=SCHEDULING_POLICIES,
         default=scheduler.scheduling_policy,
@@ -316,6 +323,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         threads_per_worker=args.threads_per_worker,
         max_waiting=args.max_waiting,
         max_waiting_tokens=args.max_waiting_tokens,
+        max_queue_s=args.max_queue_time,
         seed=args.seed,
         placement=PlacementConfig(
             attention_workers=args.attention_workers,
