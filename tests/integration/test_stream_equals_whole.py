@@ -36,7 +36,7 @@ NUM_TRIALS = 3
 
 # No shrinking: with a real engine it takes minutes, and the request that failed is told as it is.
 SETTINGS = settings(
-    max_examples=40,
+    max_examples=16,
     derandomize=True,
     deadline=None,
     phases=(Phase.explicit, Phase.generate),
