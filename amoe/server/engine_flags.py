@@ -166,6 +166,12 @@ def _add_scheduler_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="prompt tokens in flight per attention worker",
     )
+    _add_queue_flags(group)
+
+
+def _add_queue_flags(group: argparse._ArgumentGroup) -> None:
+    """Who waits, how many, and for how long."""
+    scheduler = SchedulerConfig()
     group.add_argument(
         "--max-waiting",
         type=human_int,

@@ -142,7 +142,6 @@ Prompts = Annotated[
         }
     ),
 ]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID, strict=True)]], Field(fail_fast=True)]
 StopTokenIds = Annotated[
     tuple[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)], ...],
     Field(max_length=SamplingParams.MAX_STOP_IDS, fail_fast=True),
