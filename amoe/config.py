@@ -14,6 +14,8 @@ CapacityMode = Literal["drop", "reroute", "expanded"]
 CapacityMetric = Literal["score", "order", "reverse", "random"]
 CapacityScope = Literal["expert", "device"]
 CapacityPhase = Literal["prefill", "decode", "both"]
+TransportName = Literal["shm", "tcp", "distributed"]
+LossChoice = Literal["wait", "reroute"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 DTYPES: tuple[str, ...] = get_args(DTypeName)
 SCHEDULING_POLICIES: tuple[str, ...] = get_args(SchedulingPolicy)
@@ -21,6 +23,8 @@ CAPACITY_MODES: tuple[str, ...] = get_args(CapacityMode)
 CAPACITY_METRICS: tuple[str, ...] = get_args(CapacityMetric)
 CAPACITY_SCOPES: tuple[str, ...] = get_args(CapacityScope)
 CAPACITY_PHASES: tuple[str, ...] = get_args(CapacityPhase)
+TRANSPORTS: tuple[str, ...] = get_args(TransportName)
+LOSS_CHOICES: tuple[str, ...] = get_args(LossChoice)
 CPU_RIDGE_TOKENS, GPU_RIDGE_TOKENS = 32, 222
 MAX_WAVES = 16
 TELEMETRY_S = 1.0
@@ -45,6 +49,8 @@ class PlacementConfig:
         colocated: N >= 1 workers that hold attention (data-parallel) and a share of the experts; 0 is off.
         redundant_experts: experts of each layer that an expert worker holds beside its share, as replicas of hot ones.
         expert_load: path of a JSON file that says which are hot: [num_layers][num_experts] pairs; None: nobody knows.
+        max_expert_workers: expert workers that there may be once others have been added to a running server; None: no
+            more than at the start. Ranks, rings and tables are laid out for so many.
     """
 
     attention_workers: int = 1
@@ -52,6 +58,7 @@ class PlacementConfig:
     colocated: int = 0
     redundant_experts: int = 0
     expert_load: str | None = None
+    max_expert_workers: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.attention_workers >= 1, "--attention-workers must be at least 1")
@@ -74,6 +81,11 @@ class PlacementConfig:
             self.expert_load is None or self.redundant_experts > 0,
             "--expert-load says where --redundant-experts N go: give both",
         )
+        _require(
+            self.max_expert_workers is None or self.max_expert_workers >= self.expert_workers > 0,
+            "--max-expert-workers must be at least --expert-workers, and goes with --expert-workers: a worker that "
+            "holds attention as well is not added or removed while others serve",
+        )
 
     @property
     def attention_ranks(self) -> tuple[int, ...]:
@@ -89,7 +101,20 @@ class PlacementConfig:
 
     @property
     def num_workers(self) -> int:
+        """Workers at the start."""
         return max(self.attention_ranks[-1], self.expert_ranks[-1]) + 1
+
+    @property
+    def owner_ranks(self) -> tuple[int, ...]:
+        """Ranks that may ever hold experts: those of `expert_ranks`, and those of workers that may be added. The index
+        of an *owner* is an index into them."""
+        num_spare = (self.max_expert_workers or self.expert_workers) - self.expert_workers
+        return self.expert_ranks + tuple(range(self.num_workers, self.num_workers + num_spare))
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that there may ever be."""
+        return max(self.attention_ranks[-1], self.owner_ranks[-1]) + 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -306,6 +331,37 @@ class CapacityConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FailureConfig:
+    """What happens when a worker dies, hangs or is cut off.
+
+    Attributes:
+        timeout_s: a worker that gives no sign of life for so long is taken for dead, and so is one that answers nobody
+            while it has nothing to do: its link is cut.
+        on_expert_loss: tokens whose expert nobody holds at the moment `wait` until it is back, which costs time and
+            nothing else; or they go on at once without it, as if it had no capacity (`reroute`): the pair goes to the
+            token's best expert that is there, or is dropped, and the usage of the response says so.
+        backoff_s, max_backoff_s: wait before a worker that has died again is started anew: doubled each time that it
+            dies before it has lived for `max_backoff_s`.
+        max_crashes: after so many deaths in a row the server is unhealthy; it goes on trying.
+    """
+
+    timeout_s: float = 2.0
+    on_expert_loss: LossChoice = "wait"
+    backoff_s: float = 0.5
+    max_backoff_s: float = 30.0
+    max_crashes: int = 5
+
+    def __post_init__(self) -> None:
+        _require(0.2 <= self.timeout_s < float("inf"), "--failure-timeout must be at least 0.2 seconds")
+        _require(
+            self.on_expert_loss in LOSS_CHOICES,
+            f"--on-expert-loss must be one of {', '.join(LOSS_CHOICES)}, not {self.on_expert_loss!r}",
+        )
+        _require(0 < self.backoff_s <= self.max_backoff_s, "the backoff must be positive and at most its maximum")
+        _require(self.max_crashes >= 1, "max_crashes must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """All that a worker needs to know to serve a model.
 
@@ -320,6 +376,8 @@ class EngineConfig:
         max_waiting_tokens: prompt tokens that may wait for their first answer; None: any number.
         max_queue_s: who would probably wait longer than this to be computed is refused; 0: nobody is for that.
         seed: base of the seeds of requests that bring none, and of random drops.
+        transport: how workers exchange tokens: `shm` on one host, `tcp` (ZeroMQ) between hosts, `distributed`
+            (torch.distributed point to point: NCCL between GPUs, gloo between CPUs).
     """
 
     model: str
@@ -336,6 +394,8 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     steering: SteeringConfig = field(default_factory=SteeringConfig)
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
+    failure: FailureConfig = field(default_factory=FailureConfig)
+    transport: TransportName = "shm"
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "MODEL must name a checkpoint directory")
@@ -349,6 +409,15 @@ class EngineConfig:
         _require(
             self.max_waiting_tokens is None or self.max_waiting_tokens >= 1, "--max-waiting-tokens must be at least 1"
         )
+        _require(
+            self.transport in TRANSPORTS,
+            f"--transport must be one of {', '.join(TRANSPORTS)}, not {self.transport!r}",
+        )
+
+    @property
+    def survives_losses(self) -> bool:
+        """A worker may die and be replaced while the others go on. In lockstep they could not: all wait for all."""
+        return self.scheduler.schedule != "lockstep"
 
     @property
     def ridge_tokens(self) -> int:

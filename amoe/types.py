@@ -81,6 +81,8 @@ class Batch:
         num_waves: (ANNOUNCE of `waves`) the number of waves by the leader's decision.
         backlog_s, row_s: (RESULT) seconds of work that wait at the expert worker, and that a row more adds there;
             a `row_s` below 0 tells nothing.
+        src_incarnation, dst_incarnation: which life of the sender sent it, to which life of the receiver, modulo 256:
+            what a worker that has died has sent, and what was meant for it, is none of its successor's business.
     """
 
     kind: BatchKind
@@ -100,6 +102,8 @@ class Batch:
     num_waves: int = 0
     backlog_s: float = 0.0
     row_s: float = -1.0
+    src_incarnation: int = 0
+    dst_incarnation: int = 0
 
 
 def _are_ids(ids: Sequence[int]) -> bool:

@@ -20,12 +20,17 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
         request_id: unique for the server's lifetime.
         sibling_of: a request sent before to the same worker with the same prompt (another choice of one user's
             request): its KV of the prompt is shared instead of computed again.
+        num_generated: of `prompt_token_ids`, the last tokens that the sequence has generated at another worker, and
+            that have been told: it goes on behind them as if nothing had happened.
+        num_routed: leading tokens whose experts have been told, if they are wanted.
     """
 
     request_id: int
     prompt_token_ids: list[int]
     params: SamplingParams
     sibling_of: int | None = None
+    num_generated: int = 0
+    num_routed: int = 0
 
 
 class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -38,10 +43,45 @@ class Steer(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Server to attention worker: choose replicas by these shares from now on.
 
     Attributes:
-        shares: [num_layers, num_experts, R] float32, little endian, in C order: R as both have placed the experts.
+        shares: [num_layers, num_experts, R] float32, little endian, in C order: R as in the topology `version`.
+        version: of the topology that they belong to; shares for another one than the worker's are ignored.
     """
 
     shares: bytes
+    version: int = 0
+
+
+class Topology(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Server to all workers: who is there, and where experts are computed from now on. Replaces what was said before.
+
+    Attributes:
+        version: greater with every change; 0 is what the configuration says.
+        incarnations: by rank, which life of the worker serves; -1: nobody does. A worker that is not there, or in
+            another life, answers nothing that the former one was sent: homes send it elsewhere, or again.
+        addresses: by rank, where the transport finds it (`Ready.address`); "" where that needs none.
+        owners: [num_layers, num_experts, R] int16, little endian: indexes into `PlacementConfig.owner_ranks`, the
+            primary replica first, -1 where there is no replica. Owners that are not there may be among them.
+        num_replicas: R.
+    """
+
+    version: int
+    incarnations: list[int]
+    addresses: list[str]
+    owners: bytes
+    num_replicas: int
+
+
+class HoldExperts(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Server to an expert worker: hold these experts, and no others. It loads what is missing beside its loop, says
+    `Holding`, and forgets the others then: nobody may be sent to them any more.
+
+    Attributes:
+        order: number of this order; a later one replaces it.
+        experts: [num_layers] ascending global ids.
+    """
+
+    order: int
+    experts: list[list[int]]
 
 
 class Stop(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -63,6 +103,8 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
         num_kv_blocks, block_size: of this worker's KV cache; 0 at an expert worker.
         parameter_bytes: loaded weights.
         placement_digest: of where it believes the experts to be: all workers must believe the same.
+        address: where the others' transports find it; "" where they need none.
+        checkpoint_digest: of the files that it has read its part of the model from: all must have read the same.
     """
 
     max_model_len: int
@@ -70,6 +112,34 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
     block_size: int
     parameter_bytes: int
     placement_digest: int = 0
+    address: str = ""
+    checkpoint_digest: int = 0
+
+
+class Applied(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Worker to server: the topology `version` is in force here."""
+
+    version: int
+
+
+class Holding(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Expert worker to server: `HoldExperts` number `order` has been carried out.
+
+    Attributes:
+        parameter_bytes: weights that it holds now.
+        complaint: why it could not; "" if it could. What it held before it still holds then.
+    """
+
+    order: int
+    parameter_bytes: int
+    complaint: str = ""
+
+
+class Unanswered(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Attention worker to server: the worker `rank` has owed answers for `seconds`, and has sent none since."""
+
+    rank: int
+    seconds: float
 
 
 class Outputs(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -103,8 +173,8 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     user_error: bool
 
 
-ToWorker = AddRequest | AbortRequests | Steer | Stop
-ToServer = Loading | Ready | Outputs | Heartbeat | Pulse | Failed
+ToWorker = AddRequest | AbortRequests | Steer | Topology | HoldExperts | Stop
+ToServer = Loading | Ready | Outputs | Heartbeat | Pulse | Applied | Holding | Unanswered | Failed
 
 
 class ControlPort(Protocol):

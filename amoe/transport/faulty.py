@@ -11,9 +11,10 @@ import os
 import random
 import select
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from amoe.transport.base import Transport
+from amoe.transport.base import Peer, Transport
 from amoe.types import Batch
 
 
@@ -82,6 +83,13 @@ class FaultyTransport:
     def heal(self, peer: int) -> None:
         """Undo `cut`. What was lost stays lost."""
         self._cut.discard(peer)
+
+    @property
+    def address(self) -> str:
+        return self._inner.address
+
+    def update(self, peers: Mapping[int, Peer]) -> None:
+        self._inner.update(peers)
 
     def send(self, batch: Batch) -> None:
         if batch.dst in self._cut:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Mapping
 
 from amoe.errors import TransportError
+from amoe.transport.base import Peer
 from amoe.transport.loopback import Loopback
 from amoe.transport.wire import WireBuffer, decode, encode_into, encoded_size
 from amoe.types import Batch
@@ -60,6 +62,13 @@ class InprocTransport:
     @property
     def rank(self) -> int:
         return self._rank
+
+    @property
+    def address(self) -> str:
+        return ""
+
+    def update(self, peers: Mapping[int, Peer]) -> None:
+        """All endpoints are there from the beginning to the end."""
 
     def send(self, batch: Batch) -> None:
         if batch.dst == self._rank:

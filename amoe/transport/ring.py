@@ -78,6 +78,8 @@ class RingWriter:
         self._start = start
         self.capacity = capacity
         self._head: int = words[control + HEAD]
+        if words[control + JUMP] == self._head:  # the writer before this one died between the jump and the record
+            words[control + JUMP] = NEVER
         self._floor = 0  # nothing before it is unread, although TAIL may not say so yet
         self._pending = 0  # position of the reserved record
         self._jumped = False

@@ -20,6 +20,9 @@ it has drained its doorbell, first gives back the space of the batches that it d
 sender that waits. The sender tries again (in `poll`, so that no caller can drain the answer and forget to), and if
 there is still no space, asks again: each turn gives back what the turn before has delivered, so this ends. Nobody
 blocks meanwhile.
+
+A worker that is started anew attaches to the rings of the one that died. What is published there is whole, because HEAD
+moves last; what the dead one had read and not given back is read again, which receivers bear (`Batch.src_incarnation`).
 """
 
 from __future__ import annotations
@@ -28,9 +31,11 @@ import contextlib
 import mmap
 import os
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from amoe.errors import TransportError
+from amoe.transport.base import Peer
 from amoe.transport.loopback import Loopback
 from amoe.transport.ring import CONTROL_BYTES, RingReader, RingWriter, reset
 from amoe.transport.wire import ALIGNMENT, Layout, WireBuffer, decode, encode_into, layout_of
@@ -142,6 +147,7 @@ class ShmTransport:
         self._backlog: dict[int, deque[WireBuffer]] = {}  # by destination; no key: nothing waits
         self._loopback = Loopback()
         self._idle = 0
+        self._peers: dict[int, Peer] = dict.fromkeys(peers, Peer(0))
         self._closed = False
 
     @classmethod
@@ -153,6 +159,15 @@ class ShmTransport:
     def rank(self) -> int:
         return self._rank
 
+    @property
+    def address(self) -> str:
+        return ""
+
+    def update(self, peers: Mapping[int, Peer]) -> None:
+        for dst in [dst for dst in self._backlog if peers.get(dst) != self._peers.get(dst)]:
+            del self._backlog[dst]
+        self._peers = dict(peers)
+
     def send(self, batch: Batch) -> None:
         dst = batch.dst
         if dst == self._rank:
@@ -162,6 +177,8 @@ class ShmTransport:
         writer = self._writers.get(dst)
         if writer is None:
             raise TransportError(f"there is no worker of rank {dst}")
+        if dst not in self._peers:
+            return
         layout = layout_of(batch)
         size = layout.size
         # Order first: what comes after something that waits has to wait as well.

@@ -5,7 +5,8 @@
     8       magic "AMOE"          4
     12      version, kind, dtype  1 each  and one byte of padding
     16      src, dst              2 each
-    20      layer                 4
+    20      layer                 2
+    22      incarnations          1 each  of src and dst
     24      wave, top_k           2 each
     28      hidden size, n        4 each
     36      count                 4
@@ -42,9 +43,9 @@ from amoe.types import Batch, BatchKind, Float32Array, Int16Array, Int32Array
 ALIGNMENT = 64
 HEADER_BYTES = 64
 MAGIC = int.from_bytes(b"AMOE", "little")
-VERSION = 3
+VERSION = 4
 
-_HEADER = struct.Struct("<QIBBBxHHiHHIIiqqHfe")
+_HEADER = struct.Struct("<QIBBBxHHhBBHHIIiqqHfe")
 _LARGEST_HALF = 65504.0
 _NO_PAYLOAD = 0
 _CODE_OF_DTYPE: dict[torch.dtype, int] = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -215,6 +216,8 @@ def encode_into(batch: Batch, buffer: WireBuffer, offset: int = 0, layout: Layou
         batch.src,
         batch.dst,
         batch.layer,
+        batch.src_incarnation,
+        batch.dst_incarnation,
         batch.wave,
         top_k,
         hidden_size,
@@ -242,8 +245,8 @@ def decode(buffer: WireBuffer, offset: int = 0, limit: int | None = None) -> Bat
     if limit < HEADER_BYTES:
         raise TransportError(f"a record of {limit} bytes is shorter than its header")
     header = _HEADER.unpack_from(buffer.octets, offset)
-    size, magic, version, kind_code, code, src, dst, layer, wave, top_k, hidden_size, n, count, *rest = header
-    epoch, latest, waves, backlog_s, row_us = rest
+    size, magic, version, kind_code, code, src, dst, layer, src_life, dst_life, wave, top_k, *rest = header
+    hidden_size, n, count, epoch, latest, waves, backlog_s, row_us = rest
     kind = _KINDS.get(kind_code)
     if magic != MAGIC or version != VERSION or kind is None or code >= len(_ITEM_BYTES):
         raise TransportError(
@@ -289,4 +292,6 @@ def decode(buffer: WireBuffer, offset: int = 0, limit: int | None = None) -> Bat
         waves,
         backlog_s,
         -1.0 if row_us < 0 else row_us * 1e-6,
+        src_life,
+        dst_life,
     )
