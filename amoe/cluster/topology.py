@@ -64,7 +64,7 @@ class TopologyBoard:
             self._tell()
 
     def place(self, owners: Int16Array) -> None:
-        """Experts are computed elsewhere from now on: the routing entry of every expert changes at once at each home."""
+        """Experts are computed elsewhere from now on: each home changes its routing at once."""
         self.owners = owners
         self._tell()
 
