@@ -219,14 +219,20 @@ class SteeringConfig:
         interval_s: seconds between plans; 0 is off.
         ridge_tokens: tokens of an expert in one batch below which reading its weights takes longer than computing;
             None: `CPU_RIDGE_TOKENS` or `GPU_RIDGE_TOKENS`, as the device is.
+        rebalance_interval_s: seconds between looks at whether experts should move to other workers; 0 is off.
     """
 
     interval_s: float = 2.0
     ridge_tokens: int | None = None
+    rebalance_interval_s: float = 0.0
 
     def __post_init__(self) -> None:
         _require(0.0 <= self.interval_s < float("inf"), "--steer-interval must be at least 0 seconds")
         _require(self.ridge_tokens is None or self.ridge_tokens >= 1, "--ridge-tokens must be at least 1")
+        _require(
+            self.rebalance_interval_s == 0.0 or 1.0 <= self.rebalance_interval_s < float("inf"),
+            "--rebalance-interval must be 0 (off) or at least 1 second: loads are measured over seconds",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -362,6 +368,27 @@ class FailureConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AutoscaleConfig:
+    """How many expert workers there are, as the load asks for.
+
+    Attributes:
+        min_workers, max_workers: bounds of their number.
+        queue_age_s: tokens that wait longer for experts, for some time, ask for one more worker.
+    """
+
+    min_workers: int
+    max_workers: int
+    queue_age_s: float = 0.2
+
+    def __post_init__(self) -> None:
+        _require(
+            1 <= self.min_workers < self.max_workers,
+            f"--autoscale-experts {self.min_workers}:{self.max_workers} must be MIN:MAX with 1 <= MIN < MAX",
+        )
+        _require(0 < self.queue_age_s < float("inf"), "--autoscale-queue-age must be greater than 0 seconds")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """All that a worker needs to know to serve a model.
 
@@ -378,6 +405,7 @@ class EngineConfig:
         seed: base of the seeds of requests that bring none, and of random drops.
         transport: how workers exchange tokens: `shm` on one host, `tcp` (ZeroMQ) between hosts, `distributed`
             (torch.distributed point to point: NCCL between GPUs, gloo between CPUs).
+        autoscale: None: the number of expert workers changes only when somebody asks for it.
     """
 
     model: str
@@ -396,6 +424,7 @@ class EngineConfig:
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
     failure: FailureConfig = field(default_factory=FailureConfig)
     transport: TransportName = "shm"
+    autoscale: AutoscaleConfig | None = None
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "MODEL must name a checkpoint directory")
@@ -412,6 +441,42 @@ class EngineConfig:
         _require(
             self.transport in TRANSPORTS,
             f"--transport must be one of {', '.join(TRANSPORTS)}, not {self.transport!r}",
+        )
+        self._check_lockstep()
+        self._check_autoscale()
+
+    def _check_lockstep(self) -> None:
+        """In lockstep all wait for all: nobody can be missed, replaced or added while the others go on."""
+        if self.survives_losses:
+            return
+        placement = self.placement
+        for is_free, flag in (
+            (self.failure.on_expert_loss == "wait", "--on-expert-loss reroute"),
+            (placement.max_expert_workers in (None, placement.expert_workers), "--max-expert-workers"),
+            (self.steering.rebalance_interval_s == 0.0, "--rebalance-interval"),
+            (self.autoscale is None, "--autoscale-experts"),
+        ):
+            _require(is_free, f"{flag} needs workers that do not wait for each other: not --schedule lockstep")
+
+    def _check_autoscale(self) -> None:
+        scale, placement = self.autoscale, self.placement
+        if scale is None:
+            return
+        _require(
+            placement.expert_workers > 0,
+            "--autoscale-experts goes with --expert-workers: a worker that holds attention as well is not added or "
+            "removed while others serve",
+        )
+        most = placement.max_expert_workers or placement.expert_workers
+        _require(
+            scale.max_workers <= most,
+            f"--autoscale-experts: up to {scale.max_workers} workers need --max-expert-workers {scale.max_workers} "
+            f"(it is {most})",
+        )
+        _require(
+            scale.min_workers <= placement.expert_workers <= scale.max_workers,
+            f"--autoscale-experts: --expert-workers {placement.expert_workers}, with which the server starts, is not "
+            f"between {scale.min_workers} and {scale.max_workers}",
         )
 
     @property

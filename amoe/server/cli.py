@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 
 from amoe.server.chat_flags import add_chat_flags, chat_options
+from amoe.server.cluster_flags import add_elastic_flags, elastic_config
 from amoe.server.engine_flags import HelpFormatter, add_engine_flags, engine_config
 from amoe.server.http_flags import add_server_flags, log_options, server_options
 
@@ -22,6 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=HelpFormatter,
     )
     add_engine_flags(parser)
+    add_elastic_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="base of the seeds of requests that bring none")
     add_server_flags(parser)
     add_chat_flags(parser)
@@ -34,4 +36,5 @@ def serve(args: argparse.Namespace) -> int:
 
     names = args.served_model_name or [args.model or BUILTIN_NAME]
     options = replace(server_options(args, tuple(names), os.environ), chat=chat_options(args))
-    return run_server(engine_config(args), options, log_options(args, os.environ))
+    config = elastic_config(engine_config(args), args, options.api_server_count)
+    return run_server(config, options, log_options(args, os.environ))

@@ -26,6 +26,7 @@ from amoe.config import (
     SchedulerConfig,
     SteeringConfig,
 )
+from amoe.server.cluster_flags import add_cluster_flags, failure_config
 
 _UNITS = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2, "g": 1000**3, "G": 1024**3}
 
@@ -53,6 +54,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     _add_cache_flags(parser)
     _add_steering_flags(parser)
     add_capacity_flags(parser)
+    add_cluster_flags(parser)
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -359,4 +361,6 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         ),
         steering=SteeringConfig(interval_s=args.steer_interval, ridge_tokens=args.ridge_tokens),
         capacity=capacity_config(args),
+        failure=failure_config(args),
+        transport=args.transport,
     )

@@ -9,9 +9,18 @@ import sys
 import pytest
 
 from amoe import __version__, cli
-from amoe.config import CacheConfig, CapacityConfig, EngineConfig, PlacementConfig, SchedulerConfig, SteeringConfig
+from amoe.config import (
+    AutoscaleConfig,
+    CacheConfig,
+    CapacityConfig,
+    EngineConfig,
+    FailureConfig,
+    PlacementConfig,
+    SchedulerConfig,
+    SteeringConfig,
+)
 from amoe.errors import ConfigError
-from amoe.server import engine_flags
+from amoe.server import cluster_flags, engine_flags
 from tests.fake_workers import make_tokenizer
 
 
@@ -75,6 +84,72 @@ def test_every_flag():
     )
     config = engine_flags.engine_config(parse("m", "--capacity-factor", "1", "--capacity-metric", "random"))
     assert config.capacity == CapacityConfig(factor=1.0, metric="random")
+    flags = "--transport tcp --failure-timeout 5 --on-expert-loss reroute"
+    config = engine_flags.engine_config(parse("m", *flags.split()))
+    assert config.transport == "tcp"
+    assert config.failure == FailureConfig(timeout_s=5.0, on_expert_loss="reroute")
+
+
+class TestElasticity:
+    @staticmethod
+    def config(flags: str, api_server_count: int = 1) -> EngineConfig:
+        args = parse("m", *flags.split())
+        return cluster_flags.elastic_config(engine_flags.engine_config(args), args, api_server_count)
+
+    def test_there_is_room_to_grow_where_experts_have_workers_of_their_own(self):
+        assert self.config("").placement.max_expert_workers is None
+        assert self.config("--colocated 2").placement.max_expert_workers is None
+        assert self.config("--expert-workers 2").placement == PlacementConfig(expert_workers=2, max_expert_workers=6)
+        assert self.config("--expert-workers 2 --max-expert-workers 3").placement.max_expert_workers == 3
+        assert self.config("--expert-workers 1 --autoscale-experts 1:9").placement.max_expert_workers == 9
+
+    def test_there_is_none_where_nobody_can_come(self):
+        assert self.config("--expert-workers 2", api_server_count=2).placement.max_expert_workers is None
+        assert self.config("--expert-workers 2 --schedule lockstep").placement.max_expert_workers is None
+
+    def test_following_the_load(self):
+        flags = "--expert-workers 1 --rebalance-interval 30 --autoscale-experts 1:3"
+        assert self.config(flags).steering == SteeringConfig(rebalance_interval_s=30.0)
+        assert self.config(flags).autoscale == AutoscaleConfig(min_workers=1, max_workers=3)
+        assert self.config(f"{flags} --autoscale-queue-age 0.5").autoscale == AutoscaleConfig(
+            min_workers=1, max_workers=3, queue_age_s=0.5
+        )
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ("--failure-timeout 0.1", "--failure-timeout must be at least 0.2"),
+            ("--failure-timeout nan", "--failure-timeout must be at least 0.2"),
+            ("--schedule lockstep --on-expert-loss reroute", "--on-expert-loss reroute needs workers that do not wait"),
+            (
+                "--schedule lockstep --expert-workers 1 --max-expert-workers 2",
+                "--max-expert-workers needs workers that",
+            ),
+            ("--schedule lockstep --rebalance-interval 9", "--rebalance-interval needs workers that do not wait"),
+            ("--colocated 2 --max-expert-workers 3", "goes with --expert-workers"),
+            ("--max-expert-workers 3", "goes with --expert-workers"),
+            ("--expert-workers 3 --max-expert-workers 2", "must be at least --expert-workers"),
+            ("--rebalance-interval -1", "--rebalance-interval must be 0"),
+            ("--rebalance-interval 0.5", "--rebalance-interval must be 0"),
+            ("--rebalance-interval nan", "--rebalance-interval must be 0"),
+            ("--autoscale-experts 1:3", "--autoscale-experts goes with --expert-workers"),
+            ("--expert-workers 1 --autoscale-experts 0:3", "MIN:MAX with 1 <= MIN < MAX"),
+            ("--expert-workers 2 --autoscale-experts 2:2", "MIN:MAX with 1 <= MIN < MAX"),
+            ("--expert-workers 1 --autoscale-experts 2:3", "is not between 2 and 3"),
+            ("--expert-workers 4 --autoscale-experts 2:3", "is not between 2 and 3"),
+            ("--expert-workers 1 --autoscale-experts 1:5 --max-expert-workers 3", "need --max-expert-workers 5"),
+            ("--expert-workers 1 --autoscale-experts 1:2 --autoscale-queue-age 0", "--autoscale-queue-age must be"),
+            ("--autoscale-queue-age 1", "--autoscale-queue-age does nothing without"),
+        ],
+    )
+    def test_what_cannot_work_is_refused(self, flags: str, message: str):
+        with pytest.raises(ConfigError, match=message):
+            self.config(flags)
+
+    @pytest.mark.parametrize("flags", ["--max-expert-workers 3", "--rebalance-interval 5", "--autoscale-experts 1:2"])
+    def test_several_api_processes_are_refused(self, flags: str):
+        with pytest.raises(ConfigError, match="--api-server-count"):
+            self.config(f"--expert-workers 1 {flags}", api_server_count=2)
 
 
 def test_a_capacity_without_effect_is_refused():
@@ -142,7 +217,15 @@ def test_mistakes_are_one_line(argv, message, capsys):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--port", "99999"], ["--max-num-seqs", "many"], ["--schedule", "x"], ["--nope"], ["--shutdown-timeout", "inf"]],
+    [
+        ["--port", "99999"],
+        ["--max-num-seqs", "many"],
+        ["--schedule", "x"],
+        ["--nope"],
+        ["--autoscale-experts", "3"],
+        ["--transport", "udp"],
+        ["--shutdown-timeout", "inf"],
+    ],
 )
 def test_mistakes_of_syntax(argv, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -1,0 +1,141 @@
+"""The flags of what workers do together: how they exchange tokens, how they are replaced, how many there may be."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import replace
+
+from amoe.config import (
+    LOSS_CHOICES,
+    TRANSPORTS,
+    AutoscaleConfig,
+    EngineConfig,
+    FailureConfig,
+    PlacementConfig,
+    SteeringConfig,
+)
+from amoe.errors import ConfigError
+
+
+def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of every command that runs workers."""
+    failure = FailureConfig()
+    group = parser.add_argument_group("cluster", "how workers exchange tokens, and what happens when one is lost")
+    group.add_argument(
+        "--transport",
+        choices=TRANSPORTS,
+        default=EngineConfig(model="x").transport,
+        help="shm: shared memory of one host; tcp: ZeroMQ; distributed: torch.distributed, NCCL between GPUs and gloo "
+        "between CPUs",
+    )
+    group.add_argument(
+        "--failure-timeout",
+        type=float,
+        default=failure.timeout_s,
+        metavar="SECONDS",
+        help="a worker that gives no sign of life, or no answer, for so long is replaced",
+    )
+    group.add_argument(
+        "--on-expert-loss",
+        choices=LOSS_CHOICES,
+        default=failure.on_expert_loss,
+        help="tokens whose expert nobody holds: wait until it is back, or reroute them to the best expert that is "
+        "there, which the usage of the response tells",
+    )
+
+
+def add_elastic_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of a server, whose workers come and go under traffic."""
+    group = parser.add_argument_group(
+        "elasticity", "expert workers that come and go under traffic (docs/operations.md)"
+    )
+    group.add_argument(
+        "--max-expert-workers",
+        type=int,
+        metavar="N",
+        help="up to which `amoe scale` and --autoscale-experts may go; default: twice --expert-workers, and two more",
+    )
+    group.add_argument(
+        "--rebalance-interval",
+        type=float,
+        default=SteeringConfig().rebalance_interval_s,
+        metavar="SECONDS",
+        help="between looks at whether experts should move to other workers, by their measured load; 0 is off",
+    )
+    group.add_argument(
+        "--autoscale-experts",
+        type=_bounds,
+        metavar="MIN:MAX",
+        help="add expert workers while tokens wait long for experts, and remove idle ones; default: off",
+    )
+    group.add_argument(
+        "--autoscale-queue-age",
+        type=float,
+        metavar="SECONDS",
+        help="of --autoscale-experts: tokens that wait longer for experts ask for one more worker (default: "
+        f"{AutoscaleConfig(min_workers=1, max_workers=2).queue_age_s})",
+    )
+
+
+def failure_config(args: argparse.Namespace) -> FailureConfig:
+    """What the flags say.
+
+    Raises:
+        ConfigError: naming the flag that cannot work.
+    """
+    return FailureConfig(timeout_s=args.failure_timeout, on_expert_loss=args.on_expert_loss)
+
+
+def elastic_config(config: EngineConfig, args: argparse.Namespace, api_server_count: int = 1) -> EngineConfig:
+    """`config` with what `add_elastic_flags` describe.
+
+    Args:
+        api_server_count: processes that answer HTTP. Several of them have no common view of the workers: then none is
+            replaced, added or moved.
+
+    Raises:
+        ConfigError: naming the flag that cannot work.
+    """
+    asked = {
+        "--max-expert-workers": args.max_expert_workers is not None,
+        "--rebalance-interval": args.rebalance_interval != 0,
+        "--autoscale-experts": args.autoscale_experts is not None,
+    }
+    if api_server_count > 1 and (flags := [flag for flag, is_asked in asked.items() if is_asked]):
+        raise ConfigError(f"{flags[0]} goes with one API process: leave --api-server-count away")
+    is_fixed = api_server_count > 1 or not config.survives_losses
+    most = args.max_expert_workers
+    if most is None and not is_fixed:
+        most = _usual_maximum(config.placement, args.autoscale_experts)
+    return replace(
+        config,
+        placement=replace(config.placement, max_expert_workers=most),
+        steering=replace(config.steering, rebalance_interval_s=args.rebalance_interval),
+        autoscale=_autoscale(args),
+    )
+
+
+def _usual_maximum(placement: PlacementConfig, autoscale: tuple[int, int] | None) -> int | None:
+    """Room to grow that costs little: rings and tables are laid out for it, no memory of weights."""
+    if placement.expert_workers == 0:
+        return None
+    return max(2 * placement.expert_workers + 2, autoscale[1] if autoscale else 0)
+
+
+def _autoscale(args: argparse.Namespace) -> AutoscaleConfig | None:
+    if args.autoscale_experts is None:
+        if args.autoscale_queue_age is not None:
+            raise ConfigError("--autoscale-queue-age does nothing without --autoscale-experts MIN:MAX")
+        return None
+    least, most = args.autoscale_experts
+    if args.autoscale_queue_age is None:
+        return AutoscaleConfig(min_workers=least, max_workers=most)
+    return AutoscaleConfig(min_workers=least, max_workers=most, queue_age_s=args.autoscale_queue_age)
+
+
+def _bounds(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MIN:MAX, as in 1:4")
+    return int(match[1]), int(match[2])
