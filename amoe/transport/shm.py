@@ -32,7 +32,8 @@ import mmap
 import os
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from amoe.errors import TransportError
 from amoe.transport.base import Peer
@@ -45,8 +46,7 @@ _PAGE = 4096
 _IDLE_POLLS = 4  # without a batch, before the doorbell is drained without a hint
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShmSpec:
+class ShmSpec(msgspec.Struct, frozen=True, kw_only=True, tag="shm"):
     """All that a process needs to attach, besides its rank: it has inherited the descriptors.
 
     Attributes:
@@ -110,6 +110,10 @@ class ShmFabric:
                 for dst in range(num_ranks):
                     reset(words, spec.ring(src, dst)[0])
         return cls(spec)
+
+    def spec_for(self, host: str = "", device: str = "cpu") -> ShmSpec:
+        """The same for all, which are processes of this host."""
+        return self.spec
 
     def fds(self) -> tuple[int, ...]:
         """Descriptors that a child must inherit under the same numbers (`pass_fds`)."""
