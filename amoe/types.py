@@ -275,6 +275,19 @@ class CapacityUsage:
     pairs_rerouted: int = 0
     gate_mass_lost: float = 0.0
 
+    def plus(self, other: CapacityUsage | None) -> CapacityUsage:
+        """Of both together: every token wants the same number of pairs, which tells what each side's part weighs."""
+        if other is None:
+            return self
+        pairs = self.pairs + other.pairs
+        lost = self.gate_mass_lost * self.pairs + other.gate_mass_lost * other.pairs
+        return CapacityUsage(
+            pairs,
+            self.pairs_dropped + other.pairs_dropped,
+            self.pairs_rerouted + other.pairs_rerouted,
+            lost / pairs if pairs else 0.0,
+        )
+
 
 @dataclass(slots=True)
 class SequenceTimes:

@@ -1,24 +1,26 @@
 """The server's side of the workers: admission, routing of outputs, health. All of it in one event loop.
 
 A request's life here: `start` admits it and sends it to an attention worker; that worker's `Outputs` become deltas in
-its `Generation`; it ends with exactly one terminal event, after which nothing of it is left in the engine.
+its `Generation`; it ends with exactly one terminal event, after which nothing of it is left in the engine. If its
+worker dies meanwhile, and a supervisor replaces those that die, it goes on at another one behind what has been told.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from amoe.clock import Clock, MonotonicClock
 from amoe.config import EngineConfig
+from amoe.engine.accounts import Accounts
 from amoe.engine.async_generation import Generation
 from amoe.engine.generation import GenerationDelta, GenerationState
 from amoe.engine.load import Choices, Front, OpenLoad, Refusal, first_choices
-from amoe.engine.messages import AbortRequests, AddRequest, Failed, Heartbeat, Outputs, Pulse, ToServer, ToWorker
+from amoe.engine.messages import AbortRequests, AddRequest, Failed, Heartbeat, Outputs, Pulse, ToServer
+from amoe.engine.readmission import families, resumed_request
+from amoe.engine.roster import Roster, WorkerChannel
 from amoe.engine.shared_control import REQUESTS_PER_FRONT
 from amoe.engine.steering import Steering
 from amoe.engine.tokenizer import Tokenizer
@@ -32,18 +34,8 @@ logger = logging.getLogger(__name__)
 
 WATCHDOG_PERIOD_S = 0.5
 GONE_GRACE_S = 0.2  # whoever started a worker that is gone can say how it ended, and soon does
-
-
-class WorkerChannel(Protocol):
-    """The server's end of one worker's control channel."""
-
-    def send(self, message: ToWorker) -> None:
-        """Queue a message; does not wait."""
-        ...
-
-    def __aiter__(self) -> AsyncIterator[ToServer]:
-        """Messages of the worker, until it has gone."""
-        ...
+REPLACING_TIMEOUTS = 3  # failure timeouts within which a worker that hangs is noticed, ended, and absent
+LAST_WORDS_S = 1.0  # what a worker has said before it died lies in its channel, and is read within so long
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,12 +55,17 @@ class ModelInfo:
     num_moe_layers: int = 1
     pairs_per_token: int = 1
 
+    @property
+    def routed_bytes(self) -> int:
+        """Of what is told of one token's experts."""
+        return 2 * self.num_moe_layers * self.pairs_per_token
+
 
 class AsyncEngine:
     """Serves sequences on workers that are ready.
 
     Args:
-        channels: one per worker, by rank.
+        channels: one per worker that is there from the beginning, by rank.
         config: of the workers.
         model: what they have loaded.
         owners: [num_layers, num_experts, R] where experts live; None: replicas, if there are any, are not steered.
@@ -76,6 +73,15 @@ class AsyncEngine:
         stall_timeout_s: a worker that gives no sign of life, or has work and runs no block, for so long makes the
             engine unhealthy until it goes on: what is open stays open, and nothing new is taken.
         front: which of several engines on the same workers this is; the first one steers them.
+        supervised: somebody replaces workers that die or hang, and says so with `lose` and `attach`. Without: the
+            engine dies with any of them.
+
+    Attributes:
+        on_message: called with the rank and every message of a worker, once the engine has taken it.
+        on_gone: called with rank and reason when a channel has ended by itself; only if `supervised`.
+        trouble: why the engine is unhealthy, as its supervisor sees it: a worker that dies again and again, by name.
+        note: what is being done about a worker that has died; the engine is healthy, and whoever waits for that worker
+            does not count as stalled.
     """
 
     def __init__(
@@ -90,15 +96,21 @@ class AsyncEngine:
         heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
         stall_timeout_s: float = STALL_TIMEOUT_S,
         front: Front = Front(),  # noqa: B008 - frozen
+        supervised: bool = False,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.model = model
         self.metrics = EngineMetrics(model.name, model.max_model_len, config.cache, steers=front.index == 0)
-        self._channels = channels
+        self.on_message: Callable[[int, ToServer], None] | None = None
+        self.on_gone: Callable[[int, str], None] | None = None
+        self.trouble = self.note = ""
+        self._supervised = supervised
+        self._roster = Roster(channels, self._on_message, self._on_gone)
         self._clock = clock or MonotonicClock()
         self._open: dict[int, Generation] = {}
         self._load = OpenLoad(config, front.count)
+        self._accounts = Accounts(self._load, self.metrics, self._clock)
         self._next_id = front.index * REQUESTS_PER_FRONT
         self._tasks: list[asyncio.Task[None]] = []
         self._death: EngineDeadError | None = None
@@ -106,21 +118,22 @@ class AsyncEngine:
         self.died = asyncio.Event()  # some worker has, or nothing can go on
         self._all_closed = asyncio.Event()
         self._all_closed.set()
+        if supervised:  # whoever replaces a worker that is silent is given the time for it
+            stall_timeout_s = max(stall_timeout_s, REPLACING_TIMEOUTS * config.failure.timeout_s)
         self._watchdog = Watchdog(range(len(channels)), heartbeat_timeout_s, stall_timeout_s)
         self.metrics.prepare(config.placement.attention_ranks)
         steered = owners if front.index == 0 else None
-        self._steering = Steering(config, steered, self._clock, send=self._send, tell=self.metrics.steered)
+        self._steering = Steering(config, steered, self._clock, send=self._roster.send, tell=self.metrics.steered)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Start to listen to the workers. Call it once, in the event loop that serves the requests."""
+        self._roster.run()
         self._tasks = [
-            asyncio.create_task(self._listen(rank, channel), name=f"amoe-listen-{rank}")
-            for rank, channel in enumerate(self._channels)
+            asyncio.create_task(self._watch(), name="amoe-watchdog"),
+            asyncio.create_task(self._steering.run(), name="amoe-steering"),
         ]
-        self._tasks.append(asyncio.create_task(self._watch(), name="amoe-watchdog"))
-        self._tasks.append(asyncio.create_task(self._steering.run(), name="amoe-steering"))
 
     def refuse_new(self) -> None:
         """The server is going: what is open may end, nothing new comes in."""
@@ -136,13 +149,21 @@ class AsyncEngine:
         self.refuse_new()
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, self._roster.close(), return_exceptions=True)
         self._end("the server has stopped")
 
     @property
     def healthy(self) -> bool:
-        """Every worker makes progress."""
-        return self._death is None and self._watchdog.stalled is None
+        """Every worker that is there makes progress, and those that are not will soon be back."""
+        return not self.complaint
+
+    @property
+    def complaint(self) -> str:
+        """Why the engine is not healthy; "" if it is."""
+        if self._death is not None:
+            return str(self._death)
+        stall = self._watchdog.stalled
+        return self.trouble or ("" if stall is None else str(stall))
 
     @property
     def is_draining(self) -> bool:
@@ -229,7 +250,7 @@ class AsyncEngine:
         """Free the sequence now. Nothing happens if it has ended."""
         if generation.request_id not in self._open:
             return
-        self._send(generation.rank, AbortRequests([generation.request_id]))
+        self._roster.send(generation.rank, AbortRequests([generation.request_id]))
         self._forget(generation, "abort")
         generation.fail(None)
 
@@ -240,30 +261,42 @@ class AsyncEngine:
             raise EngineDeadError(str(self._death))
         if self._draining:
             refusal = Refusal("shutdown", "the server is shutting down and takes no new requests", 5)
-        elif (stall := self._watchdog.stalled) is not None:  # what came in now would only wait for it
-            refusal = Refusal("stalled", f"{stall}: nothing new is taken until it goes on; try again later", 5)
+        elif reason := self._standstill():  # what came in now would only wait for it
+            refusal = Refusal("stalled", f"{reason}: nothing new is taken until it goes on; try again later", 5)
         if refusal is not None:
             self.metrics.rejected(refusal.reason)
             raise EngineOverloadedError(refusal.message, refusal.retry_after_s)
 
+    def _standstill(self) -> str:
+        """Why nothing goes on; "" if it does, or soon will."""
+        if not self._supervised:
+            return self.complaint
+        # A worker in trouble may be one that the others do without: as long as tokens come, they are served.
+        if not self._open or self._clock.now() - self._accounts.last_token_at < self._watchdog.stall_timeout_s:
+            return ""
+        return self.trouble
+
     def _start_one(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, sibling: Generation | None
     ) -> Generation:
-        count = len(prompt_token_ids)
-        rank = self._load.choose(self._steering.state.home_share) if sibling is None else sibling.rank
-        state = GenerationState(params, self.tokenizer.detokenizer(params), count)
+        rank = self._choose_home() if sibling is None else sibling.rank
+        state = GenerationState(params, self.tokenizer.detokenizer(params), prompt_token_ids)
         choices = Choices() if sibling is None else sibling.choices
         generation = Generation(self.abort, self._next_id, rank, state, choices, self._clock.now())
         self._next_id += 1
         sibling_of = None if sibling is None else sibling.request_id
         # First of all: what cannot be sent raises here, and must not stay open for ever.
-        self._send(rank, AddRequest(generation.request_id, list(prompt_token_ids), params, sibling_of))
+        self._roster.send(rank, AddRequest(generation.request_id, list(prompt_token_ids), params, sibling_of))
         self._open[generation.request_id] = generation
-        generation.num_waiting_tokens = count if sibling is None else 0
-        self._load.enter(rank, count, generation.num_waiting_tokens, generation.arrived_at)
-        choices.enter()
+        self._accounts.open(generation, is_first=sibling is None)
         self._all_closed.clear()
         return generation
+
+    def _choose_home(self) -> int:
+        """Rank of the attention worker for the next sequence. If nobody is there, one that is awaited: what is sent to
+        it is sent again when it, or any other, comes."""
+        shares = self._steering.state.home_share
+        return self._load.choose({r: share for r, share in shares.items() if self._roster.answers(r)} or shares)
 
     def _forget(self, generation: Generation, reason: FinishReason) -> None:
         """Take a sequence, which ends now, out of all tables."""
@@ -271,55 +304,52 @@ class AsyncEngine:
         generation.finish_reason = reason
         if not self._open:
             self._all_closed.set()
-        now, state, choices = self._clock.now(), generation.state, generation.choices
-        self._load.leave(generation.rank, state.num_prompt_tokens + state.num_generated_tokens, now)
-        self._begin(generation)
-        has_tokens = generation.first_token_at is not None
-        self.metrics.finished(
-            generation.rank,
-            reason,
-            seconds=now - generation.arrived_at,
-            decode_seconds=generation.last_token_at - (generation.first_token_at or 0.0) if has_tokens else None,
-            num_prompt_tokens=state.num_prompt_tokens,
-            num_generated_tokens=state.num_generated_tokens,
-            num_cached_tokens=state.num_cached_tokens,
-            max_tokens=state.params.max_tokens,
-            queue_seconds=generation.queue_s,
-            prefill_seconds=generation.prefill_s,
-            num_preemptions=generation.num_preemptions,
-        )
-        if choices.leave(state.num_generated_tokens):
-            self.metrics.all_choices_finished(generation.rank, choices.count, choices.longest)
-
-    def _begin(self, generation: Generation) -> None:
-        """Its prompt waits no longer."""
-        self._load.begin(generation.num_waiting_tokens)
-        generation.num_waiting_tokens = 0
+        self._accounts.close(generation, reason)
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
-    def _send(self, rank: int, message: ToWorker) -> None:
-        # A broken pipe is the listener's to report: it knows whether the worker has said why.
-        with contextlib.suppress(OSError):
-            self._channels[rank].send(message)
+    def attach(self, rank: int, channel: WorkerChannel) -> None:
+        """A worker has come, in the place of one that was lost, or as a new one. It takes requests at once.
 
-    async def _listen(self, rank: int, channel: WorkerChannel) -> None:
-        try:
-            async for message in channel:
-                self._on_message(rank, message)
-            await asyncio.sleep(GONE_GRACE_S)
-            reason = f"worker {rank} has gone"
-        except (OSError, AmoeError) as error:
-            reason = f"lost worker {rank}: {error}"
-        except Exception:
-            logger.exception("a message of worker %d could not be handled", rank)
-            reason = f"a message of worker {rank} could not be handled"
-        self.die(reason)
+        Raises:
+            ValueError: the former one of this rank has not been lost.
+        """
+        self._roster.attach(rank, channel)
+        self._watchdog.expect(rank)
+        if rank in self.config.placement.attention_ranks:
+            self._readmit()
+
+    async def lose(self, rank: int, reason: str) -> None:
+        """A worker is gone for good, and can say nothing more: what it has said still counts, up to a second from now.
+        Its open sequences go on at other workers, or wait for one to come. Nothing happens if it is lost already."""
+        await self._roster.detach(rank, LAST_WORDS_S)
+        self._watchdog.forget(rank)
+        if self._death is None:
+            count = self._readmit()
+            logger.warning("%s; %d of its sequences go on elsewhere", reason, count)
+
+    def _readmit(self) -> int:
+        """Let whoever was at a worker that is lost go on where somebody is. Returns how many do."""
+        lost = [generation for generation in self._open.values() if not self._roster.is_attached(generation.rank)]
+        if not lost or not any(map(self._roster.answers, self.config.placement.attention_ranks)):
+            return 0
+        for family in families(lost):
+            rank = self._choose_home()
+            for generation in family:
+                self._accounts.move(generation, rank)
+                self._roster.send(rank, resumed_request(generation, family[0], self.model.routed_bytes))
+        return len(lost)
+
+    def _on_gone(self, rank: int, reason: str) -> None:
+        if not self._supervised:
+            asyncio.get_running_loop().call_later(GONE_GRACE_S, self.die, reason)
+        elif self.on_gone is not None:
+            self.on_gone(rank, reason)
 
     def _on_message(self, rank: int, message: ToServer) -> None:
         if isinstance(message, Outputs):
             for output in message.outputs:
-                self._on_output(output)
+                self._on_output(rank, output)
         elif isinstance(message, Heartbeat):
             self._watchdog.beat(rank, message.stats)
             self.metrics.worker(message.stats)
@@ -327,42 +357,29 @@ class AsyncEngine:
         elif isinstance(message, Pulse):
             self._watchdog.pulse(rank, message.step_s, message.usual_s)
             self.metrics.alive(rank)
-        elif isinstance(message, Failed):
+        elif isinstance(message, Failed) and not self._supervised:
             self.die(f"worker {rank} failed: {message.message}")
+        if self.on_message is not None:
+            self.on_message(rank, message)
 
-    def _on_output(self, output: SequenceOutput) -> None:
+    def _on_output(self, rank: int, output: SequenceOutput) -> None:
         generation = self._open.get(output.request_id)
-        # No generation: aborted, or ended by a stop string, while the worker was still at it.
-        if generation is None or (delta := generation.state.advance(output)) is None:
+        # Not here: aborted, or ended by a stop string, while the worker was still at it.
+        if generation is None or generation.rank != rank or (delta := generation.state.advance(output)) is None:
             return
         if output.times is not None:
-            generation.queue_s, generation.prefill_s = output.times.queue_s, output.times.prefill_s
-            generation.num_preemptions = output.times.num_preemptions
+            generation.take_times(output.times)
         if delta.token_ids:
-            self._load.grow(generation.rank, len(delta.token_ids))
-            self._count_tokens(generation, delta)
+            self._accounts.count_tokens(generation, delta)
         if delta.finish_reason is not None:
             self._forget(generation, delta.finish_reason)
             if output.finish_reason is None:  # a stop string, which the worker does not know of
-                self._send(generation.rank, AbortRequests([generation.request_id]))
+                self._roster.send(rank, AbortRequests([generation.request_id]))
         if delta.finish_reason == "error":
             blame = RequestError(output.error) if output.error else AmoeError("the worker could not serve the request")
             generation.fail(blame)
         else:
             generation.deliver(delta)
-
-    def _count_tokens(self, generation: Generation, delta: GenerationDelta) -> None:
-        now = self._clock.now()
-        if generation.first_token_at is None:
-            generation.first_token_at = now
-            self._begin(generation)
-            self.metrics.first_token(
-                generation.rank, now - generation.arrived_at, delta.num_prompt_tokens, delta.num_cached_tokens
-            )
-            self.metrics.tokens(generation.rank, len(delta.token_ids), None)
-        else:
-            self.metrics.tokens(generation.rank, len(delta.token_ids), now - generation.last_token_at)
-        generation.last_token_at = now
 
     async def _watch(self) -> None:
         try:
@@ -380,9 +397,10 @@ class AsyncEngine:
             self.metrics.http.lagged(now - last - WATCHDOG_PERIOD_S)
             # Time in which this process did not run (a suspended machine, a busy loop) says nothing about the workers,
             # whose messages lie unread: count a period for two at most.
-            self._watchdog.advance(min(now - last, 2 * WATCHDOG_PERIOD_S))
+            seconds = min(now - last, 2 * WATCHDOG_PERIOD_S)
+            self._watchdog.advance(seconds, is_somebody_missing=bool(self.note or self.trouble))
             last = now
-            if (silent := self._watchdog.silent) is not None:
+            if (silent := self._watchdog.silent) is not None and not self._supervised:
                 self.die(f"worker {silent} has made no progress for {self._watchdog.heartbeat_timeout_s:g} s")
                 return
             reported = self._report(self._watchdog.stalled, reported)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from amoe.engine.generation import GenerationDelta, GenerationState
 from amoe.engine.load import Choices
 from amoe.errors import AmoeError
-from amoe.types import FinishReason
+from amoe.types import FinishReason, SequenceTimes
 
 
 class Generation:
@@ -21,6 +21,7 @@ class Generation:
         finish_reason: how it has ended; None while it is open.
         queue_s, prefill_s: seconds before it was first computed, and from there to its first token; None: not yet told.
         num_preemptions: times that it lost its KV to others, as far as is known.
+        num_moves: times that its worker has died, and it has gone on at another one.
         choices: it is one of them.
         num_waiting_tokens: of its prompt, until its first token: another choice computes them, if it is 0.
     """
@@ -44,6 +45,10 @@ class Generation:
         self.queue_s: float | None = None
         self.prefill_s: float | None = None
         self.num_preemptions = 0
+        self.num_moves = 0
+        self._lost_s = 0.0  # before it came to its present worker, while it had no token
+        self._preempted_before = 0
+        self._had_begun = False
         self.choices = choices
         self.num_waiting_tokens = 0
         self._on_close = on_close
@@ -68,6 +73,21 @@ class Generation:
             # A bare future: this happens once a token, and an `Event` keeps a queue of those who wait.
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+
+    def move(self, rank: int, now: float) -> None:
+        """Engine only: its worker has died, and another one goes on with it."""
+        self.rank = rank
+        self.num_moves += 1
+        self._preempted_before = self.num_preemptions
+        self._had_begun = self.first_token_at is not None
+        self._lost_s = now - self.arrived_at
+        self.state.move()
+
+    def take_times(self, times: SequenceTimes) -> None:
+        """Engine only: what its present worker says of its time there. The time to its first token has passed once."""
+        if not self._had_begun:
+            self.queue_s, self.prefill_s = self._lost_s + times.queue_s, times.prefill_s
+        self.num_preemptions = self._preempted_before + times.num_preemptions
 
     def close(self) -> None:
         """Free the sequence, if it has not ended yet. Idempotent."""

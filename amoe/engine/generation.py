@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from amoe.engine.detokenizer import Detokenizer
@@ -58,17 +59,38 @@ class GenerationDelta:
 
 
 class GenerationState:
-    """Turns the outputs of one sequence into deltas, and sees stop strings."""
+    """Turns the outputs of one sequence into deltas, and sees stop strings.
 
-    def __init__(self, params: SamplingParams, detokenizer: Detokenizer, num_prompt_tokens: int) -> None:
+    Attributes:
+        prompt_token_ids, generated_token_ids: what it consists of, as far as it has been told.
+        num_cached_tokens: of the prompt, when it was first computed.
+        num_routed_bytes: of what has been told of its tokens' experts.
+    """
+
+    def __init__(self, params: SamplingParams, detokenizer: Detokenizer, prompt_token_ids: Sequence[int]) -> None:
         self.params = params
         self._detokenizer = detokenizer
-        self.num_prompt_tokens = num_prompt_tokens
-        self.num_generated_tokens = 0
+        self.prompt_token_ids = prompt_token_ids
+        self.generated_token_ids: list[int] = []
         self.num_cached_tokens = 0
+        self.num_routed_bytes = 0
         self._capacity: CapacityUsage | None = None
+        self._capacity_before: CapacityUsage | None = None  # what workers that have died have told
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._routed_experts = b""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return len(self.generated_token_ids)
+
+    def move(self) -> None:
+        """The worker has died, and another one goes on. It begins again with what has not been told in full."""
+        self._capacity_before = self._capacity
+        self._prompt_logprobs, self._routed_experts = [], b""
 
     def advance(self, output: SequenceOutput) -> GenerationDelta | None:
         """The delta that `output` brings. A stop string in it ends the sequence, whatever the worker says.
@@ -80,8 +102,10 @@ class GenerationState:
         self._routed_experts += output.routed_experts
         if not output.token_ids and output.finish_reason is None:
             return None
-        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
-        self._capacity = output.capacity or self._capacity
+        if not self.generated_token_ids:  # another worker finds more or less in its cache: that is no saving
+            self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        if output.capacity is not None:
+            self._capacity = output.capacity.plus(self._capacity_before)
         pieces: list[str] = []
         count = 0
         for token_id in output.token_ids:
@@ -94,7 +118,7 @@ class GenerationState:
                 break
         if output.finish_reason is not None:
             pieces.append(self._detokenizer.flush())
-        self.num_generated_tokens += count
+        self.generated_token_ids += output.token_ids[:count]
         return self._delta("".join(pieces), output, count)
 
     def _delta(self, text: str, output: SequenceOutput, count: int) -> GenerationDelta:
@@ -106,6 +130,7 @@ class GenerationState:
             stop_reason = output.stop_token
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, []
         routed_experts, self._routed_experts = self._routed_experts, b""
+        self.num_routed_bytes += len(routed_experts)
         return GenerationDelta(
             text=text,
             token_ids=output.token_ids[:count],

@@ -176,6 +176,13 @@ class OpenLoad:
         if self._full_since is None and sum(self._num_requests.values()) > self._num_seats:
             self._full_since, self._finished_since_full = now, 0
 
+    def move(self, rank: int, to: int, num_tokens: int) -> None:
+        """A sequence of so many tokens, prompt and generated, goes on at another worker."""
+        self._num_requests[rank] -= 1
+        self._num_tokens[rank] -= num_tokens
+        self._num_requests[to] += 1
+        self._num_tokens[to] += num_tokens
+
     def grow(self, rank: int, count: int) -> None:
         """A sequence has got tokens."""
         self._num_tokens[rank] += count

@@ -91,6 +91,16 @@ class Watchdog:
         self.stall_timeout_s = stall_timeout_s
         self._workers = {rank: _Worker() for rank in ranks}
 
+    def forget(self, rank: int) -> None:
+        """A worker is gone: nothing is expected of it. Nothing happens if it was not here."""
+        self._workers.pop(rank, None)
+
+    def expect(self, rank: int) -> None:
+        """A worker has come, or come back. Whoever may have waited for it has its full time again."""
+        self._workers[rank] = _Worker()
+        for worker in self._workers.values():
+            worker.idle_s = 0.0
+
     def beat(self, rank: int, stats: WorkerStats) -> None:
         """A heartbeat has come: the loop turns."""
         worker = self._workers[rank]
@@ -107,9 +117,9 @@ class Watchdog:
         worker.step_s = step_s
         worker.step_limit_s = step_limit_s(usual_s, self.stall_timeout_s)
 
-    def advance(self, seconds: float) -> None:
-        """So much time has passed."""
-        somebody_is_late = any(worker.silence_s >= 1.0 or worker.step_s for worker in self._workers.values())
+    def advance(self, seconds: float, *, is_somebody_missing: bool = False) -> None:
+        """So much time has passed, in which a worker was missing that the others may wait for, or none was."""
+        somebody_is_late = is_somebody_missing or any(w.silence_s >= 1.0 or w.step_s for w in self._workers.values())
         for worker in self._workers.values():
             worker.silence_s += seconds
             worker.no_heartbeat_s += seconds
