@@ -15,7 +15,6 @@ import sys
 import setproctitle
 
 EXIT_FAILURE = 1
-EXIT_USER_ERROR = 2
 _PR_SET_PDEATHSIG = 1
 
 
@@ -27,7 +26,15 @@ def main(title: str, parent_pid: int, launch_spec: str) -> int:
     setproctitle.setproctitle(f"amoe: {title}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(parent_pid)
-    return _serve(title, launch_spec)
+    import faulthandler
+
+    import msgspec
+
+    from amoe.cluster.process import LaunchSpec
+    from amoe.cluster.worker_run import run_worker
+
+    faulthandler.enable()
+    return run_worker(msgspec.json.decode(launch_spec, type=LaunchSpec))
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -35,48 +42,6 @@ def die_with_parent(parent_pid: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent_pid:  # it died before the kernel could be asked
         sys.exit(EXIT_FAILURE)
-
-
-def _serve(title: str, launch_spec: str) -> int:
-    import faulthandler
-    import importlib
-    import traceback
-
-    import msgspec
-
-    from amoe.cluster.process import LaunchSpec
-    from amoe.engine.messages import Failed
-    from amoe.engine.shared_control import control_port
-    from amoe.errors import AmoeError
-    from amoe.logs import configure
-    from amoe.transport.shm import ShmTransport
-
-    faulthandler.enable()
-    spec = msgspec.json.decode(launch_spec, type=LaunchSpec)
-    configure(spec.logs, title)
-    control = control_port(spec.control_fd, spec.front_fds)
-    transport = ShmTransport.attach(spec.shm, spec.rank)
-    is_built = False
-    try:
-        module, _, function = spec.entry.partition(":")
-        build_worker = getattr(importlib.import_module(module), function)
-        worker = build_worker(spec.config, spec.rank, transport, control)
-        is_built = True
-        # Until here SIGTERM ends the process at once: there is nothing to leave orderly.
-        signal.signal(signal.SIGTERM, lambda _number, _frame: control.interrupt())
-        worker.run()
-        return 0
-    except Exception as error:
-        is_user_error = isinstance(error, AmoeError) and not is_built
-        if is_user_error:
-            control.send(Failed(str(error), user_error=True))
-            return EXIT_USER_ERROR
-        traceback.print_exc()
-        control.send(Failed(f"{type(error).__name__}: {error}", user_error=False))
-        return EXIT_FAILURE
-    finally:
-        transport.close()
-        control.close()
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ from pathlib import Path
 import msgspec
 
 import amoe
-from amoe.cluster.process import LaunchSpec, title_of
+from amoe.cluster.channel import ready_message
+from amoe.cluster.launcher import WorkerHandle
+from amoe.cluster.process import InheritedControl, LaunchSpec, title_of
 from amoe.config import EngineConfig
 from amoe.engine.control import AsyncControlChannel
 from amoe.engine.devices import threads_per_worker
-from amoe.engine.messages import Failed, Loading, Ready, Stop
-from amoe.errors import ConfigError, EngineDeadError
-from amoe.logs import LogOptions
-from amoe.transport.shm import ShmFabric
+from amoe.engine.messages import Loading, Ready, Stop
+from amoe.errors import EngineDeadError
 
 _TAIL_LINES = 20
 _DRAIN_TIMEOUT_S = 2.0
@@ -33,7 +33,7 @@ class WorkerProcess:
     """A running worker. Make it with `spawn`, in the event loop that will watch it; end it with `close`.
 
     Attributes:
-        rank, title: who it is.
+        rank, incarnation, title: who it is.
         pid: its process and process group.
         channel: the server's end of its control channel.
         front_sockets: the other ends of those to API processes, by index; theirs to take over, or closed in the end.
@@ -43,15 +43,15 @@ class WorkerProcess:
 
     def __init__(
         self,
-        rank: int,
-        title: str,
+        spec: LaunchSpec,
         process: subprocess.Popen[bytes],
         channel: AsyncControlChannel,
-        on_exit: Callable[[WorkerProcess], None],
+        on_exit: Callable[[WorkerHandle], None],
         front_sockets: list[socket.socket],
     ) -> None:
-        self.rank = rank
-        self.title = title
+        self.rank = spec.rank
+        self.incarnation = spec.incarnation
+        self.title = title_of(spec.config.placement, spec.rank)
         self.pid = process.pid
         self.channel = channel
         self.front_sockets = front_sockets
@@ -60,24 +60,23 @@ class WorkerProcess:
         self._process = process
         self._on_exit = on_exit
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
-        self._forwarding = asyncio.create_task(self._forward_output(), name=f"amoe-output-{rank}")
+        self._forwarding = asyncio.create_task(self._forward_output(), name=f"amoe-output-{self.rank}")
         self._pidfd = os.pidfd_open(process.pid)
         asyncio.get_running_loop().add_reader(self._pidfd, self._reap)
 
     @classmethod
     async def spawn(
         cls,
-        config: EngineConfig,
-        rank: int,
-        fabric: ShmFabric,
-        entry: str,
-        on_exit: Callable[[WorkerProcess], None],
-        logs: LogOptions,
+        make_spec: Callable[[InheritedControl], LaunchSpec],
+        descriptors: tuple[int, ...],
+        on_exit: Callable[[WorkerHandle], None],
         num_fronts: int = 0,
     ) -> WorkerProcess:
-        """Start the process of worker `rank`; `on_exit` is called in the event loop when it has ended.
+        """Start a worker's process; `on_exit` is called in the event loop when it has ended.
 
         Args:
+            make_spec: what it is told, around its end of the control channel.
+            descriptors: what it inherits beside that, under the same numbers.
             num_fronts: API processes that will send it requests; none: this process does.
         """
         with contextlib.ExitStack() as inherited, contextlib.ExitStack() as kept:
@@ -85,44 +84,38 @@ class WorkerProcess:
             control_fd, *front_fds = (inherited.enter_context(theirs).fileno() for _, theirs in pairs)
             front_sockets = [kept.enter_context(ours) for ours, _ in pairs[1:]]
             channel = await AsyncControlChannel.open(pairs[0][0])
-            spec = LaunchSpec(
-                config=config,
-                rank=rank,
-                entry=entry,
-                control_fd=control_fd,
-                front_fds=tuple(front_fds),
-                shm=fabric.spec,
-                logs=logs,
-            )
             try:
-                process = _launch(spec, (control_fd, *front_fds, *fabric.fds()))
+                spec = make_spec(InheritedControl(control_fd, tuple(front_fds)))
+                process = _launch(spec, (control_fd, *front_fds, *descriptors))
             except BaseException:
                 await channel.close()
                 raise
             kept.pop_all()
-        return cls(rank, title_of(config.placement, rank), process, channel, on_exit, front_sockets)
+        return cls(spec, process, channel, on_exit, front_sockets)
 
-    async def wait_ready(self, on_loading: Callable[[WorkerProcess, Loading], None]) -> Ready:
+    async def wait_ready(self, on_loading: Callable[[WorkerHandle, Loading], None]) -> Ready:
         """Listen until the worker is ready.
 
         Raises:
             ConfigError: it cannot start; the message is for the user.
             EngineDeadError: it failed or died.
         """
-        async for message in self.channel:
-            if isinstance(message, Loading):
-                on_loading(self, message)
-            elif isinstance(message, Ready):
-                self.is_ready = True
-                return message
-            elif isinstance(message, Failed):
-                if message.user_error:
-                    raise ConfigError(message.message)
-                raise EngineDeadError(f"{self.title} could not start: {message.message}")
+        ready = await ready_message(self.channel, self.title, lambda message: on_loading(self, message))
+        if ready is not None:
+            self.is_ready = True
+            return ready
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.exited.wait(), _DRAIN_TIMEOUT_S)
             await asyncio.wait_for(asyncio.shield(self._forwarding), _DRAIN_TIMEOUT_S)
         raise EngineDeadError(f"{self.describe_exit()} while starting{self.describe_output()}")
+
+    def seems_to_run(self) -> bool:
+        """Some thread of it uses a processor, waits for one, or for a disk."""
+        try:
+            threads = list(Path(f"/proc/{self.pid}/task").iterdir())
+            return any((thread / "stat").read_text().rpartition(")")[2].split()[0] in "RD" for thread in threads)
+        except (OSError, IndexError):
+            return False
 
     def request_stop(self) -> None:
         """Ask it to leave. One that is not ready yet has nothing to finish, and does not listen: it is killed."""
@@ -137,10 +130,14 @@ class WorkerProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
+    def describe(self) -> str:
+        """Who it is, for a person: `expert 0 (pid 12)`."""
+        return f"{self.title} (pid {self.pid})"
+
     def describe_exit(self) -> str:
         """How it has ended, for a person: `expert 0 (pid 12) was killed by SIGSEGV`."""
         status = self._process.returncode
-        who = f"{self.title} (pid {self.pid})"
+        who = self.describe()
         if status is None:
             return f"{who} closed its control channel"
         if status >= 0:
@@ -155,7 +152,7 @@ class WorkerProcess:
         return "".join(f"\n  | {line}" for line in self._tail)
 
     async def close(self) -> None:
-        """Give everything back, after it has exited."""
+        """Give everything back, after it has exited. Idempotent."""
         # Something that the worker has started may hold the pipe open for ever.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._forwarding, _DRAIN_TIMEOUT_S)
