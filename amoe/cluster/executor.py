@@ -1,0 +1,51 @@
+"""Where workers run: as processes of this host, or as actors of a Ray cluster."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from amoe.config import EngineConfig
+from amoe.errors import ConfigError
+
+ExecutorName = Literal["local", "ray"]
+EXECUTORS: tuple[str, ...] = get_args(ExecutorName)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutorOptions:
+    """What starts the workers.
+
+    Attributes:
+        name: `local` or `ray`.
+        ray_address: of the Ray cluster; None: `RAY_ADDRESS` says it, or the one that runs here, or a new local one.
+        deployment: part of the actors' names, `amoe/<deployment>/<role>-<rank>`: unique in a Ray cluster.
+    """
+
+    name: ExecutorName = "local"
+    ray_address: str | None = None
+    deployment: str = "amoe"
+
+    def __post_init__(self) -> None:
+        if self.name not in EXECUTORS:
+            raise ConfigError(f"--executor must be one of {', '.join(EXECUTORS)}, not {self.name!r}")
+        if self.name == "local" and self.ray_address is not None:
+            raise ConfigError("--ray-address goes with --executor ray")
+        if re.fullmatch(r"[A-Za-z0-9_.#-]{1,128}", self.deployment) is None:
+            raise ConfigError(
+                f"--deployment-name {self.deployment!r} must be 1 to 128 letters, digits, dots, dashes and underscores"
+            )
+
+    def check(self, config: EngineConfig, api_server_count: int) -> None:
+        """Refuse what cannot work there.
+
+        Raises:
+            ConfigError: naming the flag.
+        """
+        if self.name == "local":
+            return
+        if config.transport == "shm":
+            raise ConfigError("--executor ray: workers may be on different hosts: --transport tcp or distributed")
+        if api_server_count > 1:
+            raise ConfigError("--executor ray goes with one API process: leave --api-server-count away")
