@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from amoe.types import Batch, BlockId, Float32Array, Int16Array, Int32Array
+from amoe.types import Batch, BlockId, BoolArray, Float32Array, Int16Array, Int32Array
 
 
 @dataclass(slots=True)
@@ -81,6 +81,25 @@ class ExpertsStep:
     @property
     def num_tokens(self) -> int:
         return len(self.slab_rows)
+
+    def only(self, kept: BoolArray) -> ExpertsStep:
+        """The step with the tokens `kept` [n] alone: the others are not answered."""
+        rank = np.concatenate(([0], np.cumsum(kept)))  # of each row among the kept ones
+        replies = []
+        for reply in self.replies:
+            assert isinstance(reply.rows, slice), "an expert worker's answers are rows of its step"
+            start, end = reply.rows.start, reply.rows.stop
+            here = kept[start:end]
+            if not here.any():
+                continue
+            batch = replace(
+                reply.batch,
+                count=int(here.sum()),
+                slots=reply.batch.slots[here],
+                generations=reply.batch.generations[here],
+            )
+            replies.append(Outgoing(batch, slice(int(rank[start]), int(rank[end]))))
+        return ExpertsStep(self.block, self.slab_rows[kept], self.expert_ids[kept], self.expert_weights[kept], replies)
 
 
 @dataclass(slots=True)

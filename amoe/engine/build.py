@@ -14,6 +14,7 @@ from amoe.engine.build_emulated import build_emulated_worker
 from amoe.engine.devices import resolve_device, threads_per_worker
 from amoe.engine.emulated_device import emulated_device
 from amoe.engine.executor import AttentionExecutor, ExpertsExecutor
+from amoe.engine.expert_loading import ExpertLoading
 from amoe.engine.expert_placement import expert_owners, placement_digest
 from amoe.engine.memory import KVPlan, free_bytes, longest_sequence, plan_kv_cache
 from amoe.engine.messages import ControlPort, Loading, Ready
@@ -102,7 +103,12 @@ def _wire(
         config, shape, rank, num_kv_blocks=plan.num_blocks, max_model_len=plan.max_model_len, owners=owners
     )
     placement, slots = config.placement, config.scheduler.num_token_slots
-    experts = ExpertsExecutor(model, len(placement.attention_ranks), slots) if core.experts is not None else None
+    experts = loading = None
+    if core.experts is not None:
+        experts = ExpertsExecutor(model, len(placement.attention_ranks), slots, config.model)
+        loading = ExpertLoading(
+            experts, core.experts, model_config.sparse_layers, model_config.num_experts, is_late=False
+        )
     attention = None
     if core.attention is not None and kv is not None:
         local_slab = None
@@ -120,4 +126,4 @@ def _wire(
             with_scores=config.capacity.is_on,
         )
     sizes = (model_config.num_layers, model_config.num_experts)
-    return assemble(config, model_config, core, attention, experts, sizes, ports)
+    return assemble(config, model_config, core, attention, experts, sizes, ports, loading=loading)

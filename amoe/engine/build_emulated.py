@@ -17,6 +17,7 @@ from amoe.engine.emulated import (
     valid_vocabulary,
 )
 from amoe.engine.emulated_device import EmulatedDevice, emulated_length, plan_emulated_kv
+from amoe.engine.expert_loading import ExpertLoading
 from amoe.engine.expert_placement import expert_owners, placement_digest
 from amoe.engine.memory import KVPlan
 from amoe.engine.messages import Ready
@@ -49,7 +50,7 @@ def build_emulated_worker(
         config, shape, rank, num_kv_blocks=plan.num_blocks, max_model_len=plan.max_model_len, owners=owners
     )
     costs, waiter = device.costs(sizes, rank), Waiter()
-    attention = experts = None
+    attention = experts = loading = None
     if core.attention is not None:
         rng = np.random.default_rng((device.seed, rank))
         vocabulary = valid_vocabulary(checkpoint.vocab_size, checkpoint.eos_token_ids)
@@ -59,7 +60,9 @@ def build_emulated_worker(
         )
     if core.experts is not None:
         num_slots = len(placement.attention_ranks) * config.scheduler.num_token_slots
-        experts = EmulatedExperts(sizes, costs, num_slots, waiter)
+        held = _held(config, sizes, owners, rank)
+        experts = EmulatedExperts(sizes, costs, num_slots, waiter, held, weight_bytes - _expert_bytes(sizes, held))
+        loading = ExpertLoading(experts, core.experts, sizes.sparse_layers, sizes.num_experts, is_late=False)
     worker = assemble(
         config,
         checkpoint,
@@ -69,6 +72,7 @@ def build_emulated_worker(
         (sizes.num_layers, sizes.num_experts),
         ports,
         lambda: waiter.modelled_s,
+        loading,
     )
     digest = placement_digest(owners)
     ports.control.send(Ready(plan.max_model_len, plan.num_blocks, config.cache.block_size, int(weight_bytes), digest))
@@ -80,7 +84,16 @@ def _weight_bytes(config: EngineConfig, sizes: ModelSizes, owners: Int16Array, r
     placement, total = config.placement, 0.0
     if rank in placement.attention_ranks:
         total += sizes.attention_bytes
-    if rank in placement.expert_ranks:
-        held = experts_of(owners, placement.expert_ranks.index(rank), sizes.sparse_layers)
-        total += sum(len(experts) for experts in held.values()) * sizes.expert_bytes
-    return total
+    return total + _expert_bytes(sizes, _held(config, sizes, owners, rank))
+
+
+def _expert_bytes(sizes: ModelSizes, held: dict[int, tuple[int, ...]]) -> float:
+    return sum(len(experts) for experts in held.values()) * sizes.expert_bytes
+
+
+def _held(config: EngineConfig, sizes: ModelSizes, owners: Int16Array, rank: int) -> dict[int, tuple[int, ...]]:
+    """{layer: ids} of the experts that the worker holds."""
+    placement = config.placement
+    if rank not in placement.owner_ranks:
+        return {}
+    return experts_of(owners, placement.owner_ranks.index(rank), sizes.sparse_layers)

@@ -11,8 +11,9 @@ from amoe.clock import Clock
 from amoe.core.steps import AttentionStep, ExpertsStep, Outgoing, Step
 from amoe.core.worker import WorkerCore
 from amoe.engine.executor import ExpertBlocks
+from amoe.engine.expert_loading import ExpertLoading
 from amoe.engine.home import Home
-from amoe.engine.messages import AbortRequests, AddRequest, ControlPort, Heartbeat, Steer, Stop
+from amoe.engine.messages import AbortRequests, AddRequest, ControlPort, Heartbeat, HoldExperts, Steer, Stop
 from amoe.engine.pulse import PulseThread, StepTimes, Turn
 from amoe.engine.worker_stats import StatsKeeper
 from amoe.transport.base import Transport
@@ -28,6 +29,7 @@ class Worker:
     Args:
         home: the attention side; None at an expert worker.
         experts: the expert side; None at an attention worker.
+        loading: changes the experts that the expert side holds; None: they stay as they are.
     """
 
     def __init__(
@@ -40,11 +42,13 @@ class Worker:
         control: ControlPort,
         clock: Clock,
         stats: StatsKeeper,
+        loading: ExpertLoading | None = None,
     ) -> None:
         self.core = core
         self.stats = stats
         self._home = home
         self._experts = experts
+        self._loading = loading
         self._transport = transport
         self._control = control
         self._clock = clock
@@ -73,6 +77,8 @@ class Worker:
         finally:
             if self._home is not None:
                 self._home.close()
+            if self._loading is not None:
+                self._loading.close()
 
     def _sleep(self, poller: select.poll) -> None:
         """Until something comes, or the next timer."""
@@ -88,7 +94,9 @@ class Worker:
         """Until the next heartbeat, or until somebody has waited long enough for another worker."""
         deadline = self.core.next_deadline(now)
         until = self._next_heartbeat if deadline is None else min(self._next_heartbeat, deadline)
-        if self._home is not None and self._home.is_compiling:
+        if (self._home is not None and self._home.is_compiling) or (
+            self._loading is not None and self._loading.is_busy
+        ):
             until = min(until, now + CONTROL_INTERVAL_S)
         return max(0.0, until - now)
 
@@ -103,6 +111,9 @@ class Worker:
         batches = self._transport.poll()
         for batch in batches:
             self._receive(batch, now)
+        if self._loading is not None and self._loading.is_busy:
+            for message in self._loading.poll():
+                self._control.send(message)
         self._send(self.core.start(now), None)
         step = self.core.next_step(now)
         if step is not None:
@@ -132,6 +143,8 @@ class Worker:
     def _run(self, step: Step) -> None:
         if isinstance(step, ExpertsStep):
             assert self._experts is not None
+            if self._loading is not None:
+                step = self._loading.answerable(step)
             self._send(step.replies, self._experts.experts(step) if step.num_tokens else None)
             return
         assert self._home is not None
@@ -156,6 +169,10 @@ class Worker:
         for message in self._control.receive():
             if isinstance(message, Stop):
                 self._stopped = True
+                continue
+            if isinstance(message, HoldExperts):
+                assert self._loading is not None, "only workers that may hold experts are told to"
+                self._loading.order(message)
                 continue
             assert self._home is not None, "only attention workers take requests"
             if isinstance(message, AddRequest):

@@ -17,7 +17,7 @@ from amoe.models.layers import MlpWeights
 from amoe.models.model import AttentionWeights, Blocks, ExpertWeights, HeadWeights, Model, Weights
 from amoe.models.registry import ARCHITECTURES
 
-__all__ = ["Blocks", "check_checkpoint", "load_model", "resolve_dtype"]
+__all__ = ["Blocks", "check_checkpoint", "load_experts", "load_model", "resolve_dtype"]
 
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -61,6 +61,37 @@ def load_model(
     weights = builder.build(blocks)
     builder.fill(on_progress)
     return Model(config, blocks, weights, dtype=dtype, device=device, parameter_bytes=builder.allocated_bytes)
+
+
+def load_experts(
+    path: str | Path,
+    config: ModelConfig,
+    layer: int,
+    ids: tuple[int, ...],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    held: ExpertWeights | None = None,
+) -> ExpertWeights:
+    """Weights of some experts of one layer, while a model serves. Checked as in `load_model`, before anything is read.
+
+    Args:
+        ids: global ids, ascending; may be none.
+        held: experts of that layer which are here already: they are copied instead of read.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    builder = _Builder(Checkpoint(path), config, dtype, torch.device(device))
+    held_at = {} if held is None else {expert: local for local, expert in enumerate(held.ids)}
+    weights = builder.experts(layer, ids, frozenset(held_at))
+    builder.fill(None)
+    if held is not None:
+        for local, expert in enumerate(ids):
+            if expert in held_at:
+                weights.w13[local].copy_(held.w13[held_at[expert]])
+                weights.w2[local].copy_(held.w2[held_at[expert]])
+    return weights
 
 
 def check_checkpoint(path: str | Path, config: ModelConfig) -> int:
@@ -108,7 +139,7 @@ class _Builder:
             weights.attention = [self._attention(layer) for layer in range(self.config.num_layers)]
         for layer, ids in sorted(blocks.experts.items()):
             if ids:
-                weights.experts[layer] = self._experts(layer, ids)
+                weights.experts[layer] = self.experts(layer, ids)
         return weights
 
     def fill(self, on_progress: Callable[[int, int], None] | None) -> None:
@@ -190,13 +221,16 @@ class _Builder:
         modules = [f"model.layers.{layer}.{module}" for module in self.architecture.moe_modules]
         return next((module for module in modules if f"{module}.gate.weight" in self.checkpoint), modules[0])
 
-    def _experts(self, layer: int, ids: tuple[int, ...]) -> ExpertWeights:
+    def experts(self, layer: int, ids: tuple[int, ...], spared: frozenset[int] = frozenset()) -> ExpertWeights:
+        """Allocate and check experts of a layer. Those that are `spared` are not read."""
         config, prefix = self.config, f"{self._moe_module(layer)}.experts"
         hidden, size = config.hidden_size, config.moe_intermediate_size
         weights = ExpertWeights(ids, self._empty(len(ids), 2 * size, hidden), self._empty(len(ids), hidden, size))
         fused = f"{prefix}.gate_up_proj" in self.checkpoint
         gate, up, down = self.architecture.expert_projections
         for local, expert in enumerate(ids):
+            if expert in spared:
+                continue
             if fused:
                 self._want(f"{prefix}.gate_up_proj", weights.w13[local], expert, config.num_experts)
                 self._want(f"{prefix}.down_proj", weights.w2[local], expert, config.num_experts)

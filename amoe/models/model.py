@@ -79,6 +79,10 @@ class ExpertWeights:
     w13: torch.Tensor
     w2: torch.Tensor
 
+    @property
+    def num_bytes(self) -> int:
+        return self.w13.nbytes + self.w2.nbytes
+
 
 @dataclass(slots=True)
 class HeadWeights:
@@ -148,6 +152,15 @@ class Model:
         ids = self.weights.experts[layer].ids if layer in self.weights.experts else ()
         index[list(ids)] = np.arange(len(ids))
         return index
+
+    def set_experts(self, layer: int, experts: ExpertWeights) -> None:
+        """Hold these experts of a layer from now on, in place of those that were here; none is fine."""
+        before = self.weights.experts.pop(layer, None)
+        self._views.pop(layer, None)
+        self.parameter_bytes += experts.num_bytes - (0 if before is None else before.num_bytes)
+        if experts.ids:
+            self.weights.experts[layer] = experts
+            self._views[layer] = expert_views(experts.w13, experts.w2)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[n] int64 token ids to [n, H] residuals."""
