@@ -164,6 +164,9 @@ class WorkerStats:
         wait_s: seconds in which the loop slept, by reason, see `amoe.policy.decision`: "idle", "away", "held".
         iteration_tokens: tokens that entered the model at one time (attention workers that have run).
         decisions: of the scheduler; traffic: what was sent.
+        redone_tokens: (token, layer) dispatches begun again because a worker that owed answers was lost, cumulative.
+        resent_tokens: likewise, sent again because an answer did not come, cumulative (attention workers).
+        parked_tokens: tokens that wait, now, for an expert that nobody holds (attention workers).
     """
 
     rank: int
@@ -197,6 +200,34 @@ class WorkerStats:
     iteration_tokens: HistogramSnapshot | None = None
     decisions: list[DecisionSnapshot] = field(default_factory=list)
     traffic: list[TrafficSnapshot] = field(default_factory=list)
+    redone_tokens: int = 0
+    resent_tokens: int = 0
+    parked_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterStats:
+    """Who there is, now, as the one who supervises the workers knows it.
+
+    Attributes:
+        version: of the topology.
+        states: role ("attention", "experts" or "colocated") and state of each worker, by rank.
+        num_wanted, num_most: workers with experts that there ought to be, and may be.
+        num_replicas: (layer, expert) copies beyond one each.
+        num_missing: (layer, expert) pairs that nobody holds.
+    """
+
+    version: int
+    states: dict[int, tuple[str, str]]
+    num_wanted: int = 0
+    num_most: int = 0
+    num_replicas: int = 0
+    num_missing: int = 0
+
+    @property
+    def num_serving(self) -> int:
+        """Workers with experts that serve."""
+        return sum(role != "attention" and state == "serving" for role, state in self.states.values())
 
 
 @dataclass(slots=True)

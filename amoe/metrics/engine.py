@@ -17,12 +17,14 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from amoe.config import CacheConfig
+from amoe.metrics.cluster import ClusterCollector, LossFamilies, LossKind
 from amoe.metrics.experts import ExpertLoad
 from amoe.metrics.http import HttpMetrics
+from amoe.metrics.lives import WorkerLives
 from amoe.metrics.requests import RequestFamilies
 from amoe.metrics.steering import SteeringCollector
 from amoe.metrics.workers import WorkerCollector
-from amoe.stats import RequestFlow, SteeringStats, WorkerStats
+from amoe.stats import ClusterStats, RequestFlow, SteeringStats, WorkerStats
 from amoe.types import FinishReason
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -43,7 +45,7 @@ class EngineMetrics:
         steers: this process steers the workers, and tells of it.
 
     Attributes:
-        workers: the latest snapshot of each worker, by rank.
+        workers: the latest snapshot of each worker, by rank; what it counts is summed over its lives.
         flow: tokens and latencies of the last minutes.
         load: how uneven the load of experts has been in the last seconds.
         http: what the HTTP side counts.
@@ -54,12 +56,15 @@ class EngineMetrics:
     ) -> None:
         self.registry = CollectorRegistry()
         self._model_name = model_name
-        self.workers: dict[int, WorkerStats] = {}
+        self._lives = WorkerLives()
+        self.workers = self._lives.totals
         self.flow = RequestFlow()
         self.load = ExpertLoad()
         self.http = HttpMetrics(self.registry)
         self._heartbeats: dict[int, float] = {}
         self._requests = RequestFamilies(self.registry, model_name, max_model_len)
+        self._losses = LossFamilies(self.registry, model_name)
+        self._cluster = ClusterCollector(model_name, self.workers)
         self._healthy = Gauge(
             "amoe:engine_healthy",
             "1 while every worker makes progress.",
@@ -81,6 +86,7 @@ class EngineMetrics:
         )
         if steers:
             self._exposed.register(self._steering)
+            self._exposed.register(self._cluster)
 
     def prepare(self, ranks: Iterable[int]) -> None:
         """Create the request-level series of these attention workers, so that a graph starts at 0."""
@@ -161,13 +167,48 @@ class EngineMetrics:
 
     def worker(self, stats: WorkerStats) -> None:
         """Take a worker's latest snapshot."""
-        self._heartbeats[stats.rank] = time.time()  # first: a scrape, in another thread, wants it of every worker
-        self.workers[stats.rank] = stats
-        self.load.beat(stats.rank, self.workers)
+        rank, is_new = stats.rank, stats.rank not in self.workers
+        if not self._lives.hear(stats):
+            return
+        self._heartbeats[rank] = time.time()
+        if is_new:
+            self._losses.prepare(rank, stats.role)
+        self.load.beat(rank, self.workers, self._lives.gone)
 
     def alive(self, rank: int) -> None:
         """A worker is in a long step, and has nothing new to tell but that it lives."""
-        self._heartbeats[rank] = time.time()
+        if rank not in self._lives.gone:
+            self._heartbeats[rank] = time.time()
+
+    # -- who there is ------------------------------------------------------------------------------------------------
+
+    def worker_lost(self, rank: int, role: str, kind: LossKind) -> None:
+        """A worker is dead, and what it had under way with it. What it has counted stays."""
+        self._losses.lost(rank, role, kind)
+        self._lives.end(rank)
+        self._heartbeats.pop(rank, None)
+
+    def worker_back(self, rank: int, role: str, seconds: float) -> None:
+        """A worker that was lost serves again, so long after its loss."""
+        self._losses.back(rank, role, seconds)
+        self._lives.welcome(rank)
+
+    def worker_removed(self, rank: int) -> None:
+        """A worker has left for good: nothing is told of it any more. One that comes to its place later counts on."""
+        self._lives.remove(rank)
+        self._heartbeats.pop(rank, None)
+
+    def readmitted(self, rank: int, count: int) -> None:
+        """So many sequences of a lost attention worker go on elsewhere, or at its next life."""
+        self._losses.readmitted(rank, count)
+
+    def experts_moved(self, count: int) -> None:
+        """So many (layer, expert) copies were loaded by workers that serve."""
+        self._losses.moved(count)
+
+    def clustered(self, state: ClusterStats) -> None:
+        """Take who there is."""
+        self._cluster.state = state
 
     def steered(self, state: SteeringStats) -> None:
         """Take what has been made of the snapshots."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,10 +43,10 @@ class ExpertLoad:
         self._samples: deque[_Sample] = deque(maxlen=NUM_SAMPLES)
         self._beats = 0
 
-    def beat(self, rank: int, workers: Mapping[int, WorkerStats]) -> None:
-        """A heartbeat of worker `rank` has come, and is in `workers`."""
+    def beat(self, rank: int, workers: Mapping[int, WorkerStats], lost: Container[int] = ()) -> None:
+        """A heartbeat of worker `rank` has come, and is in `workers`; those that are `lost` have no more."""
         owners = sorted(r for r, stats in workers.items() if stats.expert_pairs)
-        if not owners or rank != owners[0]:
+        if rank != next((owner for owner in owners if owner not in lost), None):
             return
         self._beats += 1
         if self._beats % SAMPLE_EVERY == 1:

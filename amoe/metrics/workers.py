@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from amoe.config import CacheConfig
 from amoe.metrics.buckets import LABELS, cumulative
+from amoe.metrics.cluster import redo_families
 from amoe.metrics.experts import ExpertLoad, capacity_families, load_families
 from amoe.stats import BATCH_SIZE_EDGES, ITERATION_EDGES, JOIN_WAIT_EDGES, WorkerStats
 
@@ -38,7 +39,7 @@ class WorkerCollector(Collector):
 
     Args:
         workers: the latest snapshot of each, by rank; filled by others.
-        heartbeats: Unix time of its last sign of life, by rank.
+        heartbeats: Unix time of its last sign of life, by rank; none of a worker that is lost.
         cache: configuration of their KV caches.
     """
 
@@ -58,7 +59,8 @@ class WorkerCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """One family after the other, over the latest snapshot of each worker."""
-        stats = [self._workers[rank] for rank in sorted(self._workers)]
+        workers = dict(self._workers)  # the scrape runs in a thread, and workers come and go
+        stats = [workers[rank] for rank in sorted(workers)]
         homes = [s for s in stats if s.role != "experts"]
         yield from self._sequence_families(homes)
         yield from self._cache_families(homes)
@@ -68,6 +70,7 @@ class WorkerCollector(Collector):
         yield from _work_families(stats)
         yield from _wave_families(stats)
         yield from _traffic_families(stats)
+        yield from redo_families(homes)
         yield from load_families(stats, self._load)
         yield from capacity_families(stats)
 
@@ -117,7 +120,8 @@ class WorkerCollector(Collector):
         )
         for worker in stats:
             info.add_metric((str(worker.rank), worker.role), 1)
-            heartbeat.add_metric((str(worker.rank),), self._heartbeats[worker.rank])
+            if (at := self._heartbeats.get(worker.rank)) is not None:
+                heartbeat.add_metric((str(worker.rank),), at)
         yield info
         yield heartbeat
 

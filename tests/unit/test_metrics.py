@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from amoe.metrics import EngineMetrics, one_two_five_buckets
+from amoe.metrics import LOSS_KINDS, EngineMetrics, one_two_five_buckets
 from amoe.stats import (
     BATCH_SIZE_EDGES,
     ITERATION_EDGES,
     JOIN_WAIT_EDGES,
     CapacitySnapshot,
+    ClusterStats,
     DecisionSnapshot,
     LayerHistograms,
     QueueSnapshot,
@@ -88,6 +89,21 @@ GOLDEN = {
     "amoe:worker_loops": ("counter", {"worker"}),
     "amoe:worker_steps": ("counter", {"worker"}),
     "amoe:worker_wait_seconds": ("counter", {"worker", "reason"}),
+    "amoe:expert_replicas": ("gauge", {"model_name"}),
+    "amoe:expert_workers_max": ("gauge", {"model_name"}),
+    "amoe:expert_workers_serving": ("gauge", {"model_name"}),
+    "amoe:expert_workers_wanted": ("gauge", {"model_name"}),
+    "amoe:experts_missing": ("gauge", {"model_name"}),
+    "amoe:experts_moved": ("counter", {"model_name"}),
+    "amoe:requests_readmitted": ("counter", REQUEST_LABELS),
+    "amoe:tokens_parked": ("gauge", {"worker"}),
+    "amoe:tokens_redone": ("counter", {"worker"}),
+    "amoe:tokens_resent": ("counter", {"worker"}),
+    "amoe:topology_version": ("gauge", {"model_name"}),
+    "amoe:worker_losses": ("counter", {"worker", "role", "kind"}),
+    "amoe:worker_recovery_seconds": ("histogram", {"role"}),
+    "amoe:worker_respawns": ("counter", {"worker", "role"}),
+    "amoe:worker_state": ("gauge", {"worker", "role", "state"}),
     "http_request_duration_seconds": ("histogram", {"handler", "method"}),
     "http_requests": ("counter", {"handler", "method", "status"}),
 }
@@ -139,6 +155,9 @@ def metrics() -> EngineMetrics:
             kv_blocks_used=5,
             kv_blocks_total=20,
             num_preemptions=1,
+            redone_tokens=11,
+            resent_tokens=6,
+            parked_tokens=2,
             prefix_queries=70,
             prefix_hits=40,
             steps=12,
@@ -161,6 +180,8 @@ def metrics() -> EngineMetrics:
         )
     )
     metrics.worker(WorkerStats(rank=1, role="experts", steps=3, expert_pairs=[[0, 8], [2, 0]]))
+    states = {0: ("attention", "serving"), 1: ("experts", "serving"), 2: ("experts", "waiting")}
+    metrics.clustered(ClusterStats(version=7, states=states, num_wanted=2, num_most=6, num_replicas=3, num_missing=1))
     return metrics
 
 
@@ -309,3 +330,83 @@ def test_engines_do_not_share_series():
 def test_one_two_five_buckets():
     assert one_two_five_buckets(100) == [1, 2, 5, 10, 20, 50, 100]
     assert one_two_five_buckets(2048)[-1] == 2000
+
+
+def test_cluster_values(metrics: EngineMetrics):
+    found = samples(metrics)
+    assert found["amoe:topology_version{}"] == 7
+    assert found["amoe:experts_missing{}"] == 1
+    assert found["amoe:expert_replicas{}"] == 3
+    workers = ("wanted", "serving", "max")
+    assert [found[f"amoe:expert_workers_{name}{{}}"] for name in workers] == [2, 1, 6]
+    assert found["amoe:worker_state{role=experts,state=waiting,worker=2}"] == 1
+    assert found["amoe:worker_state{role=experts,state=serving,worker=2}"] == 0
+    assert found["amoe:tokens_redone_total{worker=0}"] == 11
+    assert found["amoe:tokens_resent_total{worker=0}"] == 6
+    assert found["amoe:tokens_parked{worker=0}"] == 2
+    assert "amoe:tokens_redone_total{worker=1}" not in found, "experts have no tokens of their own"
+
+
+def test_losses_are_told_from_the_start(metrics: EngineMetrics):
+    found = samples(metrics)
+    for kind in LOSS_KINDS:
+        assert found[f"amoe:worker_losses_total{{kind={kind},role=experts,worker=1}}"] == 0
+    assert found["amoe:worker_respawns_total{role=experts,worker=1}"] == 0
+    assert found["amoe:worker_recovery_seconds_count{role=experts}"] == 0
+    assert found["amoe:requests_readmitted_total{engine=0}"] == 0
+    assert "amoe:requests_readmitted_total{engine=1}" not in found
+    assert found["amoe:experts_moved_total{}"] == 0
+
+
+def test_a_worker_that_dies_and_comes_back(metrics: EngineMetrics):
+    metrics.worker_lost(0, "attention", "silent")
+    metrics.readmitted(0, 3)
+    found = samples(metrics)
+    assert found["amoe:worker_losses_total{kind=silent,role=attention,worker=0}"] == 1
+    assert found["amoe:requests_readmitted_total{engine=0}"] == 3
+    assert found["amoe:num_requests_running{engine=0}"] == 0
+    assert found["amoe:micro_queue_depth{block=attention,layer=1,worker=0}"] == 0
+    assert found["amoe:worker_steps_total{worker=0}"] == 12, "a counter never falls"
+    assert "amoe:worker_heartbeat_timestamp_seconds{worker=0}" not in found, "the dead are lost, not silent"
+    metrics.worker(WorkerStats(rank=0, role="attention", steps=30, loops=0))  # on its way while the worker died
+    metrics.alive(0)
+    assert samples(metrics)["amoe:worker_steps_total{worker=0}"] == 12
+    metrics.worker_back(0, "attention", 2.5)
+    metrics.worker(WorkerStats(rank=0, role="attention", steps=1, num_running=3))
+    found = samples(metrics)
+    assert found["amoe:worker_respawns_total{role=attention,worker=0}"] == 1
+    assert found["amoe:worker_recovery_seconds_bucket{le=3.0,role=attention}"] == 1
+    assert found["amoe:worker_recovery_seconds_bucket{le=2.0,role=attention}"] == 0
+    assert found["amoe:worker_steps_total{worker=0}"] == 13
+    assert found["amoe:num_requests_running{engine=0}"] == 3
+    assert "amoe:worker_heartbeat_timestamp_seconds{worker=0}" in found
+
+
+def test_a_worker_that_was_removed_is_told_of_no_more(metrics: EngineMetrics):
+    metrics.worker_removed(1)
+    metrics.experts_moved(8)
+    metrics.clustered(ClusterStats(version=8, states={0: ("attention", "serving")}))
+    found = samples(metrics)
+    assert found["amoe:experts_moved_total{}"] == 8
+    of_workers = [name for name in found if "worker=1" in name]
+    assert all(
+        "losses" in name or "respawns" in name or "owner_speed" in name or "home_share" in name for name in of_workers
+    )
+
+
+def test_without_a_supervisor_who_speaks_serves():
+    metrics = EngineMetrics("m", 10)
+    metrics.worker(WorkerStats(rank=0, role="colocated"))
+    found = samples(metrics)
+    assert found["amoe:worker_state{role=colocated,state=serving,worker=0}"] == 1
+    assert "amoe:topology_version{}" not in found
+
+
+def test_imbalance_is_measured_while_the_first_owner_is_gone():
+    metrics = EngineMetrics("m", 10)
+    for rank in (0, 1):
+        metrics.worker(WorkerStats(rank=rank, role="experts", expert_pairs=[[0, 0]]))
+    metrics.worker_lost(0, "experts", "exit")
+    for turn in range(1, 9):
+        metrics.worker(WorkerStats(rank=1, role="experts", loops=turn, expert_pairs=[[turn, 3 * turn]]))
+    assert samples(metrics)["amoe:expert_load_imbalance{layer=0}"] == 1.5
