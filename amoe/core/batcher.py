@@ -17,10 +17,12 @@ from amoe.config import CacheConfig, SchedulerConfig
 from amoe.core.block_manager import BlockManager, root_hash
 from amoe.core.join import Join
 from amoe.core.sequence import Sequence, SequenceStatus, SequenceTable
-from amoe.core.token_slots import TokenSlots
+from amoe.core.token_slots import TokenSlots, TokenTable
 from amoe.core.waiting_line import WaitingLine
 from amoe.policy.admission import place_in_line
 from amoe.types import BoolArray, Int32Array, Int64Array, SamplingParams
+
+_BEFORE_ALL = 1 << 62  # subtracted from an arrival: nobody's reader waits longer than one who has begun to read
 
 
 @dataclass(slots=True)
@@ -33,31 +35,6 @@ class Entry:
     @property
     def num_tokens(self) -> int:
         return len(self.decodes) + sum(len(chunk) for chunk in self.chunks)
-
-
-class TokenTable:
-    """Columns [S] of the tokens in flight, indexed by slot.
-
-    Attributes:
-        row: of the sequence in the `SequenceTable`.
-        position: in the sequence.
-        iteration: major part of the progress key.
-        leader: slot that names the token's group (see `Join`).
-        in_chunk: the token belongs to a prefill chunk (of one token perhaps).
-        wants_logits: the token goes through the experts of the last layer and the head.
-        is_scored: ... not to sample after it, but for the log-probability of the prompt token behind it.
-        drop_first: the user has marked it as the first to lose pairs.
-    """
-
-    def __init__(self, num_slots: int) -> None:
-        self.row: Int32Array = np.zeros(num_slots, np.int32)
-        self.position: Int32Array = np.zeros(num_slots, np.int32)
-        self.iteration: Int32Array = np.zeros(num_slots, np.int32)
-        self.leader: Int32Array = np.arange(num_slots, dtype=np.int32)
-        self.in_chunk: BoolArray = np.zeros(num_slots, np.bool_)
-        self.wants_logits: BoolArray = np.zeros(num_slots, np.bool_)
-        self.is_scored: BoolArray = np.zeros(num_slots, np.bool_)
-        self.drop_first: BoolArray = np.zeros(num_slots, np.bool_)
 
 
 class Batcher:
@@ -103,16 +80,30 @@ class Batcher:
     # ---- sequences come and go
 
     def add(
-        self, request_id: int, token_ids: Int32Array, params: SamplingParams, sibling_of: int | None = None
+        self,
+        request_id: int,
+        token_ids: Int32Array,
+        params: SamplingParams,
+        sibling_of: int | None = None,
+        *,
+        num_generated: int = 0,
+        num_routed: int = 0,
     ) -> Sequence:
         """A new sequence waits. The caller has checked that prompt and output fit `max_model_len`.
 
         Args:
             sibling_of: a request with the same prompt that came before: its KV is shared, once it is there.
+            num_generated: of `token_ids`, those that it has generated at another worker, where it has begun: it is as
+                if it had been preempted here, and goes before all that have not begun.
+            num_routed: leading tokens whose experts have been told there.
         """
         self._arrivals += 1
-        order = place_in_line(self._scheduling_policy, params.priority, self._arrivals)
-        sequence = Sequence(request_id, params, token_ids, len(token_ids), order)
+        arrival = self._arrivals - _BEFORE_ALL if num_generated else self._arrivals
+        order = place_in_line(self._scheduling_policy, params.priority, arrival)
+        sequence = Sequence(request_id, params, token_ids, len(token_ids) - num_generated, order)
+        sequence.num_routed = num_routed
+        if num_generated:  # all that was to be told of the prompt came before the first token
+            sequence.num_scored = sequence.unscored.stop
         if sibling_of is not None and self._waits_for(sequence, sibling_of):
             self.waiting.add_aside(sequence, sibling_of)
         else:

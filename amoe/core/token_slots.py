@@ -1,4 +1,4 @@
-"""Token slots: indices of in-flight tokens in the tables of their home worker."""
+"""Token slots: indices of in-flight tokens in the tables of their home worker, and what is known of each."""
 
 from __future__ import annotations
 
@@ -43,3 +43,28 @@ class TokenSlots:
     def is_current(self, slots: Int32Array, generations: Int32Array) -> BoolArray:
         """[n]: the slot still means what it meant when `generations` was read."""
         return self.generation[slots] == generations
+
+
+class TokenTable:
+    """Columns [S] of the tokens in flight, indexed by slot.
+
+    Attributes:
+        row: of the sequence in the `SequenceTable`.
+        position: in the sequence.
+        iteration: major part of the progress key.
+        leader: slot that names the token's group (see `Join`).
+        in_chunk: the token belongs to a prefill chunk (of one token perhaps).
+        wants_logits: the token goes through the experts of the last layer and the head.
+        is_scored: ... not to sample after it, but for the log-probability of the prompt token behind it.
+        drop_first: the user has marked it as the first to lose pairs.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.row: Int32Array = np.zeros(num_slots, np.int32)
+        self.position: Int32Array = np.zeros(num_slots, np.int32)
+        self.iteration: Int32Array = np.zeros(num_slots, np.int32)
+        self.leader: Int32Array = np.arange(num_slots, dtype=np.int32)
+        self.in_chunk: BoolArray = np.zeros(num_slots, np.bool_)
+        self.wants_logits: BoolArray = np.zeros(num_slots, np.bool_)
+        self.is_scored: BoolArray = np.zeros(num_slots, np.bool_)
+        self.drop_first: BoolArray = np.zeros(num_slots, np.bool_)

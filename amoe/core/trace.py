@@ -20,12 +20,20 @@ from typing import Any
 
 import numpy as np
 
-from amoe.config import CacheConfig, CapacityConfig, EngineConfig, PlacementConfig, SchedulerConfig, SteeringConfig
+from amoe.config import (
+    CacheConfig,
+    CapacityConfig,
+    EngineConfig,
+    FailureConfig,
+    PlacementConfig,
+    SchedulerConfig,
+    SteeringConfig,
+)
 from amoe.core.steps import AttentionStep, ExpertsStep, Outgoing, Step
 from amoe.core.worker import ModelShape, WorkerCore
 from amoe.types import Batch, BatchKind, Int16Array, Int32Array, SamplingParams
 
-FORMAT = 3
+FORMAT = 4
 _COLUMNS: dict[str, Any] = {
     "slots": np.int32,
     "generations": np.int32,
@@ -113,6 +121,7 @@ class Trace:
             config["cache"] = CacheConfig(**config["cache"])
             config["steering"] = SteeringConfig(**config["steering"])
             config["capacity"] = CapacityConfig(**config["capacity"])
+            config["failure"] = FailureConfig(**config["failure"])
             shape = ModelShape(tuple(head["sparse_layers"]), head["num_experts"], head["renormalises"])
             sizes = (head["num_kv_blocks"], head["max_model_len"])
             origin = Origin(EngineConfig(**config), shape, head["rank"], *sizes, head["owners"])
@@ -203,7 +212,13 @@ def _as_list(array: Any) -> Any:
 
 
 def _encode_request(
-    request_id: int, token_ids: Int32Array, params: SamplingParams, sibling_of: int | None = None
+    request_id: int,
+    token_ids: Int32Array,
+    params: SamplingParams,
+    sibling_of: int | None = None,
+    *,
+    num_generated: int = 0,
+    num_routed: int = 0,
 ) -> tuple[None, Any]:
     """Of the parameters, what a core looks at."""
     spans = [list(span) for span in params.droppable_spans]
@@ -217,7 +232,7 @@ def _encode_request(
         "return_routed_experts": params.return_routed_experts,
     }
     request = {"request_id": request_id, "token_ids": token_ids.tolist(), "params": seen, "sibling_of": sibling_of}
-    return None, request
+    return None, request | {"num_generated": num_generated, "num_routed": num_routed}
 
 
 def _encode_routing(

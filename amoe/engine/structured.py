@@ -7,9 +7,10 @@ waits for it. Parsers belong to requests, not to rows: a preempted sequence come
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import ParamSpec
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher
@@ -20,6 +21,8 @@ from amoe.engine.token_masks import MaskArray, num_words
 from amoe.errors import AmoeError
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 
 _CONTRADICTION = "no token is possible here: the grammar, allowed_token_ids and bad_words leave none"
 
@@ -51,7 +54,7 @@ class Grammars:
         self._compiler = compiler
         self._num_words = num_words(vocab_size)
         self._num_threads = num_threads
-        self._compiling: dict[int, Future[Compiled]] = {}
+        self._compiling: dict[int, tuple[Future[Compiled], Sequence[int]]] = {}
         self._stands: dict[int, _Stand] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._executor: LLExecutor | None = None
@@ -70,17 +73,21 @@ class Grammars:
         """Read the vocabulary beside the loop, now that there is time."""
         self._compiler.warm_up()
 
-    def add(self, request_id: int, grammar: str) -> None:
-        """Compile the grammar of a request. `take_ready` tells when it is done."""
-        self._compiling[request_id] = self._compiler.compile(grammar)
+    def add(self, request_id: int, grammar: str, generated: Sequence[int] = ()) -> None:
+        """Compile the grammar of a request. `take_ready` tells when it is done.
+
+        Args:
+            generated: tokens that the sequence has got elsewhere: the grammar goes on behind them.
+        """
+        self._compiling[request_id] = self._compiler.compile(grammar), generated
 
     def take_ready(self) -> list[tuple[int, str]]:
         """Requests whose grammars have been compiled since the last call, each with what is wrong with it, or ""."""
-        done = [(request_id, future) for request_id, future in self._compiling.items() if future.done()]
-        return [(request_id, self._begin(request_id, future)) for request_id, future in done]
+        done = [request_id for request_id, (future, _) in self._compiling.items() if future.done()]
+        return [(request_id, self._begin(request_id)) for request_id in done]
 
-    def _begin(self, request_id: int, future: Future[Compiled]) -> str:
-        del self._compiling[request_id]
+    def _begin(self, request_id: int) -> str:
+        future, generated = self._compiling.pop(request_id)
         try:
             compiled = future.result()
         except AmoeError as error:
@@ -88,7 +95,10 @@ class Grammars:
         except Exception:
             logger.exception("a grammar could not be compiled")
             return "the grammar cannot be compiled"
-        self._stands[request_id] = _Stand(compiled.matcher.deep_copy(), compiled.mask)
+        stand = self._stands[request_id] = _Stand(compiled.matcher.deep_copy(), compiled.mask)
+        if generated:  # a wrong one leaves a matcher that has failed, which admits nothing and can say why
+            stand.mask = np.zeros_like(compiled.mask)
+            stand.job = self._beside(_catch_up, stand.matcher, generated, stand.mask)
         return ""
 
     def discard(self, request_id: int) -> None:
@@ -136,11 +146,15 @@ class Grammars:
             return
         masks = np.zeros((len(stands), len(stands[0].mask)), np.uint32)
         matchers = [stand.matcher for stand in stands]
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="amoe-masks")
-        job = self._thread.submit(self._fill, matchers, masks)
+        job = self._beside(self._fill, matchers, masks)
         for stand, mask in zip(stands, masks, strict=True):
             stand.mask, stand.job = mask, job
+
+    def _beside(self, work: Callable[P, None], *args: P.args, **named: P.kwargs) -> Future[None]:
+        """Do something in the thread beside the loop, one thing after the other."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="amoe-masks")
+        return self._thread.submit(work, *args, **named)
 
     def _fill(self, matchers: list[LLMatcher], masks: MaskArray) -> None:
         if len(matchers) == 1 or self._num_threads == 1:
@@ -156,3 +170,9 @@ class Grammars:
         stand = self._stands.get(request_id)
         text = complaint_of(stand.matcher) if stand is not None else ""
         return f"the grammar cannot go on: {text}" if text else _CONTRADICTION
+
+
+def _catch_up(matcher: LLMatcher, token_ids: Sequence[int], mask: MaskArray) -> None:
+    """Take the tokens of an earlier life, and write what may come next into `mask` [W]."""
+    if matcher.consume_tokens(list(token_ids)):
+        fill_masks([matcher], mask[None])

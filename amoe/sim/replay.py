@@ -178,7 +178,8 @@ def new_request(entry: Entry) -> NewRequest:
     seen = given["params"]
     spans = tuple((start, end) for start, end in seen["droppable_spans"])
     params = SamplingParams(**seen | {"droppable_spans": spans})
-    return NewRequest(given["request_id"], np.array(given["token_ids"], np.int32), params, given["sibling_of"])
+    told = (given["num_generated"], given["num_routed"])
+    return NewRequest(given["request_id"], np.array(given["token_ids"], np.int32), params, given["sibling_of"], *told)
 
 
 def _turns(entries: Sequence[Entry]) -> Iterator[Turn]:

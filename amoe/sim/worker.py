@@ -18,12 +18,15 @@ Shares = npt.NDArray[np.floating]
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """A request for the attention side; `prompt_token_ids` [n], those of `sibling_of` too, if that is a request."""
+    """A request for the attention side; `prompt_token_ids` [n], those of `sibling_of` too, if that is a request. The
+    rest is as in `Batcher.add`."""
 
     request_id: int
     prompt_token_ids: Int32Array
     params: SamplingParams
     sibling_of: int | None = None
+    num_generated: int = 0
+    num_routed: int = 0
 
 
 class Routing(NamedTuple):
@@ -118,7 +121,14 @@ class VirtualWorker:
         messages, self._messages = self._messages, []
         for message in messages:
             if isinstance(message, NewRequest):
-                batcher.add(message.request_id, message.prompt_token_ids, message.params, message.sibling_of)
+                batcher.add(
+                    message.request_id,
+                    message.prompt_token_ids,
+                    message.params,
+                    message.sibling_of,
+                    num_generated=message.num_generated,
+                    num_routed=message.num_routed,
+                )
             elif isinstance(message, int):
                 batcher.abort(message)
             else:

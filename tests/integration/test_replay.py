@@ -157,7 +157,8 @@ def _to_message(entry) -> AddRequest | AbortRequests | Steer:
     if entry.call == "set_shares":
         return Steer(np.array(entry.given, "<f4").tobytes())
     request = new_request(entry)
-    return AddRequest(request.request_id, request.prompt_token_ids.tolist(), request.params, request.sibling_of)
+    told = (request.num_generated, request.num_routed)
+    return AddRequest(request.request_id, request.prompt_token_ids.tolist(), request.params, request.sibling_of, *told)
 
 
 class FakeClock:
@@ -182,7 +183,8 @@ class FakeHome:
 
     def add(self, message: AddRequest) -> None:
         token_ids = np.array(message.prompt_token_ids, np.int32)
-        self.core.batcher.add(message.request_id, token_ids, message.params, message.sibling_of)
+        told = {"num_generated": message.num_generated, "num_routed": message.num_routed}
+        self.core.batcher.add(message.request_id, token_ids, message.params, message.sibling_of, **told)
 
     is_compiling = False
 

@@ -82,6 +82,8 @@ def test_all_calls_of_a_shell_are_recorded():
             "return_routed_experts": False,
         },
         "sibling_of": None,
+        "num_generated": 0,
+        "num_routed": 0,
     }
     assert trace.entries[1].said == [True, True]
     assert trace.entries[3].said["block"] == ["ATTENTION", 0, 0]
@@ -111,7 +113,7 @@ def test_a_trace_survives_its_lines():
         (["nonsense"], "not a trace"),
         (["{}"], "not a trace"),
         (['{"format": 99}'], "format 99"),
-        (['{"format": 3, "config": {"model": "m"}}'], "not a trace"),
+        (['{"format": 4, "config": {"model": "m"}}'], "not a trace"),
     ],
 )
 def test_other_files_are_refused(lines, message):
