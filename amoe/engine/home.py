@@ -119,19 +119,27 @@ class Home:
 
     def add(self, message: AddRequest) -> None:
         """A request waits. One that the server should have refused still ends."""
-        batcher, count = self.core.batcher, len(message.prompt_token_ids)
-        if count == 0 or count + max(1, message.params.max_tokens) > batcher.max_model_len:
+        batcher, count = self.core.batcher, len(message.prompt_token_ids) - message.num_generated
+        if count <= 0 or count + max(1, message.params.max_tokens) > batcher.max_model_len:
             self._control.send(Outputs([SequenceOutput(message.request_id, [], finish_reason="error")]))
             return
         if message.params.grammar is not None:
             self._compiling[message.request_id] = (message, self._clock.now())
-            self._grammars.add(message.request_id, message.params.grammar)
+            generated = message.prompt_token_ids[count:]
+            self._grammars.add(message.request_id, message.params.grammar, generated)
             return
         self._enter(message, self._clock.now())
 
     def _enter(self, message: AddRequest, arrived_at: float) -> None:
         token_ids = np.asarray(message.prompt_token_ids, np.int32)
-        sequence = self.core.batcher.add(message.request_id, token_ids, message.params, message.sibling_of)
+        sequence = self.core.batcher.add(
+            message.request_id,
+            token_ids,
+            message.params,
+            message.sibling_of,
+            num_generated=message.num_generated,
+            num_routed=message.num_routed,
+        )
         sequence.life.arrived_at = arrived_at
 
     @property
