@@ -1,0 +1,90 @@
+"""Starting one worker beside others that serve: it is told who is there, and holds what the table of owners says."""
+
+from __future__ import annotations
+
+import asyncio
+
+from amoe.cluster.cluster import WorkerCluster
+from amoe.cluster.launcher import WorkerHandle
+from amoe.cluster.topology import TopologyBoard
+from amoe.engine.messages import HoldExperts, Holding, Loading, Ready
+from amoe.errors import ConfigError, EngineDeadError
+from amoe.policy.placement import experts_of
+
+START_SILENCE_S = 120.0  # a worker that says nothing for so long while it starts will never be ready
+_CATCH_UP = 0  # the number of the order that this module gives: its answer comes before anybody else listens
+
+
+class LateStarter:
+    """Starts workers of `cluster` that join `board` afterwards."""
+
+    def __init__(self, cluster: WorkerCluster, board: TopologyBoard) -> None:
+        self._cluster = cluster
+        self._board = board
+
+    async def start(self, rank: int, incarnation: int) -> tuple[WorkerHandle, Ready]:
+        """A worker that is ready, and holds what the table of owners gives it now: let it join before anything else is
+        awaited.
+
+        Raises:
+            ConfigError: it cannot start; the message is for the user.
+            EngineDeadError: it failed or died.
+        """
+        worker = await self._cluster.launch(rank, incarnation)
+        try:
+            told = self._board.topology
+            held = self._share_of(rank)
+            worker.channel.send(told)
+            ready = await self._wait_ready(worker)
+            while (wanted := self._share_of(rank)) != held:
+                held = await _hold(worker, wanted)
+            return worker, ready
+        except asyncio.CancelledError:
+            worker.kill()
+            raise
+        except OSError as error:  # it has gone before it could be told anything
+            await self._cluster.retire(worker)
+            raise EngineDeadError(f"{worker.describe_exit()} while starting{worker.describe_output()}") from error
+        except Exception:
+            await self._cluster.retire(worker)
+            raise
+
+    async def _wait_ready(self, worker: WorkerHandle) -> Ready:
+        loop = asyncio.get_running_loop()
+
+        def on_loading(_worker: WorkerHandle, _message: Loading) -> None:
+            patience.reschedule(loop.time() + START_SILENCE_S)
+
+        try:
+            async with asyncio.timeout(START_SILENCE_S) as patience:
+                ready = await worker.wait_ready(on_loading)
+        except TimeoutError as error:
+            raise EngineDeadError(
+                f"{worker.describe()} has said nothing for {START_SILENCE_S:g} s while starting"
+            ) from error
+        self._cluster.check_late(worker, ready)
+        return ready
+
+    def _share_of(self, rank: int) -> list[list[int]]:
+        """[num_layers] experts that a rank ought to hold, ascending."""
+        shape, owner_ranks = self._cluster.shape, self._cluster.config.placement.owner_ranks
+        if shape is None or rank not in owner_ranks:
+            return []
+        held = experts_of(self._board.owners, owner_ranks.index(rank), shape.sparse_layers)
+        return [list(held.get(layer, ())) for layer in range(shape.num_layers)]
+
+
+async def _hold(worker: WorkerHandle, experts: list[list[int]]) -> list[list[int]]:
+    """Let a worker that nobody else listens to hold these experts; returns them.
+
+    Raises:
+        ConfigError: it cannot.
+        EngineDeadError: it has died.
+    """
+    worker.channel.send(HoldExperts(_CATCH_UP, experts))
+    async for message in worker.channel:
+        if isinstance(message, Holding) and message.order == _CATCH_UP:
+            if message.complaint:
+                raise ConfigError(f"{worker.describe()} cannot load its experts: {message.complaint}")
+            return experts
+    raise EngineDeadError(f"{worker.describe_exit()} while loading experts{worker.describe_output()}")
