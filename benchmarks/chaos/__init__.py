@@ -1,0 +1,1 @@
+"""Traffic while workers are killed, stopped and cut off: nobody may notice but by the time that it takes."""

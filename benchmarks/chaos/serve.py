@@ -1,0 +1,17 @@
+"""`amoe` with workers whose links can be cut and delayed.
+
+AMOE_CHAOS_LINKS=FILE python -m benchmarks.chaos.serve serve [MODEL] [FLAGS OF amoe serve]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from amoe import cli
+from amoe.cluster.local import LocalCluster
+
+ENTRY = "benchmarks.chaos.worker:build_worker"
+
+if __name__ == "__main__":
+    LocalCluster.__init__.__kwdefaults__["entry"] = ENTRY
+    sys.exit(cli.main())

@@ -1,0 +1,231 @@
+"""A real server with workers that can be hurt, seen from outside: processes, metrics, admin API."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from benchmarks.chaos.worker import LINKS
+
+ROOT = Path(__file__).parents[2]
+_TITLE = re.compile(r"amoe: ((?:attention|expert|worker) \d+)")
+_KEY = "chaos"
+_START_TIMEOUT_S = 120.0
+_HELD = ("kv_cache_usage_perc", "token_slots_used", "num_requests_running", "num_requests_waiting")
+
+
+@dataclass(frozen=True, slots=True)
+class Residue:
+    """What a server holds while it has nothing to do.
+
+    Attributes:
+        processes: titles of its workers, and of other children; sorted.
+        descriptors: of each process, by title.
+        names: in /dev/shm.
+        memory_mib: resident, of all processes together.
+        held: KV cache, token slots and requests, summed over the workers: 0 is right.
+    """
+
+    processes: tuple[str, ...]
+    descriptors: dict[str, int]
+    names: frozenset[str]
+    memory_mib: float
+    held: float
+
+    def leaks(self, before: Residue) -> list[str]:
+        """What is there that was not there before; for a person."""
+        found = []
+        if self.processes != before.processes:
+            found.append(f"processes {self.processes}, before: {before.processes}")
+        for title, count in self.descriptors.items():
+            if count > before.descriptors.get(title, count):
+                found.append(f"{title} has {count} descriptors, before: {before.descriptors[title]}")
+        if self.names - before.names:
+            found.append(f"in /dev/shm: {sorted(self.names - before.names)}")
+        if self.held:
+            found.append(f"KV cache, token slots or requests are held: {self.held:g}")
+        return found
+
+
+class ChaosServer:
+    """`amoe serve` with an admin key and steerable links, within a `with` block.
+
+    Args:
+        directory: for the file that steers the links.
+        flags: of `amoe serve`, and MODEL.
+
+    Attributes:
+        port: where it listens.
+        output: lines that it has printed, each with the monotonic time at which it came.
+    """
+
+    def __init__(self, directory: Path, *flags: str) -> None:
+        self._links = directory / f"links-{time.monotonic_ns()}.json"
+        self._link_faults: dict[str, tuple[str, float]] = {}
+        self._steer()
+        environment = os.environ | {LINKS: str(self._links), "AMOE_ADMIN_KEY": _KEY, "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.chaos.serve", "serve", "--port", "0", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        self.output: list[tuple[float, str]] = []
+        self.port = 0
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if not self._ready.wait(_START_TIMEOUT_S) or not self.port:
+            self.process.kill()
+            self.process.wait()
+            raise RuntimeError("the server did not start:\n" + self.printed())
+
+    def __enter__(self) -> ChaosServer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+        finally:
+            self._reader.join(10)
+
+    def printed(self) -> str:
+        """All that it has printed."""
+        return "".join(line for _, line in self.output)
+
+    def pids(self) -> dict[str, int]:
+        """Pids of the workers that there are, by title."""
+        found = {}
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if (match := _TITLE.search(" ".join(child.cmdline()))) is not None:
+                    found[match[1]] = child.pid
+        return found
+
+    def kill(self, worker: str) -> None:
+        """SIGKILL."""
+        os.kill(self.pids()[worker], signal.SIGKILL)
+
+    def stop(self, worker: str) -> None:
+        """SIGSTOP: it lives, and does nothing any more."""
+        os.kill(self.pids()[worker], signal.SIGSTOP)
+
+    def cut(self, workers: Iterable[str]) -> None:
+        """From now on these and all others hear nothing of each other."""
+        self._link_faults |= dict.fromkeys(workers, ("cut", 0.0))
+        self._steer()
+
+    def delay(self, workers: Iterable[str], delay_s: float) -> None:
+        """From now on these and all others hear of each other so much later."""
+        self._link_faults |= dict.fromkeys(workers, ("delay", delay_s))
+        self._steer()
+
+    def heal(self, workers: Iterable[str]) -> None:
+        """Undo `cut` and `delay`."""
+        for worker in workers:
+            self._link_faults.pop(worker, None)
+        self._steer()
+
+    def lives(self) -> dict[str, tuple[str, int]]:
+        """State and incarnation of the workers, by title, as the admin API tells them."""
+        return {worker["title"]: (worker["state"], worker["incarnation"]) for worker in self.cluster()["workers"]}
+
+    def cluster(self) -> dict[str, Any]:
+        """What the admin API tells of the cluster."""
+        return self.admin("GET", "/admin/cluster")
+
+    def admin(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Ask the admin API.
+
+        Raises:
+            urllib.error.HTTPError: it refuses.
+        """
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Authorization": f"Bearer {_KEY}", "Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.loads(answer.read())
+
+    def metrics(self) -> dict[str, float]:
+        """Sums over all labels, by name without the prefix."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        sums: dict[str, float] = {}
+        for line in lines:
+            if line.startswith("amoe:"):
+                name = line[len("amoe:") :].split("{")[0].split(" ")[0]
+                sums[name] = sums.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
+        return sums
+
+    def residue(self) -> Residue:
+        """What it holds, once nothing moves any more."""
+        held = 1.0
+        for _ in range(200):
+            metrics = self.metrics()
+            held = sum(metrics.get(name, 0.0) for name in _HELD)
+            if not held:
+                break
+            time.sleep(0.1)
+        server = psutil.Process(self.process.pid)
+        processes = {"server": server} | {_title(child): child for child in server.children(recursive=True)}
+        return Residue(
+            tuple(sorted(processes)),
+            {title: process.num_fds() for title, process in processes.items()},
+            frozenset(os.listdir("/dev/shm")),
+            sum(process.memory_info().rss for process in processes.values()) / 2**20,
+            held,
+        )
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output.append((time.monotonic(), line))
+            if not self.port and (match := re.search(r"ready at http://\S+?:(\d+)", line)) is not None:
+                self.port = int(match[1])
+                self._ready.set()
+        self._ready.set()
+
+    def _steer(self) -> None:
+        """Tell the workers; a new file in place of the old one, so that nobody reads half of it."""
+        ranks = self._ranks() if self._link_faults else {}
+        cut = [ranks[worker] for worker, (kind, _) in self._link_faults.items() if kind == "cut"]
+        delays = {str(ranks[worker]): s for worker, (kind, s) in self._link_faults.items() if kind == "delay"}
+        draft = self._links.with_suffix(".new")
+        draft.write_text(json.dumps({"cut": cut, "delay_s": delays}), encoding="utf-8")
+        draft.replace(self._links)
+
+    def _ranks(self) -> dict[str, int]:
+        return {worker["title"]: worker["rank"] for worker in self.cluster()["workers"]}
+
+
+def _title(process: psutil.Process) -> str:
+    """A name that the next life of a worker has as well."""
+    command: Sequence[str] = process.cmdline()
+    match = _TITLE.search(" ".join(command))
+    return match[1] if match is not None else " ".join(command)[:60] or process.name()
