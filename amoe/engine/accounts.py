@@ -35,6 +35,7 @@ class Accounts:
     def move(self, generation: Generation, rank: int) -> None:
         """A sequence goes on at another worker, or at another life of its own."""
         state = generation.state
+        self._metrics.readmitted(generation.rank, 1)
         self._load.move(generation.rank, rank, state.num_prompt_tokens + state.num_generated_tokens)
         generation.move(rank, self._clock.now())
 

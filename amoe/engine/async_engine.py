@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
 
 from amoe.clock import Clock, MonotonicClock
 from amoe.config import EngineConfig
@@ -18,13 +17,15 @@ from amoe.engine.accounts import Accounts
 from amoe.engine.async_generation import Generation
 from amoe.engine.generation import GenerationDelta, GenerationState
 from amoe.engine.load import Choices, Front, OpenLoad, Refusal, first_choices
-from amoe.engine.messages import AbortRequests, AddRequest, Failed, Heartbeat, Outputs, Pulse, ToServer
+from amoe.engine.messages import AbortRequests, AddRequest, Failed, Heartbeat, Outputs, Pulse, Topology, ToServer
+from amoe.engine.model_info import ModelInfo as ModelInfo
 from amoe.engine.readmission import families, resumed_request
 from amoe.engine.roster import Roster, WorkerChannel
 from amoe.engine.shared_control import REQUESTS_PER_FRONT
-from amoe.engine.steering import Steering
+from amoe.engine.steering import Float64Array, Steering
 from amoe.engine.tokenizer import Tokenizer
-from amoe.engine.watchdog import HEARTBEAT_TIMEOUT_S, STALL_TIMEOUT_S, Stall, Watchdog
+from amoe.engine.vigil import Vigil
+from amoe.engine.watchdog import HEARTBEAT_TIMEOUT_S, STALL_TIMEOUT_S, Watchdog
 from amoe.errors import AmoeError, EngineDeadError, EngineOverloadedError, RequestError
 from amoe.metrics import EngineMetrics
 from amoe.policy import admission
@@ -32,33 +33,9 @@ from amoe.types import FinishReason, Int16Array, SamplingParams, SequenceOutput
 
 logger = logging.getLogger(__name__)
 
-WATCHDOG_PERIOD_S = 0.5
 GONE_GRACE_S = 0.2  # whoever started a worker that is gone can say how it ended, and soon does
 REPLACING_TIMEOUTS = 3  # failure timeouts within which a worker that hangs is noticed, ended, and absent
 LAST_WORDS_S = 1.0  # what a worker has said before it died lies in its channel, and is read within so long
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelInfo:
-    """What the front must know of the loaded model.
-
-    Attributes:
-        name: as users see it.
-        max_model_len: tokens of one sequence at most, as the workers that loaded it say.
-        vocab_size: rows of the embedding.
-        num_moe_layers, pairs_per_token: shape of what is told of a token's experts.
-    """
-
-    name: str
-    max_model_len: int
-    vocab_size: int
-    num_moe_layers: int = 1
-    pairs_per_token: int = 1
-
-    @property
-    def routed_bytes(self) -> int:
-        """Of what is told of one token's experts."""
-        return 2 * self.num_moe_layers * self.pairs_per_token
 
 
 class AsyncEngine:
@@ -308,25 +285,37 @@ class AsyncEngine:
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
+    def on_topology(self, topology: Topology) -> None:
+        """Another topology is in force: experts live elsewhere, or workers have come or gone."""
+        self._steering.set_topology(topology)
+
+    def measured_load(self) -> Float64Array | None:
+        """[num_layers, num_experts] pairs that have been computed lately; None: nobody knows yet."""
+        return self._steering.measured_load()
+
     def attach(self, rank: int, channel: WorkerChannel) -> None:
-        """A worker has come, in the place of one that was lost, or as a new one. It takes requests at once.
+        """A worker has come, in the place of one that was lost, or as a new one. What waits goes there in the next turn
+        of the event loop: in this one the caller can tell the workers of each other.
 
         Raises:
             ValueError: the former one of this rank has not been lost.
         """
         self._roster.attach(rank, channel)
         self._watchdog.expect(rank)
-        if rank in self.config.placement.attention_ranks:
-            self._readmit()
+        asyncio.get_running_loop().call_soon(self._readmit)
 
     async def lose(self, rank: int, reason: str) -> None:
         """A worker is gone for good, and can say nothing more: what it has said still counts, up to a second from now.
         Its open sequences go on at other workers, or wait for one to come. Nothing happens if it is lost already."""
         await self._roster.detach(rank, LAST_WORDS_S)
         self._watchdog.forget(rank)
-        if self._death is None:
-            count = self._readmit()
-            logger.warning("%s; %d of its sequences go on elsewhere", reason, count)
+        count = self._readmit()
+        logger.warning("%s: %d sequences go on at other workers, %d wait for one", reason, count, self._num_parked)
+
+    @property
+    def _num_parked(self) -> int:
+        """Sequences that nobody has."""
+        return sum(not self._roster.is_attached(generation.rank) for generation in self._open.values())
 
     def _readmit(self) -> int:
         """Let whoever was at a worker that is lost go on where somebody is. Returns how many do."""
@@ -382,37 +371,21 @@ class AsyncEngine:
             generation.deliver(delta)
 
     async def _watch(self) -> None:
+        vigil = Vigil(
+            self._watchdog,
+            self._clock,
+            somebody_is_missing=lambda: bool(self.note or self.trouble),
+            each_turn=self._each_turn,
+        )
         try:
-            await self._watch_workers()
+            await vigil.run()
         except Exception:  # unseen, it would leave the engine healthy for ever
             logger.exception("the watchdog has failed")
             self.die("the watchdog has failed")
 
-    async def _watch_workers(self) -> None:
-        last = self._clock.now()
-        reported: Stall | None = None
-        while True:
-            await asyncio.sleep(WATCHDOG_PERIOD_S)
-            now = self._clock.now()
-            self.metrics.http.lagged(now - last - WATCHDOG_PERIOD_S)
-            # Time in which this process did not run (a suspended machine, a busy loop) says nothing about the workers,
-            # whose messages lie unread: count a period for two at most.
-            seconds = min(now - last, 2 * WATCHDOG_PERIOD_S)
-            self._watchdog.advance(seconds, is_somebody_missing=bool(self.note or self.trouble))
-            last = now
-            if (silent := self._watchdog.silent) is not None and not self._supervised:
-                self.die(f"worker {silent} has made no progress for {self._watchdog.heartbeat_timeout_s:g} s")
-                return
-            reported = self._report(self._watchdog.stalled, reported)
-            self.metrics.healthy(self.healthy)
-            self.metrics.flow.mark(now)
-
-    @staticmethod
-    def _report(stall: Stall | None, reported: Stall | None) -> Stall | None:
-        """Log what has changed, once for each worker and kind of stall."""
-        if stall is None:
-            if reported is not None:
-                logger.warning("all workers make progress again: healthy")
-        elif reported is None or (stall.rank, stall.kind) != (reported.rank, reported.kind):
-            logger.error("%s: not healthy", stall)
-        return stall
+    def _each_turn(self, now: float, lag_s: float) -> None:
+        self.metrics.http.lagged(lag_s)
+        if (silent := self._watchdog.silent) is not None and not self._supervised:
+            self.die(f"worker {silent} has made no progress for {self._watchdog.heartbeat_timeout_s:g} s")
+        self.metrics.healthy(self.healthy)
+        self.metrics.flow.mark(now)

@@ -7,6 +7,7 @@ import asyncio
 from fastapi import APIRouter, Response
 
 from amoe import __version__, metrics
+from amoe.server.admin import cluster_stats
 from amoe.server.context import ServerContext
 from amoe.server.encoding import json_response
 from amoe.server.request_record import RequestRecord
@@ -36,9 +37,12 @@ def operations_router(context: ServerContext, load: LoadCounter) -> APIRouter:
     @router.get("/ping")
     @router.post("/ping")
     async def health() -> Response:
-        """200 while every worker makes progress, else 503; no body. It stays 200 while the server drains, when nothing
+        """200 while every worker makes progress or is being replaced, else 503. It has a body only where there is
+        something to tell: what is the matter, and with which worker. It stays 200 while the server drains, when nothing
         listens any more, and new requests on old connections are answered 503."""
-        return Response(status_code=200 if engine.healthy else 503)
+        if complaint := engine.complaint:
+            return json_response({"status": "unhealthy", "reason": complaint}, 503)
+        return json_response({"status": "degraded", "reason": engine.note}) if engine.note else Response()
 
     @router.get("/version")
     async def version() -> Response:
@@ -61,6 +65,8 @@ def operations_router(context: ServerContext, load: LoadCounter) -> APIRouter:
     @router.get("/metrics")
     async def expose_metrics() -> Response:
         """Prometheus text."""
+        if context.admin is not None:
+            engine.metrics.clustered(cluster_stats(context.admin.status()))
         text = await asyncio.to_thread(engine.metrics.render)  # it may take long: streams go on meanwhile
         return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 

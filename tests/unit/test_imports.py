@@ -33,7 +33,8 @@ PURE = ("policy", "core")
 # Where each of these may be imported: prefixes of module names.
 CONFINED = {
     "asyncio": (
-        *("amoe.engine.async_engine", "amoe.engine.async_generation", "amoe.engine.control", "amoe.engine.steering"),
+        *("amoe.engine.async_engine", "amoe.engine.async_generation", "amoe.engine.control", "amoe.engine.roster"),
+        *("amoe.engine.steering", "amoe.engine.vigil"),
         *("amoe.server", "amoe.cluster", "amoe.bench"),
     ),
     "ray": ("amoe.cluster.ray_cluster",),

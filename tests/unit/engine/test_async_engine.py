@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from amoe.engine import async_engine
+from amoe.engine import vigil
 from amoe.engine.async_engine import AsyncEngine
 from amoe.engine.async_generation import Generation
 from amoe.engine.generation import GenerationDelta
@@ -316,7 +316,7 @@ async def test_failed_worker_tells_why(make):
 
 
 async def test_silent_worker_is_dead(make, monkeypatch):
-    monkeypatch.setattr(async_engine, "WATCHDOG_PERIOD_S", 0.001)
+    monkeypatch.setattr(vigil, "WATCHDOG_PERIOD_S", 0.001)
     engine, (worker,) = make(heartbeat_timeout_s=0.01)
     worker.runs.clear()
     (generation,) = engine.start([([1], SamplingParams())])
@@ -345,7 +345,7 @@ async def test_a_stalled_worker_gets_nothing_new_and_what_is_open_goes_on(make):
 
 
 async def test_a_watchdog_that_fails_is_no_good_sign(make, monkeypatch):
-    monkeypatch.setattr(async_engine, "WATCHDOG_PERIOD_S", 0.001)
+    monkeypatch.setattr(vigil, "WATCHDOG_PERIOD_S", 0.001)
     engine, (worker,) = make()
     worker.runs.clear()
     (generation,) = engine.start([([1], SamplingParams())])
