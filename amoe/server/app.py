@@ -10,12 +10,13 @@ from starlette.middleware.cors import CORSMiddleware
 
 from amoe import __version__
 from amoe.server.access_log import AccessLog, RequestLog
+from amoe.server.admin import admin_router
 from amoe.server.chat import chat_router
 from amoe.server.completions import completions_router
 from amoe.server.context import ServerContext
 from amoe.server.errors import install_error_handlers
 from amoe.server.messages import AnthropicErrors, messages_router
-from amoe.server.middleware.auth import ApiKeyGuard
+from amoe.server.middleware.auth import AdminKeyGuard, ApiKeyGuard
 from amoe.server.middleware.body import BodyLimit
 from amoe.server.middleware.request_scope import Observer, RequestScope
 from amoe.server.models import models_router
@@ -62,6 +63,7 @@ def _routers(context: ServerContext, load: LoadCounter) -> list[APIRouter]:
         tokenize_router(context),
         models_router(context),
         operations_router(context, load),
+        admin_router(context),
         page_router(context),
     ]
 
@@ -80,6 +82,7 @@ def _add_middleware(app: FastAPI, context: ServerContext, options: HttpOptions, 
     app.add_middleware(
         BodyLimit, limit=options.body_limit(context.engine.model.max_model_len), timeout_s=options.body_timeout_s
     )
+    app.add_middleware(AdminKeyGuard, digests=options.admin_digests)
     if options.key_digests:
         app.add_middleware(ApiKeyGuard, digests=options.key_digests)
     cors = options.cors

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from amoe.cluster.admin import ClusterAdmin
 from amoe.engine.async_engine import AsyncEngine
 from amoe.engine.async_generation import Generation
 from amoe.errors import RequestError
@@ -32,6 +33,7 @@ class ServerContext:
         created: Unix time of the server's start.
         check_grammar: says what is wrong with a user's grammar.
         chat: how conversations are treated.
+        admin: shows and changes the workers; None: they stay as they are, and the server ends with any of them.
         background: work that goes on without a client; a server that leaves waits for it as for open requests.
     """
 
@@ -41,6 +43,7 @@ class ServerContext:
     created: int = field(default_factory=lambda: int(time.time()))
     check_grammar: GrammarCheck = check_in_thread
     chat: ChatOptions = field(default_factory=ChatOptions)
+    admin: ClusterAdmin | None = None
     background: set[asyncio.Task[None]] = field(default_factory=set)
 
     def resolve_model(self, name: str | None) -> str:

@@ -19,9 +19,11 @@ logger = logging.getLogger(__name__)
 TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     408: "RequestTimeoutError",
+    409: "ConflictError",
     413: "RequestTooLargeError",
     431: "HeadersTooLargeError",
     500: "InternalServerError",
@@ -31,6 +33,10 @@ TYPES = {
 
 class NotFoundError(RequestError):
     """The request names something that is not here (HTTP 404)."""
+
+
+class ConflictError(AmoeError):
+    """The request is right, and the server as it is cannot do it (HTTP 409)."""
 
 
 class ModelNotFoundError(NotFoundError):
@@ -56,6 +62,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
         return 404, error_body(str(error), 404, error.param)
     if isinstance(error, RequestError):
         return 400, error_body(str(error), 400, error.param)
+    if isinstance(error, ConflictError):
+        return 409, error_body(str(error), 409)
     if isinstance(error, EngineOverloadedError | EngineDeadError):
         return 503, error_body(str(error), 503)
     if isinstance(error, AmoeError):

@@ -94,6 +94,13 @@ def _add_access_flags(parser: argparse.ArgumentParser) -> None:
         "AMOE_API_KEY of the environment (several: with commas), else everybody may ask",
     )
     group.add_argument(
+        "--admin-key",
+        nargs="+",
+        metavar="KEY",
+        help="who brings one of these may see and change the workers: /admin/* and `amoe scale`; default: "
+        "AMOE_ADMIN_KEY of the environment (several: with commas), else nobody may",
+    )
+    group.add_argument(
         "--allowed-origins",
         nargs="+",
         metavar="ORIGIN",
@@ -161,11 +168,14 @@ def _values(flag: str, values: Sequence[str]) -> tuple[str, ...]:
     return tuple(values)
 
 
-def _key_digests(args: argparse.Namespace, environment: Mapping[str, str]) -> tuple[bytes, ...]:
-    if args.api_key:
-        return digest_keys(tuple(args.api_key), "--api-key")
-    listed = environment.get("AMOE_API_KEY", "")
-    return digest_keys(tuple(key.strip() for key in listed.split(",")), "AMOE_API_KEY") if listed else ()
+def _key_digests(
+    given: Sequence[str] | None, flag: str, environment: Mapping[str, str], variable: str
+) -> tuple[bytes, ...]:
+    """Of the keys after `flag`, else of those in `variable`, with commas between them."""
+    if given:
+        return digest_keys(tuple(given), flag)
+    listed = environment.get(variable, "")
+    return digest_keys(tuple(key.strip() for key in listed.split(",")), variable) if listed else ()
 
 
 def server_options(
@@ -179,7 +189,8 @@ def server_options(
     if args.max_log_len and not args.enable_log_requests:
         raise ConfigError("--max-log-len does nothing without --enable-log-requests")
     http = HttpOptions(
-        key_digests=_key_digests(args, environment),
+        key_digests=_key_digests(args.api_key, "--api-key", environment, "AMOE_API_KEY"),
+        admin_digests=_key_digests(args.admin_key, "--admin-key", environment, "AMOE_ADMIN_KEY"),
         cors=CorsOptions(
             origins=_values("--allowed-origins", args.allowed_origins or ()),
             methods=_values("--allowed-methods", args.allowed_methods or ("*",)),

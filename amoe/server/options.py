@@ -51,6 +51,7 @@ class HttpOptions:
 
     Attributes:
         key_digests: SHA-256 of each API key; empty: everybody may come in. The keys themselves are kept nowhere.
+        admin_digests: SHA-256 of each admin key; empty: the admin API is off.
         max_body_bytes: a larger body is refused; None: one that is larger than the model's context can be.
         body_timeout_s: so long may a body take to come in.
         access_log: a line per request.
@@ -59,6 +60,7 @@ class HttpOptions:
     """
 
     key_digests: tuple[bytes, ...] = field(default=(), repr=False)
+    admin_digests: tuple[bytes, ...] = field(default=(), repr=False)
     cors: CorsOptions = field(default_factory=CorsOptions)
     max_body_bytes: int | None = None
     body_timeout_s: float = BODY_TIMEOUT_S
@@ -70,6 +72,10 @@ class HttpOptions:
         _require(self.max_body_bytes is None or self.max_body_bytes >= 1, "--max-body-bytes must be at least 1")
         _require(self.body_timeout_s > 0, "--request-body-timeout must be greater than 0")
         _require(self.max_log_len >= 0, "--max-log-len must be at least 0")
+        _require(
+            not set(self.key_digests) & set(self.admin_digests),
+            "--admin-key: an API key is an admin key too: who may ask may not change the cluster; choose another one",
+        )
 
     def body_limit(self, max_model_len: int) -> int:
         """Bytes of a body at most. Reading one holds the event loop for up to a third of a second per megabyte, so that

@@ -143,6 +143,17 @@ class TestOptions:
         with pytest.raises(ConfigError, match="AMOE_API_KEY"):
             self.options(AMOE_API_KEY="a,,b")
 
+    def test_admin_keys_are_others(self):
+        assert len(self.options(AMOE_ADMIN_KEY="a,b").http.admin_digests) == 2
+        assert self.options("--admin-key", "a", AMOE_ADMIN_KEY="b").http == self.options("--admin-key", "a").http
+        assert self.options("--api-key", "a").http.admin_digests == ()
+        with pytest.raises(ConfigError, match="AMOE_ADMIN_KEY"):
+            self.options(AMOE_ADMIN_KEY="a,,b")
+        with pytest.raises(ConfigError, match="--admin-key"):
+            self.options("--admin-key", "a b")
+        with pytest.raises(ConfigError, match="an API key is an admin key too"):
+            self.options("--admin-key", "a", AMOE_API_KEY="b,a")
+
     def test_lists_may_be_json(self):
         words = self.options("--allowed-origins", "http://a", "http://b").http.cors
         assert words == self.options("--allowed-origins", '["http://a", "http://b"]').http.cors
