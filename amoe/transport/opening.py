@@ -53,6 +53,7 @@ class DistributedSpec(msgspec.Struct, frozen=True, kw_only=True, tag="distribute
         max_record_bytes: of the largest batch.
         eager_bytes: of the message that every batch begins with; what a batch has beyond it follows in a second one.
             A multiple of 64, and the same everywhere.
+        splits_payloads: payloads travel beside their records on CPUs, too: slower, and what tests of that path use.
     """
 
     num_ranks: int
@@ -63,6 +64,7 @@ class DistributedSpec(msgspec.Struct, frozen=True, kw_only=True, tag="distribute
     device: str
     max_record_bytes: int
     eager_bytes: int = EAGER_BYTES
+    splits_payloads: bool = False
 
 
 TransportSpec = ShmSpec | TcpSpec | DistributedSpec

@@ -91,6 +91,11 @@ class WireBuffer:
             self._tensors = (octets, *(octets.view(_DTYPE_OF_CODE[code]) for code in (1, 2, 3)))
         self._address = octets.data_ptr()
 
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The region as uint8, an inference tensor."""
+        return self._tensors[0]
+
     @classmethod
     def allocate(cls, nbytes: int) -> WireBuffer:
         """A fresh private region of `nbytes`, rounded up to a multiple of 64."""
@@ -157,6 +162,11 @@ def _layout(kind: int, n: int, top_k: int, hidden_size: int, code: int) -> Layou
     return Layout(size, kind, code, top_k, hidden_size, n, pairs, step // 4, weights // 4, ids // 2, payload)
 
 
+def dtype_of(layout: Layout) -> torch.dtype:
+    """Of the payload, which there must be."""
+    return _DTYPE_OF_CODE[layout.code]
+
+
 def layout_of(batch: Batch) -> Layout:
     """The layout of the record of `batch`.
 
@@ -183,10 +193,44 @@ def encoded_size(batch: Batch) -> int:
     return layout_of(batch).size
 
 
-def encode_into(batch: Batch, buffer: WireBuffer, offset: int = 0, layout: Layout | None = None) -> int:
+def layout_at(buffer: WireBuffer, offset: int = 0) -> Layout:
+    """The layout of the record whose first 64 bytes lie at byte `offset`, whether or not the rest has come already.
+
+    Raises:
+        TransportError: it is not one of ours or contradicts itself.
+    """
+    size, magic, version, kind_code, code, *rest = _HEADER.unpack_from(buffer.octets, offset)
+    top_k, hidden_size, n = rest[6:9]
+    return _checked_layout(size, magic, version, kind_code, code, top_k, hidden_size, n)
+
+
+def _checked_layout(
+    size: int, magic: int, version: int, kind_code: int, code: int, top_k: int, hidden_size: int, n: int
+) -> Layout:
+    kind = _KINDS.get(kind_code)
+    if magic != MAGIC or version != VERSION or kind is None or code >= len(_ITEM_BYTES):
+        raise TransportError(
+            f"not a batch: magic {magic:#x}, version {version} (this is {VERSION}), kind {kind_code}, dtype {code}"
+        )
+    layout = _layout(kind_code, n, top_k, hidden_size, code)
+    if size != layout.size or (n and (code == _NO_PAYLOAD or kind_code == _ANNOUNCE)):
+        raise TransportError(
+            f"a {kind.name} record of {size} bytes contradicts its header: "
+            f"{n} tokens, top-{top_k}, hidden size {hidden_size}, dtype {code}"
+        )
+    return layout
+
+
+def encode_into(
+    batch: Batch, buffer: WireBuffer, offset: int = 0, layout: Layout | None = None, *, with_payload: bool = True
+) -> int:
     """Write the record of `batch` at byte `offset` (a multiple of 64) and return its size.
 
     The caller has made sure that the bytes are there. Raises as `layout_of` does, unless given its result.
+
+    Args:
+        with_payload: False leaves the payload's bytes as they are: it travels beside the record's first
+            `layout.payload` bytes.
     """
     size, kind, code, top_k, hidden_size, n, pairs, step, weights, ids, payload_at = layout or layout_of(batch)
     if n:
@@ -202,9 +246,10 @@ def encode_into(batch: Batch, buffer: WireBuffer, offset: int = 0, layout: Layou
             buffer.float32[at : at + pairs] = batch.expert_weights.ravel()
             at = (offset >> 1) + ids
             buffer.int16[at : at + pairs] = batch.expert_ids.ravel()
-        payload = batch.payload
-        assert payload is not None  # layout_of has looked
-        buffer.write_payload(code, offset + payload_at, payload)
+        if with_payload:
+            payload = batch.payload
+            assert payload is not None  # layout_of has looked
+            buffer.write_payload(code, offset + payload_at, payload)
     _HEADER.pack_into(
         buffer.octets,
         offset,
@@ -232,11 +277,12 @@ def encode_into(batch: Batch, buffer: WireBuffer, offset: int = 0, layout: Layou
     return size
 
 
-def decode(buffer: WireBuffer, offset: int = 0, limit: int | None = None) -> Batch:
+def decode(buffer: WireBuffer, offset: int = 0, limit: int | None = None, payload: torch.Tensor | None = None) -> Batch:
     """The batch whose record begins at byte `offset`: its arrays and payload are views of `buffer`, on the CPU.
 
     Args:
         limit: bytes that belong to the record at most; None: what the buffer holds.
+        payload: [n, H], where it has travelled beside the record: the record then ends where it would begin.
 
     Raises:
         TransportError: the record is not one of ours or contradicts itself.
@@ -247,19 +293,12 @@ def decode(buffer: WireBuffer, offset: int = 0, limit: int | None = None) -> Bat
     header = _HEADER.unpack_from(buffer.octets, offset)
     size, magic, version, kind_code, code, src, dst, layer, src_life, dst_life, wave, top_k, *rest = header
     hidden_size, n, count, epoch, latest, waves, backlog_s, row_us = rest
-    kind = _KINDS.get(kind_code)
-    if magic != MAGIC or version != VERSION or kind is None or code >= len(_ITEM_BYTES):
-        raise TransportError(
-            f"not a batch: magic {magic:#x}, version {version} (this is {VERSION}), kind {kind_code}, dtype {code}"
-        )
-    layout = _layout(kind_code, n, top_k, hidden_size, code)
-    if size != layout.size or size > limit or (n and (code == _NO_PAYLOAD or kind_code == _ANNOUNCE)):
-        raise TransportError(
-            f"a {kind.name} record of {size} bytes (of {limit}) contradicts its header: "
-            f"{n} tokens, top-{top_k}, hidden size {hidden_size}, dtype {code}"
-        )
+    layout = _checked_layout(size, magic, version, kind_code, code, top_k, hidden_size, n)
+    if (size if payload is None else layout.payload) > limit:
+        raise TransportError(f"a record of {size} bytes contradicts the {limit} that there are")
+    kind = _KINDS[kind_code]
     slots = generations = iterations = _NO_INT32
-    expert_ids, expert_weights, payload = _NO_IDS, _NO_WEIGHTS, None
+    expert_ids, expert_weights = _NO_IDS, _NO_WEIGHTS
     if n:
         int32, step = buffer.int32, layout.step
         at = (offset + HEADER_BYTES) >> 2
@@ -273,7 +312,8 @@ def decode(buffer: WireBuffer, offset: int = 0, limit: int | None = None) -> Bat
             expert_weights = buffer.float32[at : at + layout.pairs].reshape(n, top_k)
             at = (offset >> 1) + layout.ids
             expert_ids = buffer.int16[at : at + layout.pairs].reshape(n, top_k)
-        payload = buffer.read_payload(code, offset + layout.payload, n, hidden_size)
+        if payload is None:
+            payload = buffer.read_payload(code, offset + layout.payload, n, hidden_size)
     return Batch(
         kind,
         src,
