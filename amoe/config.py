@@ -485,6 +485,11 @@ class EngineConfig:
         return self.scheduler.schedule != "lockstep"
 
     @property
+    def may_degrade(self) -> bool:
+        """Tokens may lose experts, by capacity or because nobody holds them."""
+        return self.capacity.is_on or self.failure.on_expert_loss == "reroute"
+
+    @property
     def ridge_tokens(self) -> int:
         """As configured, or what is usual on such a device."""
         is_cpu = self.device == "cpu" or ".json" in self.device  # an emulated one that was measured on a CPU

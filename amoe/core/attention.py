@@ -7,16 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from amoe.config import FailureConfig
 from amoe.core.batcher import Batcher, Entry
-from amoe.core.capacity import HomeCapacity, Pairs
+from amoe.core.capacity import HomeCapacity
+from amoe.core.dispatcher import Dispatcher, Pairs
 from amoe.core.home_waves import HomeWaves
 from amoe.core.lockstep import HomeBarrier
 from amoe.core.micro_queue import MicroQueues
+from amoe.core.recovery import Recovery
 from amoe.core.replica_shares import ReplicaShares
 from amoe.core.routed_experts import RoutedExperts
 from amoe.core.steps import NO_SLOTS, AttentionStep, ChunkSpan, HeadStep, Outgoing, PromptTokens
 from amoe.stats import JOIN_WAIT_EDGES, LayerHistograms
-from amoe.types import Batch, BatchKind, BlockId, BlockKind, BoolArray, Float32Array, Int32Array
+from amoe.types import Batch, BlockId, BlockKind, BoolArray, Float32Array, Int32Array
 
 
 class AttentionCore:
@@ -30,9 +33,11 @@ class AttentionCore:
         barrier: lockstep only.
         waves: schedule `waves` only.
         capacity: what may be dropped or rerouted; None: nothing.
+        failure: when an answer is late, and whether tokens wait for experts that nobody holds.
 
     Attributes:
         stepping: lane of the step that runs now; -1: none.
+        recovery: what is done about answers that do not come.
     """
 
     def __init__(
@@ -47,11 +52,11 @@ class AttentionCore:
         barrier: HomeBarrier | None = None,
         waves: HomeWaves | None = None,
         capacity: HomeCapacity | None = None,
+        failure: FailureConfig = FailureConfig(),  # noqa: B008 - frozen
     ) -> None:
         self.rank = rank
         self.batcher = batcher
         self.join_waits = LayerHistograms(len(sparse_layers), JOIN_WAIT_EDGES)
-        self._owner_ranks = tuple(owner_ranks)
         self._owner_of_rank = {owner_rank: owner for owner, owner_rank in enumerate(owner_ranks)}
         self.capacity = capacity
         self._replicas = replicas
@@ -62,6 +67,18 @@ class AttentionCore:
         self._barrier = barrier
         self._waves = waves
         self.stepping = -1
+        self._dispatcher = Dispatcher(rank, owner_ranks, batcher)
+        self.recovery = Recovery(
+            self._dispatcher,
+            batcher,
+            replicas,
+            timeout_s=failure.timeout_s,
+            come_home=self._come_home,
+            waves=waves,
+            capacity=capacity,
+            degrades=failure.on_expert_loss == "reroute",
+            may_resend=barrier is None,
+        )
 
     # ---- tokens enter
 
@@ -97,8 +114,8 @@ class AttentionCore:
 
     @property
     def replica_shape(self) -> tuple[int, ...]:
-        """[num_layers, num_experts, R] of the replicas that there are."""
-        return self._replicas.owners.shape
+        """[num_layers, num_experts, R] of the replicas as they are placed."""
+        return self._replicas.shape
 
     def _drain(self, index: int) -> Int32Array:
         """Slots [n] that wait for a block, without those whose token is gone."""
@@ -189,6 +206,7 @@ class AttentionCore:
             if step.num_tokens:
                 num_pairs = top_k if self.capacity is None else self.capacity.pairs_per_token(top_k)
                 self._routed.record(layer, slots, step.rows[rows], pairs.expert_ids, num_pairs)
+            self.recovery.keep(slots, pairs, None if scores is None else scores[rows])
             outgoing = self._dispatch(step.block, slots, rows, pairs, now)
         if is_last:
             self._routed.passed(step)
@@ -197,40 +215,16 @@ class AttentionCore:
     def _dispatch(
         self, block: BlockId, slots: Int32Array, rows: npt.NDArray[np.int64], pairs: Pairs, now: float
     ) -> list[Outgoing]:
-        tokens = self.batcher.tokens
-        expert_ids, owner_of_pair = pairs.expert_ids.astype(np.int16), pairs.owners
-        dispatched = np.empty((len(slots), len(self._owner_ranks)), np.bool_)
-        for owner in range(len(self._owner_ranks)):
-            dispatched[:, owner] = (owner_of_pair == owner).any(axis=1)
+        has_missing = bool(self._replicas.has_missing[block.layer])
+        dispatched = self._dispatcher.destinations(pairs.owners, may_be_nobody=has_missing)
         if self.capacity is not None:
             self.capacity.sent(slots, dispatched)
-        leaders = tokens.leader[slots]
+        leaders = self.batcher.tokens.leader[slots]
         if self._waves is not None:
             self._waves.leaving(slots, leaders, dispatched)
         self.batcher.join.open(slots, leaders, block.layer, dispatched, now)
-        generations, iterations = self.batcher.slots.generation[slots], tokens.iteration[slots]
         epoch = self._epoch_of_dispatch(block, now)
-        outgoing = []
-        for owner, destination in enumerate(self._owner_ranks):
-            chosen = np.flatnonzero(dispatched[:, owner])
-            if len(chosen) == 0 and epoch is None:
-                continue
-            here = owner_of_pair[chosen] == owner
-            batch = Batch(
-                kind=BatchKind.DISPATCH,
-                src=self.rank,
-                dst=destination,
-                layer=block.layer,
-                wave=block.wave,
-                epoch=epoch or 0,
-                count=len(chosen),
-                slots=slots[chosen],
-                generations=generations[chosen],
-                iterations=iterations[chosen],
-                expert_ids=np.where(here, expert_ids[chosen], np.int16(-1)),
-                expert_weights=pairs.weights[chosen],
-            )
-            outgoing.append(Outgoing(batch, rows[chosen].astype(np.int32)))
+        outgoing = self._dispatcher.batches(block, epoch, slots, rows, pairs, dispatched)
         if self.capacity is not None:
             self._pass_over(block, leaders, dispatched, now)
         return outgoing
@@ -259,6 +253,7 @@ class AttentionCore:
             self.capacity.heard(owner, batch, now)
         current = self.batcher.slots.is_current(slots, batch.generations)
         accepted = join.accept(slots, current, batch.layer, owner)
+        self.recovery.heard(owner, now)
         slots = slots if accepted.all() else slots[accepted]
         leaders = join.settle(slots, self.batcher.tokens.leader[slots], owner)
         if self._barrier is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import numpy.typing as npt
 
@@ -11,26 +9,13 @@ from amoe.config import CapacityConfig
 from amoe.core.backlog import OwnerBacklog
 from amoe.core.batcher import Batcher
 from amoe.core.capacity_ledger import CapacityLedger
+from amoe.core.dispatcher import Pairs
 from amoe.core.replica_shares import ReplicaShares
 from amoe.policy import capacity as policy
 from amoe.policy.backlog import ends_of, hysteresis, late_pairs, move_to_replicas, receivers, two_choices
 from amoe.policy.capacity import RoutedBatch, Selection
 from amoe.stats import CapacitySnapshot
 from amoe.types import Batch, BoolArray, Float32Array, Int16Array, Int32Array
-
-
-class Pairs(NamedTuple):
-    """What is computed for the n tokens of a step.
-
-    Attributes:
-        expert_ids: [n, P] int64, -1 where there is none.
-        weights: [n, P] float32.
-        owners: [n, P] who computes the pair, -1 where there is none.
-    """
-
-    expert_ids: npt.NDArray[np.int64]
-    weights: Float32Array
-    owners: Int16Array
 
 
 def _widened(pairs: Pairs, width: int) -> Pairs:
@@ -49,6 +34,7 @@ class HomeCapacity:
     Args:
         renormalise: the model's router gives weights that sum to one.
         local_owner: index of this very worker among the expert workers; None if it holds no experts.
+        degrades: an expert that nobody holds has no capacity; otherwise its tokens wait for it.
     """
 
     def __init__(
@@ -60,8 +46,10 @@ class HomeCapacity:
         seed: int,
         renormalise: bool,
         local_owner: int | None,
+        degrades: bool = False,
     ) -> None:
         self._config = config
+        self._degrades = degrades
         self._replicas = replicas
         self._batcher = batcher
         self._seed = seed
@@ -93,9 +81,11 @@ class HomeCapacity:
         """
         wanted = Pairs(topk_ids, topk_weights, self._replicas.choose(layer, topk_ids))
         droppable = self._droppable(slots, is_prefill)
-        if self._backlog is not None:
+        if self._degrades and self._replicas.has_missing[layer]:
+            pairs = self.spare_missing(layer, slots, wanted, scores)
+        elif self._backlog is not None:
             pairs = self._relieve(layer, slots, droppable, wanted, scores, now)
-        elif droppable.any():
+        elif self._config.factor is not None and droppable.any():
             pairs = self._cap(layer, slots, droppable, wanted, scores)
         else:
             pairs = self._untouched(slots, wanted)
@@ -131,6 +121,28 @@ class HomeCapacity:
         tokens, table = self._batcher.tokens, self._batcher.table
         names = table.request_id[tokens.row[slots]].astype(np.uint64) << np.uint64(32)
         return names ^ (tokens.position[slots].astype(np.uint64) << np.uint64(10)) ^ np.uint64(layer)
+
+    # ---- nobody holds an expert
+
+    def spare_missing(
+        self, layer: int, slots: Int32Array, wanted: Pairs, scores: Float32Array, *, again: bool = False
+    ) -> Pairs:
+        """Pairs [n, P] of experts that nobody holds go to the token's best experts that somebody does, as far as it
+        has not those already, and are dropped otherwise. Exact requests keep theirs, and wait.
+
+        Args:
+            again: the tokens have passed this layer before, and are in the accounts.
+        """
+        nobody = self._replicas.num_owners - 1
+        is_exact = self._batcher.table.is_exact[self._batcher.tokens.row[slots]]
+        topk_ids = wanted.expert_ids
+        topk_scores = np.where(topk_ids >= 0, np.take_along_axis(scores, np.maximum(topk_ids, 0), axis=1), 0.0)
+        batch = RoutedBatch(topk_ids, topk_scores.astype(np.float32), ~is_exact, np.zeros(len(slots), np.bool_), None)
+        lost = (wanted.owners == nobody) & ~is_exact[:, None]
+        main_owner = self._replicas.main_owner(layer)
+        new = best_others(scores, topk_ids, main_owner != nobody, lost.sum(axis=1))
+        selection = policy.replaced(batch, lost, new, scores)
+        return self._selected(layer, slots, batch, wanted, selection, main_owner, again=again)
 
     # ---- a cap on the batch
 
@@ -246,11 +258,13 @@ class HomeCapacity:
         wanted: Pairs,
         selection: Selection,
         places: npt.NDArray[np.integer],
+        *,
+        again: bool = False,
     ) -> Pairs:
         """The pairs of a selection. Those of the router stay where they are, new ones go to `places` [E] or [n, E]."""
         mass_lost = policy.mass_lost(selection, batch.topk_scores)
         table, rows = self._batcher.table, self._batcher.tokens.row[slots]
-        self.ledger.touched(layer, table, rows, batch, selection, mass_lost)
+        self.ledger.touched(layer, table, rows, batch, selection, mass_lost, again=again)
         ids = selection.expert_ids
         owners = np.full(ids.shape, -1, np.int16)
         owners[:, : wanted.owners.shape[1]] = wanted.owners
@@ -269,4 +283,19 @@ class HomeCapacity:
 
     def snapshot(self) -> CapacitySnapshot:
         """All that has been taken so far."""
-        return self.ledger.snapshot("factor" if self._backlog is None else "slack")
+        reason = "slack" if self._backlog is not None else "factor" if self._config.factor is not None else "loss"
+        return self.ledger.snapshot(reason)
+
+
+def best_others(
+    scores: Float32Array, topk_ids: npt.NDArray[np.int64], is_there: BoolArray, count: npt.NDArray[np.integer]
+) -> BoolArray:
+    """[n, E] for each token its `count` [n] best experts by `scores` [n, E] among those that are there [E] and that it
+    has not already in `topk_ids` [n, P] (-1: none); fewer, where there are no more."""
+    bids = np.where(is_there, scores, -np.inf).astype(np.float64)
+    rows, columns = np.nonzero(topk_ids >= 0)
+    bids[rows, topk_ids[rows, columns]] = -np.inf
+    order = np.argsort(-bids, axis=1, kind="stable")
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(scores.shape[1])[None], axis=1)
+    return (rank < count[:, None]) & (bids > -np.inf)

@@ -47,22 +47,27 @@ class CapacityLedger:
         batch: RoutedBatch,
         selection: Selection,
         mass_lost: FloatArray,
+        *,
+        again: bool = False,
     ) -> None:
         """A selection has been made for tokens of the sequences `rows` [n]; `mass_lost` [n] of each token.
 
         Of a token's lost pairs the best count as those that were rerouted.
+
+        Args:
+            again: the tokens were counted when they passed this layer for the first time.
         """
         self.num_over += selection.num_over
         self.mass_lost += float(mass_lost.sum())
-        self.tokens += len(rows)
+        self.tokens += 0 if again else len(rows)
         rank = np.cumsum(selection.lost, axis=1)
         rerouted = selection.lost & (rank <= selection.num_rerouted[:, None])
         for column, pairs in enumerate((selection.lost & ~rerouted, rerouted)):
             np.add.at(self.lost[layer, :, column], batch.topk_ids[pairs], 1)
         columns = np.empty((len(rows), NUM_USAGE_COLUMNS))
-        columns[:, UsageColumn.PAIRS] = batch.is_pair.sum(axis=1)
+        columns[:, UsageColumn.PAIRS] = 0 if again else batch.is_pair.sum(axis=1)
         columns[:, UsageColumn.DROPPED] = selection.num_dropped
         columns[:, UsageColumn.REROUTED] = selection.num_rerouted
         columns[:, UsageColumn.MASS_LOST] = mass_lost
-        columns[:, UsageColumn.TOKENS] = 1
+        columns[:, UsageColumn.TOKENS] = 0 if again else 1
         np.add.at(table.usage, rows, columns)

@@ -17,11 +17,23 @@ class ExpertWaves:
     Homes are bits of an integer, so that a marker, of which each home sends one per layer, wave and expert worker,
     costs a few integer operations however many homes there are.
 
+    Args:
+        is_late: the homes have begun without this worker: what it has not heard of is not waited for, until each has
+            spoken of the latest epoch.
+
     Attributes:
         num_slips: steps that ran without a home that was still expected.
     """
 
-    def __init__(self, home_ranks: Sequence[int], num_layers: int, queues: MicroQueues, gates: WaveGates) -> None:
+    def __init__(
+        self,
+        home_ranks: Sequence[int],
+        num_layers: int,
+        queues: MicroQueues,
+        gates: WaveGates,
+        *,
+        is_late: bool = False,
+    ) -> None:
         num_waves = gates.loose
         self.num_slips = 0
         self._queues = queues
@@ -36,7 +48,8 @@ class ExpertWaves:
         # waiting for too long, and are not waited for until they have caught up.
         self._gathering: list[set[int]] = [set() for _ in range(num_waves)]
         self._latest = [_NONE] * num_waves
-        self._absent = [0] * num_waves
+        self._absent = [self._everybody if is_late else 0] * num_waves
+        self._gone = 0  # homes that are not there
         # By wave and home: the last epoch to which it has nothing (more) to bring; and that as bits for one epoch.
         self._through = [[_NONE] * len(home_ranks) for _ in range(num_waves)]
         self._through_bits: list[tuple[int, int]] = [(_NONE, 0)] * num_waves
@@ -88,6 +101,15 @@ class ExpertWaves:
         for gathering in tuple(self._gathering[wave]):
             self._judge(wave, gathering)
 
+    def on_home_changed(self, home: int, *, is_there: bool) -> None:
+        """A home is gone, or another life of it is there, which has to catch up before anybody waits for it."""
+        bit = 1 << home
+        self._gone = self._gone & ~bit if is_there else self._gone | bit
+        for wave in range(len(self._absent)):
+            self._absent[wave] |= bit
+            for layer in tuple(self._gathering[wave]):
+                self._judge(wave, layer)
+
     def _set_free(self, wave: int, layer: int) -> None:
         """Another epoch gathers at a block: what is left of the one before it waits for nobody any more. A home is
         ahead where its tokens needed fewer experts: those of a prompt do without the last layer's."""
@@ -112,7 +134,7 @@ class ExpertWaves:
 
     def _judge(self, wave: int, layer: int) -> None:
         """Open the gate of a block if nobody is missing, else shut it."""
-        here = self._arrived[wave][layer] | self._absent[wave]
+        here = self._arrived[wave][layer] | self._absent[wave] | self._gone
         complete = here == self._everybody or here | self._through_of(wave, self._epoch[wave][layer]) == self._everybody
         if complete:
             self._gathering[wave].discard(layer)

@@ -15,6 +15,7 @@ from amoe.types import Batch, BatchKind, BlockId, BlockKind, BoolArray, Int16Arr
 
 _LAYERS_PER_GENERATION = 2**16  # layers travel in 16 bits
 _NOTHING: BoolArray = np.empty(0, np.bool_)
+_EXPERT_IDS = 3  # of the columns that wait in a queue
 
 
 class ExpertsCore:
@@ -85,6 +86,25 @@ class ExpertsCore:
         if len(iterations):
             self._latest_iteration = max(self._latest_iteration, int(iterations.max()))
         return fresh
+
+    def on_home_changed(self, rank: int, *, is_there: bool) -> None:
+        """The home is gone, or another life of it is there: what it has sent is nobody's business any more."""
+        home, slots = self._home_of_rank[rank], self._slots_per_home
+        self._stamps[home * slots : (home + 1) * slots] = -1
+        for index in np.flatnonzero(self._queues.depth).tolist():
+            if self._queues.block(index).kind is BlockKind.EXPERTS:
+                self._queues.keep_only(index, lambda columns: columns[0] != home)
+        if self._waves is not None:
+            self._waves.on_home_changed(home, is_there=is_there)
+
+    def awaits(self, layer: int, experts: BoolArray) -> bool:
+        """Some token in the queues of a layer needs one of the experts [num_experts]."""
+        needed = np.append(experts, False)  # id -1 reads the last entry
+        return any(
+            bool(needed[columns[_EXPERT_IDS]].any())
+            for lane in range(self._queues.num_waves)
+            for columns in self._queues.pushes(self._queues.index(BlockId(BlockKind.EXPERTS, layer, lane)))
+        )
 
     def experts_step(self, index: int) -> ExpertsStep:
         """Take all tokens that wait for the experts of a layer, sorted by home, so that every home gets one answer."""

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from amoe.core.attention import AttentionCore
 
 
+EPOCHS_PER_LIFE = 1 << 40
+
+
 @dataclass(slots=True)
 class HomeWave:
     """One wave at one home.
@@ -60,6 +63,7 @@ class HomeWaves:
 
     Args:
         last_layer: the last one with experts.
+        incarnation: which life of this home it is.
 
     Attributes:
         num_slips: waves that went on without tokens that were still away.
@@ -76,6 +80,7 @@ class HomeWaves:
         queues: MicroQueues,
         gates: WaveGates,
         controller: WaveController,
+        incarnation: int = 0,
     ) -> None:
         self.num_slips = 0
         self._rank = rank
@@ -85,12 +90,14 @@ class HomeWaves:
         self._join = join
         self._gates = gates
         self._controller = controller
-        self._waves = [HomeWave() for _ in range(gates.loose)]
+        # Expert workers remember the epochs of the one that was here before: this one's come behind them.
+        self._waves = [HomeWave(epoch=incarnation * EPOCHS_PER_LIFE) for _ in range(gates.loose)]
         self._depth = queues.depth.reshape(gates.open.shape)[: gates.loose, ::2]  # of attention and head, by wave
         self._greatest_pass = 0
-        # Expert workers that kept a wave waiting for too long, and have not answered since: [D].
+        # Expert workers that kept a wave waiting for too long, and have not answered since, and nobody: [D + 1].
         self._suspects: BoolArray = np.zeros(join.dispatched.shape[1], np.bool_)
-        self._has_suspects = False
+        self._suspects[-1] = True
+        self._has_suspects = self._has_missing = False
 
     # ---- epochs begin and end
 
@@ -214,7 +221,25 @@ class HomeWaves:
         """An expert worker has answered: it lives."""
         if self._has_suspects and self._suspects[owner]:
             self._suspects[owner] = False
-            self._has_suspects = bool(self._suspects.any())
+            self._has_suspects = self._has_missing or bool(self._suspects[:-1].any())
+
+    # ---- workers come and go
+
+    @property
+    def loose(self) -> int:
+        """The lane that waits for nobody."""
+        return self._gates.loose
+
+    def on_roster(self, changed: BoolArray, *, has_missing: bool) -> None:
+        """`changed` [D] expert workers are not whom they were; `has_missing`: some experts are nowhere."""
+        self._suspects[:-1] &= ~changed
+        self._has_missing = has_missing
+        self._has_suspects = has_missing or bool(self._suspects[:-1].any())
+
+    def part_with(self, leaders: Int32Array, leader_of: Int32Array) -> None:
+        """The groups of `leaders` [n] will be away for long: they march alone. `leader_of` [S] tells all leaders."""
+        if len(leaders):
+            self._join.part_with(leaders, self._gates.loose, leader_of)
 
     # ---- nobody waits for ever
 
@@ -239,4 +264,4 @@ class HomeWaves:
         """Tokens of a wave that are still away are loose from now on."""
         self.num_slips += 1
         self._suspects |= self._join.loosen(index, self._gates.loose, core.batcher.tokens.leader)
-        self._has_suspects = bool(self._suspects.any())
+        self._has_suspects = self._has_missing or bool(self._suspects[:-1].any())

@@ -21,6 +21,7 @@ class Join:
             it, in the order of owners, so that the result does not depend on the order of arrival.
         lane: [S] the set of μ-queues through which the token goes: its wave, or the loose lane.
         outstanding: [num_lanes] answers that tokens of the lane wait for: a lane is at home when it is 0.
+        layer: [S] where the token was dispatched last; asked_at: [S] when.
     """
 
     def __init__(self, num_slots: int, num_owners: int, num_lanes: int = 1) -> None:
@@ -29,16 +30,18 @@ class Join:
         self.dispatched: BoolArray = np.zeros((num_slots, num_owners), np.bool_)
         self._awaiting: BoolArray = np.zeros((num_slots, num_owners), np.bool_)
         self._pending: Int32Array = np.zeros(num_slots, np.int32)  # by leader
-        self._layer: Int32Array = np.full(num_slots, -1, np.int32)
+        self.layer: Int32Array = np.full(num_slots, -1, np.int32)
         self._opened_at = np.zeros(num_slots)
+        self.asked_at = np.zeros(num_slots)
         self._answer: Int32Array = np.zeros(num_slots, np.int32)  # scratch: a row of the batch that answers the slot
 
     def open(self, slots: Int32Array, leaders: Int32Array, layer: int, dispatched: BoolArray, now: float) -> None:
         """Tokens [n] are about to be dispatched to the owners in `dispatched` [n, D]. Comes with whole groups."""
         self.dispatched[slots] = dispatched
         self._awaiting[slots] = dispatched
-        self._layer[slots] = layer
+        self.layer[slots] = layer
         self._opened_at[leaders] = now
+        self.asked_at[slots] = now
         num_answers = dispatched.sum(axis=1, dtype=np.int32)
         np.add.at(self._pending, leaders, num_answers)
         self._count(self.lane[slots], num_answers)
@@ -49,7 +52,7 @@ class Join:
         Returns:
             [n]: the answer is awaited. The others are late or duplicates and must change nothing.
         """
-        accepted: BoolArray = current & self._awaiting[slots, owner] & (self._layer[slots] == layer)
+        accepted: BoolArray = current & self._awaiting[slots, owner] & (self.layer[slots] == layer)
         # A dispatch that came twice before its experts ran is answered twice in one batch: one of them counts.
         rows = np.flatnonzero(accepted)
         self._answer[slots[rows]] = rows
@@ -80,7 +83,32 @@ class Join:
         self._count(self.lane[slots], -self._awaiting[slots].sum(axis=1, dtype=np.int32))
         self._awaiting[slots] = False
         self._pending[slots] = 0
-        self._layer[slots] = -1
+        self.layer[slots] = -1
+
+    def reopen(self, slots: Int32Array, leaders: Int32Array, layer: int, dispatched: BoolArray, now: float) -> None:
+        """What tokens [n] waited for is forgotten, and they are dispatched once more. Their groups may be larger."""
+        num_answers = self._awaiting[slots].sum(axis=1, dtype=np.int32)
+        np.subtract.at(self._pending, leaders, num_answers)
+        self._count(self.lane[slots], -num_answers)
+        self.open(slots, leaders, layer, dispatched, now)
+
+    def owed_by(self, owners: BoolArray) -> Int32Array:
+        """[n] slots of the tokens that wait for an answer of any of `owners` [D]."""
+        return np.flatnonzero(self._awaiting[:, owners].any(axis=1)).astype(np.int32)
+
+    def oldest_by_owner(self) -> npt.NDArray[np.float64]:
+        """[D] when the oldest of the tokens that wait for an owner's answer was dispatched; +inf: none waits."""
+        asked_at = np.where(self._awaiting, self.asked_at[:, None], np.inf)
+        return asked_at.min(axis=0)
+
+    def part_with(self, leaders: Int32Array, loose: int, leader_of: Int32Array) -> None:
+        """The groups of `leaders` [n] belong to the lane `loose` from now on; `leader_of` [S] of all slots."""
+        slots = np.flatnonzero(self._awaiting.any(axis=1) & np.isin(leader_of, leaders))
+        num_answers = self._awaiting[slots].sum(axis=1, dtype=np.int32)
+        self._count(self.lane[slots], -num_answers)
+        self.lane[leaders] = loose
+        self.lane[slots] = loose
+        self._count(self.lane[slots], num_answers)
 
     def loosen(self, lane: int, loose: int, leaders: Int32Array) -> BoolArray:
         """Tokens of a lane that are still away belong to the lane `loose` from now on; `leaders` [S] of all slots.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ class MicroQueues:
     """
 
     def __init__(self, num_layers: int, num_waves: int) -> None:
+        self.num_waves = num_waves
         self._num_layers = num_layers
         self._stages = num_stages(num_layers)
         num_blocks = num_waves * self._stages
@@ -79,6 +81,20 @@ class MicroQueues:
         self.oldest[target] = min(self.oldest[target], self.oldest[source])
         self.min_kappa[target] = min(self.min_kappa[target], self.min_kappa[source])
         self._forget(source)
+
+    def keep_only(self, index: int, keeps: Callable[[Columns], npt.NDArray[np.bool_]]) -> None:
+        """Drop tokens from a queue: `keeps` tells of the columns of a push which of its tokens stay. Its age and least
+        progress stay what they were: they may be those of tokens that are gone, until it is drained."""
+        kept = [tuple(column[mask] for column in push) for push in self._pushes[index] if (mask := keeps(push)).any()]
+        if not kept:
+            self._forget(index)
+            return
+        self._pushes[index] = kept
+        self.depth[index] = sum(len(push[0]) for push in kept)
+
+    def pushes(self, index: int) -> Sequence[Columns]:
+        """The columns of what waits for a block, push by push; not to be changed."""
+        return self._pushes[index]
 
     def _forget(self, index: int) -> None:
         self._pushes[index] = []

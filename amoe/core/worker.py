@@ -26,6 +26,7 @@ from amoe.core.expert_waves import ExpertWaves
 from amoe.core.experts import ExpertsCore
 from amoe.core.home_waves import HomeWaves
 from amoe.core.lockstep import ExpertsBarrier, HomeBarrier
+from amoe.core.members import NOBODY, Members, Roster
 from amoe.core.micro_queue import MicroQueues
 from amoe.core.replica_shares import ReplicaShares
 from amoe.core.steps import Outgoing, Step
@@ -65,6 +66,11 @@ class WorkerCore:
         num_kv_blocks, max_model_len: of its KV cache, if it is an attention worker.
         wave_controller: chooses the number of waves; None: as the configuration says.
         owners: [num_layers, num_experts, R] where experts and their replicas live; None: no replicas.
+        incarnation: which life of this worker it is.
+        incarnations: by rank, of the others that it finds when it comes late; None: it starts with the others.
+
+    Attributes:
+        members: who is there.
     """
 
     def __init__(
@@ -77,6 +83,8 @@ class WorkerCore:
         max_model_len: int,
         wave_controller: WaveController | None = None,
         owners: Int16Array | None = None,
+        incarnation: int = 0,
+        incarnations: Sequence[int] | None = None,
     ) -> None:
         scheduler, placement = config.scheduler, config.placement
         homes = placement.attention_ranks
@@ -86,6 +94,9 @@ class WorkerCore:
         self.queues = MicroQueues(shape.num_layers, scheduler.num_lanes)
         self._config = config
         self._shape = shape
+        self._is_late = incarnations is not None
+        at_start = [0 if other < placement.num_workers else NOBODY for other in range(placement.num_ranks)]
+        self.members = Members(rank, incarnation, at_start if incarnations is None else incarnations)
         self._num_stages = num_stages(shape.num_layers)
         self._policy = make_policy(scheduler, shape.num_layers)
         self._home_barrier: HomeBarrier | None = None
@@ -104,7 +115,7 @@ class WorkerCore:
             if owners is None:
                 owners = place_experts(shape.num_layers, shape.num_experts, len(placement.expert_ranks))
             self.attention = self._make_attention(num_kv_blocks, max_model_len, owners, wave_controller)
-        if rank in placement.expert_ranks:
+        if rank in placement.owner_ranks:
             self.experts = self._make_experts()
 
     def _make_attention(
@@ -112,17 +123,18 @@ class WorkerCore:
     ) -> AttentionCore:
         config, shape, rank = self._config, self._shape, self.rank
         scheduler, homes = config.scheduler, config.placement.attention_ranks
-        owner_ranks = config.placement.expert_ranks
+        owner_ranks = config.placement.owner_ranks
         batcher = Batcher(
             scheduler,
             config.cache,
             num_kv_blocks,
             max_model_len,
-            len(owner_ranks),
-            has_capacity=config.capacity.is_on,
+            len(owner_ranks) + 1,  # the last one is nobody
+            has_capacity=config.may_degrade,
         )
         if scheduler.schedule == "lockstep":
-            self._home_barrier = HomeBarrier(rank, homes, owner_ranks, shape.num_layers, scheduler.num_lanes)
+            in_march = config.placement.expert_ranks  # nobody joins it
+            self._home_barrier = HomeBarrier(rank, homes, in_march, shape.num_layers, scheduler.num_lanes)
         if self._gates is not None and wave_controller is not None:
             self._home_waves = HomeWaves(
                 rank,
@@ -133,8 +145,9 @@ class WorkerCore:
                 queues=self.queues,
                 gates=self._gates,
                 controller=wave_controller,
+                incarnation=self.members.incarnation,
             )
-        replicas = ReplicaShares(owners, rank, len(owner_ranks))
+        replicas = ReplicaShares(owners, rank, len(owner_ranks), self._present_owners())
         return AttentionCore(
             rank=rank,
             owner_ranks=owner_ranks,
@@ -145,11 +158,12 @@ class WorkerCore:
             barrier=self._home_barrier,
             waves=self._home_waves,
             capacity=self._make_capacity(replicas, batcher),
+            failure=config.failure,
         )
 
     def _make_capacity(self, replicas: ReplicaShares, batcher: Batcher) -> HomeCapacity | None:
-        config, owner_ranks = self._config, self._config.placement.expert_ranks
-        if not config.capacity.is_on:
+        config, owner_ranks = self._config, self._config.placement.owner_ranks
+        if not config.may_degrade:
             return None
         return HomeCapacity(
             config.capacity,
@@ -158,6 +172,7 @@ class WorkerCore:
             seed=config.seed,
             renormalise=self._shape.renormalises,
             local_owner=owner_ranks.index(self.rank) if self.rank in owner_ranks else None,
+            degrades=config.failure.on_expert_loss == "reroute",
         )
 
     def _make_experts(self) -> ExpertsCore:
@@ -165,7 +180,12 @@ class WorkerCore:
         if scheduler.schedule == "lockstep":
             self._experts_barrier = ExpertsBarrier(homes)
         if self._gates is not None:
-            self._expert_waves = ExpertWaves(homes, self._shape.num_layers, self.queues, self._gates)
+            self._expert_waves = ExpertWaves(
+                homes, self._shape.num_layers, self.queues, self._gates, is_late=self._is_late
+            )
+            for home, rank in enumerate(homes):
+                if not self.members.has(rank):
+                    self._expert_waves.on_home_changed(home, is_there=False)
         return ExpertsCore(
             rank=self.rank,
             home_ranks=homes,
@@ -175,6 +195,11 @@ class WorkerCore:
             waves=self._expert_waves,
             meter=self._meter,
         )
+
+    @property
+    def num_experts(self) -> int:
+        """Of each layer of the model."""
+        return self._shape.num_experts
 
     @property
     def num_waves(self) -> int:
@@ -190,11 +215,14 @@ class WorkerCore:
         """A batch has arrived.
 
         Returns:
-            [n]: the rows whose payload has to be kept, the others are late or duplicates. None of an ANNOUNCE.
+            [n]: the rows whose payload has to be kept, the others are late or duplicates. None of an ANNOUNCE, and of
+            a batch that another life of a worker has sent, or should have got.
 
         Raises:
             TransportError: the batch is none of this worker's business.
         """
+        if not self.members.admits(batch):
+            return None
         if batch.kind is BatchKind.RESULT and self.attention is not None:
             return self.attention.on_result(batch, now)
         if batch.kind is BatchKind.DISPATCH and self.experts is not None:
@@ -207,6 +235,25 @@ class WorkerCore:
                     side.on_announce(batch)
             return None
         raise TransportError(f"worker {self.rank} has no use for a {batch.kind.name} from worker {batch.src}")
+
+    def on_roster(self, roster: Roster, now: float) -> list[Outgoing]:
+        """Other workers serve from now on, or hold other experts.
+
+        Returns:
+            What this home has to send anew; the rows are token slots.
+        """
+        changed = self.members.update(roster.incarnations)
+        if self.experts is not None:
+            for rank in self._config.placement.attention_ranks:
+                if rank in changed:
+                    self.experts.on_home_changed(rank, is_there=self.members.has(rank))
+        if self.attention is None:
+            return []
+        is_changed = np.array([rank in changed for rank in self._config.placement.owner_ranks])
+        return self.attention.recovery.on_roster(roster.owners, self._present_owners(), is_changed, now)
+
+    def _present_owners(self) -> BoolArray:
+        return np.array([self.members.has(rank) for rank in self._config.placement.owner_ranks])
 
     def start(self, now: float) -> list[Outgoing]:
         """Let sequences start their next iteration. Returns announcements to send (waves and lockstep only)."""

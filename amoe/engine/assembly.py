@@ -9,16 +9,21 @@ from amoe.clock import Clock
 from amoe.config import EngineConfig
 from amoe.core.worker import WorkerCore
 from amoe.engine.devices import threads_per_worker
+from amoe.engine.emulated_device import Shape
 from amoe.engine.executor import AttentionBlocks, ExpertBlocks
+from amoe.engine.expert_loading import ExpertLoading
+from amoe.engine.expert_placement import expert_owners
 from amoe.engine.grammar_compiler import GrammarCompiler, GrammarVocabulary
 from amoe.engine.home import Home
-from amoe.engine.messages import ControlPort
+from amoe.engine.messages import ControlPort, Topology
 from amoe.engine.sampling_table import SamplingTable
 from amoe.engine.structured import Grammars
+from amoe.engine.topology import roster_of
 from amoe.engine.worker import Worker
 from amoe.engine.worker_stats import StatsKeeper
 from amoe.models.config import ModelConfig
 from amoe.transport.base import Transport
+from amoe.types import Int16Array
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,9 +35,31 @@ class Ports:
     clock: Clock
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejoin:
+    """What a worker is told that is started while others serve.
+
+    Attributes:
+        incarnation: which life of its rank it is.
+        topology: in force as it is started; it is not in it yet, but its experts are.
+    """
+
+    incarnation: int
+    topology: Topology
+
+
+def owners_at(config: EngineConfig, shape: Shape, rejoin: Rejoin | None) -> Int16Array:
+    """[num_layers, num_experts, R] where experts live as a worker starts: with the others, or later.
+
+    Raises:
+        ConfigError: see `expert_owners`.
+    """
+    return expert_owners(config, shape) if rejoin is None else roster_of(rejoin.topology, shape.num_experts).owners
+
+
 def role_of(config: EngineConfig, rank: int) -> str:
     """ "attention", "experts", or "colocated" for both."""
-    is_home, is_owner = rank in config.placement.attention_ranks, rank in config.placement.expert_ranks
+    is_home, is_owner = rank in config.placement.attention_ranks, rank in config.placement.owner_ranks
     return "colocated" if is_home and is_owner else "attention" if is_home else "experts"
 
 
@@ -45,6 +72,7 @@ def assemble(
     num_layers_experts: tuple[int, int],
     ports: Ports,
     modelled_s: Callable[[], float] = lambda: 0.0,
+    loading: ExpertLoading | None = None,
 ) -> Worker:
     """A worker around `core`.
 
@@ -52,6 +80,7 @@ def assemble(
         checkpoint: vocabulary and ends of sequence.
         attention, experts: what runs the blocks that the core holds.
         num_layers_experts: of the model that is served.
+        loading: changes which experts `experts` holds, where there are any.
     """
     home = None
     if core.attention is not None and attention is not None:
@@ -61,7 +90,7 @@ def assemble(
             SamplingTable(config.scheduler.max_num_seqs, checkpoint.vocab_size),
             ports.control,
             _grammars(config, checkpoint),
-            owner_of_rank={owner_rank: owner for owner, owner_rank in enumerate(config.placement.expert_ranks)},
+            owner_of_rank={owner_rank: owner for owner, owner_rank in enumerate(config.placement.owner_ranks)},
             eos_token_ids=checkpoint.eos_token_ids,
             seed=config.seed,
             clock=ports.clock,
@@ -76,6 +105,7 @@ def assemble(
         stats=StatsKeeper(
             core.rank, role_of(config, core.rank), *num_layers_experts, modelled_s, ridge_tokens=config.ridge_tokens
         ),
+        loading=loading,
     )
 
 

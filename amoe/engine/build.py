@@ -9,13 +9,13 @@ import torch
 from amoe.clock import Clock, MonotonicClock
 from amoe.config import EngineConfig
 from amoe.core.worker import ModelShape, WorkerCore
-from amoe.engine.assembly import Ports, assemble, role_of
+from amoe.engine.assembly import Ports, Rejoin, assemble, owners_at, role_of
 from amoe.engine.build_emulated import build_emulated_worker
 from amoe.engine.devices import resolve_device, threads_per_worker
 from amoe.engine.emulated_device import emulated_device
 from amoe.engine.executor import AttentionExecutor, ExpertsExecutor
 from amoe.engine.expert_loading import ExpertLoading
-from amoe.engine.expert_placement import expert_owners, placement_digest
+from amoe.engine.expert_placement import placement_digest
 from amoe.engine.memory import KVPlan, free_bytes, longest_sequence, plan_kv_cache
 from amoe.engine.messages import ControlPort, Loading, Ready
 from amoe.engine.worker import Worker
@@ -29,9 +29,17 @@ from amoe.types import Int16Array
 
 
 def build_worker(
-    config: EngineConfig, rank: int, transport: Transport, control: ControlPort, clock: Clock | None = None
+    config: EngineConfig,
+    rank: int,
+    transport: Transport,
+    control: ControlPort,
+    clock: Clock | None = None,
+    rejoin: Rejoin | None = None,
 ) -> Worker:
     """Make the worker `rank`, telling the server of the progress, and at last that it is ready.
+
+    Args:
+        rejoin: others serve already; None: it starts with them.
 
     Raises:
         ConfigError, CheckpointError: it cannot be made; the message is for the user.
@@ -40,12 +48,12 @@ def build_worker(
     model_config = load_model_config(config.model)
     emulated = emulated_device(config)
     if emulated is not None:
-        return build_emulated_worker(config, emulated, model_config, rank, ports)
+        return build_emulated_worker(config, emulated, model_config, rank, ports, rejoin)
     torch.set_num_threads(threads_per_worker(config))
     config.capacity.require_effect(model_config.top_k)
     longest_sequence(config, model_config)  # refuses in a second what would be refused once the weights are loaded
     device = resolve_device(config.device, rank)
-    owners = expert_owners(config, model_config)
+    owners = owners_at(config, model_config, rejoin)
     model = _load(config, model_config, owners, rank, device, lambda done, total: control.send(Loading(done, total)))
     plan, kv = KVPlan(0, 0), None
     if role_of(config, rank) != "experts":
@@ -60,9 +68,17 @@ def build_worker(
             model.dtype,
             device,
         )
-    worker = _wire(config, model_config, owners, rank, model, kv, plan, ports)
+    worker = _wire(config, model_config, owners, rank, model, kv, plan, ports, rejoin)
     digest = placement_digest(owners)
-    control.send(Ready(plan.max_model_len, plan.num_blocks, config.cache.block_size, model.parameter_bytes, digest))
+    ready = Ready(
+        plan.max_model_len,
+        plan.num_blocks,
+        config.cache.block_size,
+        model.parameter_bytes,
+        digest,
+        transport.address,
+    )
+    control.send(ready)
     return worker
 
 
@@ -76,8 +92,8 @@ def _load(
 ) -> Model:
     placement = config.placement
     experts: dict[int, tuple[int, ...]] = {}
-    if rank in placement.expert_ranks:
-        experts = experts_of(owners, placement.expert_ranks.index(rank), model_config.sparse_layers)
+    if rank in placement.owner_ranks:
+        experts = experts_of(owners, placement.owner_ranks.index(rank), model_config.sparse_layers)
     blocks = Blocks(attention=rank in placement.attention_ranks, experts=experts)
     dtype = resolve_dtype(config.dtype, model_config)
     return load_model(config.model, model_config, blocks, dtype=dtype, device=device, on_progress=on_progress)
@@ -97,17 +113,25 @@ def _wire(
     kv: KVCache | None,
     plan: KVPlan,
     ports: Ports,
+    rejoin: Rejoin | None,
 ) -> Worker:
     shape = ModelShape(model_config.sparse_layers, model_config.num_experts, model_config.norm_topk_prob)
     core = WorkerCore(
-        config, shape, rank, num_kv_blocks=plan.num_blocks, max_model_len=plan.max_model_len, owners=owners
+        config,
+        shape,
+        rank,
+        num_kv_blocks=plan.num_blocks,
+        max_model_len=plan.max_model_len,
+        owners=owners,
+        incarnation=0 if rejoin is None else rejoin.incarnation,
+        incarnations=None if rejoin is None else rejoin.topology.incarnations,
     )
     placement, slots = config.placement, config.scheduler.num_token_slots
     experts = loading = None
     if core.experts is not None:
         experts = ExpertsExecutor(model, len(placement.attention_ranks), slots, config.model)
         loading = ExpertLoading(
-            experts, core.experts, model_config.sparse_layers, model_config.num_experts, is_late=False
+            experts, core.experts, model_config.sparse_layers, model_config.num_experts, is_late=rejoin is not None
         )
     attention = None
     if core.attention is not None and kv is not None:
@@ -115,7 +139,7 @@ def _wire(
         if experts is not None:
             index = placement.attention_ranks.index(rank)
             local_slab = experts.slab[index * slots : (index + 1) * slots]
-        num_owners = len(placement.expert_ranks)
+        num_owners = len(placement.owner_ranks)
         attention = AttentionExecutor(
             model,
             kv,
@@ -123,7 +147,7 @@ def _wire(
             num_owners,
             model_config.sparse_layers,
             local_slab,
-            with_scores=config.capacity.is_on,
+            with_scores=config.may_degrade,
         )
     sizes = (model_config.num_layers, model_config.num_experts)
     return assemble(config, model_config, core, attention, experts, sizes, ports, loading=loading)

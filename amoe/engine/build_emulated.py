@@ -7,7 +7,7 @@ import torch
 
 from amoe.config import EngineConfig
 from amoe.core.worker import ModelShape, WorkerCore
-from amoe.engine.assembly import Ports, assemble
+from amoe.engine.assembly import Ports, Rejoin, assemble, owners_at
 from amoe.engine.emulated import (
     EmulatedAttention,
     EmulatedExperts,
@@ -18,7 +18,7 @@ from amoe.engine.emulated import (
 )
 from amoe.engine.emulated_device import EmulatedDevice, emulated_length, plan_emulated_kv
 from amoe.engine.expert_loading import ExpertLoading
-from amoe.engine.expert_placement import expert_owners, placement_digest
+from amoe.engine.expert_placement import placement_digest
 from amoe.engine.memory import KVPlan
 from amoe.engine.messages import Ready
 from amoe.engine.worker import Worker
@@ -29,7 +29,12 @@ from amoe.types import Int16Array
 
 
 def build_emulated_worker(
-    config: EngineConfig, device: EmulatedDevice, checkpoint: ModelConfig, rank: int, ports: Ports
+    config: EngineConfig,
+    device: EmulatedDevice,
+    checkpoint: ModelConfig,
+    rank: int,
+    ports: Ports,
+    rejoin: Rejoin | None = None,
 ) -> Worker:
     """Make the worker `rank`, and tell the server that it is ready.
 
@@ -40,21 +45,28 @@ def build_emulated_worker(
     sleep_precisely()
     sizes, placement = device.sizes(checkpoint), config.placement
     config.capacity.require_effect(sizes.top_k)
-    owners = expert_owners(config, sizes)
+    owners = owners_at(config, sizes, rejoin)
     weight_bytes = _weight_bytes(config, sizes, owners, rank)
     plan = KVPlan(0, 0)
     if rank in placement.attention_ranks:
         plan = plan_emulated_kv(config, device, sizes, emulated_length(config, checkpoint), weight_bytes)
     shape = ModelShape(sizes.sparse_layers, sizes.num_experts)
     core = WorkerCore(
-        config, shape, rank, num_kv_blocks=plan.num_blocks, max_model_len=plan.max_model_len, owners=owners
+        config,
+        shape,
+        rank,
+        num_kv_blocks=plan.num_blocks,
+        max_model_len=plan.max_model_len,
+        owners=owners,
+        incarnation=0 if rejoin is None else rejoin.incarnation,
+        incarnations=None if rejoin is None else rejoin.topology.incarnations,
     )
     costs, waiter = device.costs(sizes, rank), Waiter()
     attention = experts = loading = None
     if core.attention is not None:
         rng = np.random.default_rng((device.seed, rank))
         vocabulary = valid_vocabulary(checkpoint.vocab_size, checkpoint.eos_token_ids)
-        router = RouterPool(device.routing(sizes), rng, with_scores=config.capacity.is_on)
+        router = RouterPool(device.routing(sizes), rng, with_scores=config.may_degrade)
         attention = EmulatedAttention(
             sizes, costs, device.context(sizes), router, core.attention.batcher, vocabulary, rng, waiter
         )
@@ -62,7 +74,9 @@ def build_emulated_worker(
         num_slots = len(placement.attention_ranks) * config.scheduler.num_token_slots
         held = _held(config, sizes, owners, rank)
         experts = EmulatedExperts(sizes, costs, num_slots, waiter, held, weight_bytes - _expert_bytes(sizes, held))
-        loading = ExpertLoading(experts, core.experts, sizes.sparse_layers, sizes.num_experts, is_late=False)
+        loading = ExpertLoading(
+            experts, core.experts, sizes.sparse_layers, sizes.num_experts, is_late=rejoin is not None
+        )
     worker = assemble(
         config,
         checkpoint,
@@ -75,7 +89,15 @@ def build_emulated_worker(
         loading,
     )
     digest = placement_digest(owners)
-    ports.control.send(Ready(plan.max_model_len, plan.num_blocks, config.cache.block_size, int(weight_bytes), digest))
+    ready = Ready(
+        plan.max_model_len,
+        plan.num_blocks,
+        config.cache.block_size,
+        int(weight_bytes),
+        digest,
+        ports.transport.address,
+    )
+    ports.control.send(ready)
     return worker
 
 

@@ -140,6 +140,11 @@ class EmulatedAttention:
         self._rows = _empty_rows(batcher.slots.num_slots, sizes.hidden_size)
         self._weights = np.full((batcher.slots.num_slots, sizes.top_k), 1.0 / sizes.top_k, np.float32)
 
+    @property
+    def moe_inputs(self) -> torch.Tensor:
+        """See `AttentionBlocks`. The rows say nothing."""
+        return self._rows
+
     def attention(self, step: AttentionStep) -> Routed | None:
         """See `AttentionBlocks`."""
         self.waiter.start()
@@ -214,13 +219,46 @@ def _attach_zeros(sampled: SampledTokens, num_top: int) -> None:
 
 
 class EmulatedExperts:
-    """`ExpertBlocks` of one worker."""
+    """`ExpertBlocks` of one worker, and an `ExpertStore` that keeps books of weights that it does not have.
 
-    def __init__(self, sizes: ModelSizes, costs: BlockCosts, num_slots: int, waiter: Waiter) -> None:
+    Args:
+        held: {layer: ascending ids} of the experts at this worker.
+        other_bytes: of the weights at this worker that are no experts'.
+    """
+
+    def __init__(
+        self,
+        sizes: ModelSizes,
+        costs: BlockCosts,
+        num_slots: int,
+        waiter: Waiter,
+        held: Mapping[int, tuple[int, ...]],
+        other_bytes: float = 0.0,
+    ) -> None:
         self._num_experts = sizes.num_experts
         self._costs = costs
         self.waiter = waiter
         self._rows = _empty_rows(num_slots, sizes.hidden_size)
+        self._held = dict(held)
+        self._other_bytes = other_bytes
+        self._expert_bytes = sizes.expert_bytes
+
+    @property
+    def parameter_bytes(self) -> int:
+        """See `ExpertStore`."""
+        return int(self._other_bytes + sum(len(ids) for ids in self._held.values()) * self._expert_bytes)
+
+    def held(self) -> Mapping[int, tuple[int, ...]]:
+        """See `ExpertStore`."""
+        return self._held
+
+    def prepare(self, layer: int, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """See `ExpertStore`. Takes no time: no profile says how fast a device's weights come."""
+        return ids
+
+    def install(self, layer: int, prepared: tuple[int, ...]) -> None:
+        """See `ExpertStore`."""
+        self._held[layer] = prepared
 
     def experts(self, step: ExpertsStep) -> torch.Tensor:
         """See `ExpertBlocks`."""

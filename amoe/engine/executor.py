@@ -19,7 +19,8 @@ from amoe.engine.sampling_table import SamplingTable
 from amoe.engine.token_masks import MaskArray
 from amoe.kernels.attention import AttentionBatch, ChunkSpan, KVCache
 from amoe.kernels.permute import plan_pairs
-from amoe.models.model import Model
+from amoe.models.loader import load_experts
+from amoe.models.model import ExpertWeights, Model
 from amoe.types import Batch, BoolArray, Float32Array, Int32Array, Int64Array
 
 IntArray = npt.NDArray[np.int32] | npt.NDArray[np.int64]
@@ -42,6 +43,11 @@ class Routed(NamedTuple):
 
 class AttentionBlocks(Protocol):
     """Attention blocks and head of one home."""
+
+    @property
+    def moe_inputs(self) -> torch.Tensor:
+        """[S, H] MoE input of the tokens that have been dispatched, by slot: kept until their answers are in."""
+        ...
 
     def attention(self, step: AttentionStep) -> Routed | None:
         """Run attention(layer). None at a dense layer."""
@@ -109,7 +115,7 @@ class AttentionExecutor:
         kv: its KV cache.
         num_owners: D.
         moe_inputs: [S, H] this home's part of the slab, if the worker holds experts too: local experts read a token's
-            MoE input where attention has written it.
+            MoE input where attention has written it. None: it keeps them elsewhere, to send them again.
         with_scores: fetch the router's scores of all experts, for capacity.
     """
 
@@ -129,8 +135,10 @@ class AttentionExecutor:
         self._kv = kv
         self._batcher = batcher
         self._sparse = tuple(sparse_layers)
-        self._moe_inputs = moe_inputs
         shape = (batcher.slots.num_slots, model.config.hidden_size)
+        if moe_inputs is None:
+            moe_inputs = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.moe_inputs = moe_inputs
         self._residual = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self._partials = torch.zeros((num_owners, *shape), dtype=model.dtype, device=model.device)
 
@@ -144,8 +152,7 @@ class AttentionExecutor:
         self._residual.index_copy_(0, slots, out.residual)
         if out.topk_ids is None or out.topk_weights is None or out.moe_input is None:
             return None
-        if self._moe_inputs is not None:
-            self._moe_inputs.index_copy_(0, slots, out.moe_input)
+        self.moe_inputs.index_copy_(0, slots, out.moe_input)
         scores = out.scores.cpu().numpy() if self._with_scores and out.scores is not None else None
         return Routed(out.topk_ids.cpu().numpy(), out.topk_weights.cpu().numpy(), out.moe_input, scores)
 
@@ -224,14 +231,47 @@ class AttentionExecutor:
 
 
 class ExpertsExecutor:
-    """`ExpertBlocks` on tensors, over the slab [num_homes * S, H] of MoE inputs that have been dispatched to it."""
+    """`ExpertBlocks` on tensors, over the slab [num_homes * S, H] of MoE inputs that have been dispatched to it; and an
+    `ExpertStore`.
 
-    def __init__(self, model: Model, num_homes: int, slots_per_home: int) -> None:
+    Args:
+        path: of the checkpoint that the experts come from.
+    """
+
+    def __init__(self, model: Model, num_homes: int, slots_per_home: int, path: str) -> None:
         self._model = model
-        self._local_index = {layer: model.local_index(layer) for layer in model.weights.experts}
+        self._path = path
+        self._local_index = {layer: model.local_index(layer) for layer in range(model.config.num_layers)}
         self.slab = torch.zeros(
             (num_homes * slots_per_home, model.config.hidden_size), dtype=model.dtype, device=model.device
         )
+
+    @property
+    def parameter_bytes(self) -> int:
+        """See `ExpertStore`."""
+        return self._model.parameter_bytes
+
+    def held(self) -> dict[int, tuple[int, ...]]:
+        """See `ExpertStore`."""
+        return {layer: experts.ids for layer, experts in self._model.weights.experts.items()}
+
+    def prepare(self, layer: int, ids: tuple[int, ...]) -> ExpertWeights:
+        """See `ExpertStore`."""
+        model = self._model
+        return load_experts(
+            self._path,
+            model.config,
+            layer,
+            ids,
+            dtype=model.dtype,
+            device=model.device,
+            held=model.weights.experts.get(layer),
+        )
+
+    def install(self, layer: int, prepared: ExpertWeights) -> None:
+        """See `ExpertStore`."""
+        self._model.set_experts(layer, prepared)
+        self._local_index[layer] = self._model.local_index(layer)
 
     def keep(self, batch: Batch, slab_rows: Int32Array, kept: BoolArray) -> None:
         """See `ExpertBlocks`."""

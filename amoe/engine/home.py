@@ -114,6 +114,7 @@ class Home:
         self._owner_of_rank = owner_of_rank
         self._eos_token_ids = eos_token_ids
         self._seed = seed
+        self._topology_version = 0
 
     # ---- requests
 
@@ -184,13 +185,21 @@ class Home:
         return was_compiling or self.core.batcher.abort(request_id) is not None
 
     def steer(self, message: Steer) -> None:
-        """Tokens choose among the replicas of their experts by other shares.
-
-        Raises:
-            ValueError: the server has placed the experts otherwise.
-        """
+        """Tokens choose among the replicas of their experts by other shares. Nothing happens if the shares belong to
+        another table than the one in force: the server will plan anew."""
+        if message.version != self._topology_version:
+            return
         shares = np.frombuffer(message.shares, "<f4")
         self.core.set_shares(shares.reshape(self.core.replica_shape))
+
+    def on_topology(self, version: int) -> None:
+        """Another topology is in force at the core."""
+        self._topology_version = version
+
+    @property
+    def moe_inputs(self) -> torch.Tensor:
+        """[S, H] by slot, of the tokens that may have to be sent again."""
+        return self._executor.moe_inputs
 
     # ---- tokens
 

@@ -13,8 +13,20 @@ from amoe.core.worker import WorkerCore
 from amoe.engine.executor import ExpertBlocks
 from amoe.engine.expert_loading import ExpertLoading
 from amoe.engine.home import Home
-from amoe.engine.messages import AbortRequests, AddRequest, ControlPort, Heartbeat, HoldExperts, Steer, Stop
+from amoe.engine.messages import (
+    AbortRequests,
+    AddRequest,
+    Applied,
+    ControlPort,
+    Heartbeat,
+    HoldExperts,
+    Steer,
+    Stop,
+    Topology,
+    Unanswered,
+)
 from amoe.engine.pulse import PulseThread, StepTimes, Turn
+from amoe.engine.topology import peers_of, roster_of
 from amoe.engine.worker_stats import StatsKeeper
 from amoe.transport.base import Transport
 from amoe.types import Batch, BatchKind, Int32Array
@@ -129,6 +141,7 @@ class Worker:
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + HEARTBEAT_S
             self._control.send(Heartbeat(self.stats.snapshot(self.core, self._home, now)))
+            self._look_after_answers(now)
         return step is not None or bool(batches)
 
     def _receive(self, batch: Batch, now: float) -> None:
@@ -156,6 +169,9 @@ class Worker:
     def _send(self, outgoing: Sequence[Outgoing], payload: torch.Tensor | None) -> None:
         for item in outgoing:
             batch, rows = item.batch, item.rows
+            if not self.core.members.has(batch.dst):
+                continue  # markers for those who are not there yet, or answers to those who are there no more
+            self.core.members.stamp(batch)
             # A dispatch to this very worker needs no payload: attention has left it in the slab.
             local_dispatch = batch.kind is BatchKind.DISPATCH and batch.dst == batch.src
             if payload is not None and rows is not None and batch.count and not local_dispatch:
@@ -163,12 +179,33 @@ class Worker:
             self.stats.sent(batch)
             self._transport.send(batch)
 
+    def _look_after_answers(self, now: float) -> None:
+        """Ask again for answers that have been owed for long, and tell the server whose."""
+        attention, home = self.core.attention, self._home
+        if attention is None or home is None:
+            return
+        for rank, seconds in attention.recovery.unanswered(now):
+            self._control.send(Unanswered(rank, seconds))
+        self._send(attention.recovery.retry(now), home.moe_inputs)
+
+    def _on_topology(self, message: Topology) -> None:
+        """Other workers serve from now on: what was sent to those who are gone goes elsewhere."""
+        self._transport.update(peers_of(message))
+        outgoing = self.core.on_roster(roster_of(message, self.core.num_experts), self._clock.now())
+        if self._home is not None:
+            self._home.on_topology(message.version)
+            self._send(outgoing, self._home.moe_inputs)
+        self._control.send(Applied(message.version))
+
     def _handle_messages(self) -> None:
         if self._home is not None:
             self._home.poll()
         for message in self._control.receive():
             if isinstance(message, Stop):
                 self._stopped = True
+                continue
+            if isinstance(message, Topology):
+                self._on_topology(message)
                 continue
             if isinstance(message, HoldExperts):
                 assert self._loading is not None, "only workers that may hold experts are told to"

@@ -175,7 +175,7 @@ class Home:
         self.core = FakeCore(**core)
         self.gates = make_gates(num_waves, max_waves + 1)
         self.queues = MicroQueues(LAYERS, max_waves + 1)
-        self.join = Join(100, len(OWNERS), max_waves + 1)
+        self.join = Join(100, len(OWNERS) + 1, max_waves + 1)  # and nobody
         self.controller = FixedWaves(num_waves)
         self.waves = HomeWaves(
             rank,
@@ -199,7 +199,7 @@ class Home:
         return told[::4]
 
     def go(self, slot, owners, layer=0, wave=0, now=0.0):
-        slots, dispatched = np.array([slot], np.int32), np.isin(OWNERS, owners)[None]
+        slots, dispatched = np.array([slot], np.int32), np.isin((*OWNERS, -1), owners)[None]
         self.join.lane[slot] = wave
         self.waves.leaving(slots, slots, dispatched)
         self.join.open(slots, slots, layer, dispatched, now)

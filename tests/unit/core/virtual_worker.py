@@ -68,11 +68,11 @@ class VirtualWorker:
         self.num_pairs = scenario.capacity.pairs_per_token(spec.top_k, spec.num_experts)
         self.max_tokens = {request.request_id: request.max_tokens for request in scenario.requests}
         self.unchecked = {r.request_id for r in scenario.requests if not r.exact and scenario.capacity.is_on}
-        self.owner_of_rank = {owner: index for index, owner in enumerate(placement.expert_ranks)}
+        self.owner_of_rank = {owner: index for index, owner in enumerate(placement.owner_ranks)}
         self.block_size = scenario.cache.block_size
         self.keys = np.zeros((spec.num_layers, blocks * self.block_size), np.uint64)
         self.residual = np.zeros(slots, np.uint64)
-        self.partials = np.zeros((len(placement.expert_ranks), slots), np.uint64)
+        self.partials = np.zeros((len(placement.owner_ranks) + 1, slots), np.uint64)
         self.slab = np.zeros(len(placement.attention_ranks) * slots, np.uint64)
         self.streamed: dict[int, list[int]] = {}
         self.scored: dict[int, list[int]] = {}  # positions of the prompt that the head has seen, by request
