@@ -1,0 +1,341 @@
+"""Moves experts between workers that serve: first the weights are there, then the traffic goes there, then the old
+weights go.
+
+A transition loads what is new beside what is old, waits until everybody holds it, puts the new table on the board,
+waits until every home routes by it, and then lets go of what is old. So a token finds its expert whichever table its
+home goes by. A worker that dies in the middle leaves the board, which ends every wait for it; then the transition is
+planned again from what is true by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from amoe.cluster.topology import NOBODY, TopologyBoard
+from amoe.config import EngineConfig
+from amoe.engine.emulated_device import Shape
+from amoe.engine.messages import HoldExperts, Holding, Topology
+from amoe.engine.planning import considerate
+from amoe.errors import ConfigError
+from amoe.policy import rebalance as policy
+from amoe.types import BoolArray, Int16Array
+
+logger = logging.getLogger(__name__)
+
+Float64Array = npt.NDArray[np.float64]
+Plan = Callable[[Float64Array, Int16Array, BoolArray], Int16Array]  # load, table in force, who is present [D] -> table
+
+PATIENCE_S = 30.0  # so long a worker that ought to be there is waited for, before it is planned without it
+MAX_ATTEMPTS = 5  # of one transition: it is planned again when a worker dies in the middle
+MIN_GAIN = 0.1  # of the busiest workers' load, that a rebalance has to promise to be worth it, if nobody has asked
+
+
+@dataclass(slots=True)
+class _Asked:
+    """An order that has not been carried out yet."""
+
+    order: int
+    incarnation: int
+    answer: asyncio.Future[Holding | None]  # None: the worker is gone
+
+
+class PlacementManager:
+    """Who holds which experts, in one cluster. One transition at a time; the next one waits.
+
+    Args:
+        board: what is true; every change of the table goes through it.
+        shape: of the model.
+        send: takes an order to the worker of a rank; one that is gone must not make it raise.
+        measured_load: [L, E] pairs that have been computed lately; None: nobody knows.
+        title: of the worker of a rank, for people.
+
+    Attributes:
+        action: what is going on, for a person; "" if nothing.
+        num_moved: copies of experts that transitions have loaded somewhere, cumulative.
+    """
+
+    def __init__(
+        self,
+        board: TopologyBoard,
+        shape: Shape,
+        config: EngineConfig,
+        *,
+        send: Callable[[int, HoldExperts], None],
+        measured_load: Callable[[], Float64Array | None],
+        title: Callable[[int], str] = lambda rank: f"worker {rank}",
+    ) -> None:
+        self.action = ""
+        self.num_moved = 0
+        self._board = board
+        self._sparse = shape.sparse_layers
+        self._ranks = config.placement.owner_ranks
+        self._redundant = config.placement.redundant_experts
+        self._interval_s = config.steering.rebalance_interval_s
+        self._send = send
+        self._measured_load = measured_load
+        self._title = title
+        # [D] who ought to hold experts. Who ought to, and is not there, is expected back.
+        self._members: BoolArray = np.array([rank in config.placement.expert_ranks for rank in self._ranks])
+        self._known = [board.incarnations[rank] for rank in self._ranks]
+        self._asked: dict[int, _Asked] = {}
+        self._num_orders = 0
+        self._loose: set[int] = set()  # ranks that may hold more than the table gives them
+        self._lock = asyncio.Lock()
+        self._changed = asyncio.Event()
+        board.observers.append(self._on_topology)
+
+    # -- what is true ------------------------------------------------------------------------------------------------
+
+    @property
+    def missing(self) -> int:
+        """(layer, expert) pairs that nobody holds at the moment."""
+        return policy.missing(self._board.owners, self._present, self._sparse)
+
+    @property
+    def num_replicas(self) -> int:
+        """Copies beyond one of each expert."""
+        return policy.num_replicas(self._board.owners, self._sparse)
+
+    @property
+    def _present(self) -> BoolArray:
+        """[D] who serves."""
+        return np.array([self._board.incarnations[rank] != NOBODY for rank in self._ranks])
+
+    def on_holding(self, rank: int, message: Holding) -> None:
+        """A worker has carried out an order, or says why it cannot."""
+        asked = self._asked.get(rank)
+        if asked is not None and asked.order == message.order:
+            del self._asked[rank]
+            if not asked.answer.done():
+                asked.answer.set_result(message)
+
+    def _on_topology(self, topology: Topology) -> None:
+        """Ends the waits for who is gone. Who comes anew may have been started by an older table: it is told."""
+        for owner, rank in enumerate(self._ranks):
+            incarnation = topology.incarnations[rank]
+            if incarnation == self._known[owner]:
+                continue
+            self._known[owner] = incarnation
+            if (asked := self._asked.pop(rank, None)) is not None and not asked.answer.done():
+                asked.answer.set_result(None)
+            self._loose.discard(rank)
+            if incarnation > 0:
+                self._ask(rank, self._board.owners)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    # -- actions -----------------------------------------------------------------------------------------------------
+
+    async def take_in(self, rank: int) -> None:
+        """A fresh worker gets its share of the experts. It is on the board, or will be soon.
+
+        Raises:
+            ConfigError: it does not come, or cannot hold them; it gets nothing then.
+        """
+        newcomer = np.array([owner_rank == rank for owner_rank in self._ranks])
+        async with self._lock:
+            before = self._members
+            self._members = before | newcomer
+            try:
+                await self._carry_out(functools.partial(self._spread, newcomers=newcomer))
+            except BaseException:
+                self._members = before
+                raise
+
+    async def empty(self, rank: int) -> None:
+        """The experts of a worker, which may be gone, go to the others. Returns when no home routes to it any more.
+
+        Raises:
+            ConfigError: the others cannot hold them; it keeps them then.
+        """
+        leaving = np.array([owner_rank == rank for owner_rank in self._ranks])
+        async with self._lock:
+            before = self._members
+            if not (before & ~leaving).any():
+                raise ConfigError(f"{self._title(rank)} is the last one that holds experts: it cannot be removed")
+            self._members = before & ~leaving
+            try:
+                await self._carry_out(functools.partial(self._spread, newcomers=np.zeros_like(leaving)))
+            except BaseException:
+                self._members = before
+                raise
+
+    async def replicate(self, layer: int, expert: int, count: int) -> None:
+        """Let `count` workers hold one expert.
+
+        Raises:
+            ConfigError: there is no such expert, there are not so many workers, or one cannot hold it.
+        """
+        if 0 <= layer < len(self._sparse) and not self._sparse[layer]:
+            raise ConfigError(f"layer {layer} has no experts: it is a dense one")
+        async with self._lock:
+            await self._carry_out(functools.partial(policy.replicate, layer=layer, expert=expert, count=count))
+
+    async def rebalance(self) -> None:
+        """Place all experts, and as many replicas as there are, by the load that has been measured lately.
+
+        Raises:
+            ConfigError: none has been measured yet, or a worker cannot hold what it should.
+        """
+        if self._measured_load() is None:
+            raise ConfigError("no load has been measured yet: rebalance once requests have been served")
+        async with self._lock:
+            await self._carry_out(self._rebalanced)
+
+    async def move_to(self, owners: Int16Array) -> None:
+        """Let this table be in force.
+
+        Raises:
+            ConfigError: it names somebody who is not there, or who cannot hold what it should.
+        """
+
+        def plan(load: Float64Array, before: Int16Array, present: BoolArray) -> Int16Array:
+            absent = policy.copies_at(owners, len(present)).any(axis=(0, 1)) & ~present
+            if absent.any():
+                raise ConfigError(f"{self._title(self._ranks[int(absent.argmax())])} is not there to hold experts")
+            return owners
+
+        async with self._lock:
+            await self._carry_out(plan)
+
+    async def run(self) -> None:
+        """Until cancelled: give experts to whoever has lost all while it was away, and rebalance every now and then."""
+        while True:
+            changed = asyncio.ensure_future(self._changed.wait())
+            done, _ = await asyncio.wait({changed}, timeout=self._interval_s or None)
+            changed.cancel()
+            try:
+                if done:
+                    await self._employ_idle()
+                else:
+                    await self._rebalance_if_worth_it()
+            except ConfigError as error:
+                logger.warning("experts stay where they are: %s", error)
+
+    # -- plans -------------------------------------------------------------------------------------------------------
+
+    def _load(self) -> Float64Array:
+        """Measured, or nothing known."""
+        measured = self._measured_load()
+        shape = self._board.owners.shape[:2]
+        return measured if measured is not None and measured.shape == shape else np.zeros(shape)
+
+    def _spread(
+        self, load: Float64Array, owners: Int16Array, present: BoolArray, *, newcomers: BoolArray
+    ) -> Int16Array:
+        absent = newcomers & ~present
+        if absent.any():
+            raise ConfigError(
+                f"{self._title(self._ranks[int(absent.argmax())])} does not come up: see the server's log"
+            )
+        return policy.spread_to(load, owners, present, policy.room_for(owners, present, self._redundant), newcomers)
+
+    def _rebalanced(self, load: Float64Array, owners: Int16Array, present: BoolArray) -> Int16Array:
+        return policy.rebalance(load, owners, present, policy.room_for(owners, present, self._redundant))
+
+    async def _rebalance_if_worth_it(self) -> None:
+        load, present = self._measured_load(), self._present
+        if load is None or self._lock.locked() or not present[self._members].all():
+            return
+        planned = await self._plan(self._rebalanced, present & self._members)
+        before, after = (policy.hottest(load, owners, present) for owners in (self._board.owners, planned))
+        if after <= (1 - MIN_GAIN) * before:
+            logger.info("moving experts: the busiest workers' load, %.2f of an even share, becomes %.2f", before, after)
+            await self.rebalance()
+
+    async def _employ_idle(self) -> None:
+        """Who was away for so long that the others took all its experts holds nothing when it is back."""
+        holds = policy.copies_at(self._board.owners, len(self._ranks)).any(axis=(0, 1))
+        for owner in np.flatnonzero(self._members & self._present & ~holds).tolist():
+            if not self._lock.locked():
+                await self.take_in(self._ranks[owner])
+
+    async def _plan(self, plan: Plan, present: BoolArray) -> Int16Array:
+        return await asyncio.to_thread(considerate, plan, self._load(), self._board.owners, present)
+
+    # -- transitions -------------------------------------------------------------------------------------------------
+
+    async def _carry_out(self, plan: Plan) -> None:
+        """Plan and move; again, if a worker dies in the middle."""
+        try:
+            for _ in range(MAX_ATTEMPTS):
+                if await self._move(await self._plan(plan, await self._who_is_there())):
+                    return
+                logger.warning("a worker has gone while experts were moved: planning again")
+            raise ConfigError("experts could not be moved: workers die again and again, see the server's log")
+        finally:
+            self.action = ""
+            self._tidy_up()
+
+    async def _who_is_there(self) -> BoolArray:
+        """[D] members that serve; those that do not are waited for, but not for ever."""
+
+        async def wait() -> None:
+            while not self._present[self._members].all():
+                self.action = "waiting for a worker that is being started"
+                await self._changed.wait()
+
+        try:
+            await asyncio.wait_for(wait(), PATIENCE_S)
+        except TimeoutError:
+            absent = np.flatnonzero(self._members & ~self._present).tolist()
+            names = ", ".join(self._title(self._ranks[owner]) for owner in absent)
+            logger.warning("experts are moved without %s", names)
+        there = self._present & self._members
+        if not there.any():
+            raise ConfigError("no worker is there to hold experts")
+        return there
+
+    async def _move(self, target: Int16Array) -> bool:
+        """Let `target` be in force. False: a worker has gone that it needs."""
+        gained = policy.moves(self._board.owners, target, len(self._ranks), self._sparse)
+        counts = gained.sum(axis=(0, 1))
+        lost = policy.moves(target, self._board.owners, len(self._ranks), self._sparse).any(axis=(0, 1))
+        both = policy.union(self._board.owners, target)
+        asked = {owner: self._ask(self._ranks[owner], both) for owner in np.flatnonzero(counts).tolist()}
+        self._loose.update(self._ranks[owner] for owner in asked)
+        num_done = 0
+        for owner, order in asked.items():
+            self.action = f"moving {num_done} of {int(counts.sum())} experts"
+            answer = await order.answer
+            if answer is not None and answer.complaint:
+                raise ConfigError(f"{self._title(self._ranks[owner])} cannot hold its experts: {answer.complaint}")
+            num_done += int(counts[owner])
+        if any(self._board.incarnations[self._ranks[owner]] != order.incarnation for owner, order in asked.items()):
+            return False
+        self._loose.update(self._ranks[owner] for owner in np.flatnonzero(lost & self._present).tolist())
+        if not np.array_equal(target, self._board.owners):
+            self.action = f"sending tokens to {int(counts.sum())} experts that have moved"
+            self._board.place(target)
+            await self._board.wait_applied(self._board.version)
+            self.num_moved += int(counts.sum())
+        return True
+
+    def _tidy_up(self) -> None:
+        """Who holds more than the table in force gives forgets it; who is about to be stopped need not."""
+        for owner, rank in enumerate(self._ranks):
+            if rank in self._loose and self._members[owner]:
+                self._ask(rank, self._board.owners)
+        self._loose.clear()
+
+    def _ask(self, rank: int, owners: Int16Array) -> _Asked:
+        """Order what a table gives to a worker."""
+        self._num_orders += 1
+        answer = asyncio.get_running_loop().create_future()
+        asked = _Asked(self._num_orders, self._board.incarnations[rank], answer)
+        if (former := self._asked.get(rank)) is not None and not former.answer.done():
+            former.answer.cancel()
+        self._asked[rank] = asked
+        experts = policy.orders_for(owners, self._ranks.index(rank), self._sparse)
+        if asked.incarnation == NOBODY:
+            answer.set_result(None)
+        else:
+            self._send(rank, HoldExperts(asked.order, experts))
+        return asked
