@@ -10,9 +10,11 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
+from amoe.clock import Clock
 from amoe.config import EngineConfig
 from amoe.engine.build import build_worker
 from amoe.engine.emulated_device import served_shape
@@ -71,8 +73,22 @@ class Finished:
     times: list[SequenceTimes] = field(default_factory=list)
 
 
+class Endpoints(Protocol):
+    """What connects the workers."""
+
+    def endpoint(self, rank: int) -> Transport:
+        """The transport of one worker."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
 class InprocCluster:
-    """Workers of `config`, driven by `run`. `wrap` may put a fault-injecting double around each transport.
+    """Workers of `config`, driven by `run`. `wrap` may put a fault-injecting double around each transport; `fabric` may
+    take the place of the one that copies batches from worker to worker, and `make_clock` of clocks that move by a step
+    whenever they are read.
 
     Where experts have replicas, every few turns another home is told to choose them by other shares.
     """
@@ -83,14 +99,16 @@ class InprocCluster:
         *,
         seed: int = 0,
         wrap: Callable[[Transport], Transport] = lambda transport: transport,
+        fabric: Endpoints | None = None,
+        make_clock: Callable[[], Clock] | None = None,
     ) -> None:
         num = config.placement.num_workers
         self.config = config
         self._owners = expert_owners(config, served_shape(config))
-        self.fabric = InprocFabric(num)
+        self.fabric: Endpoints = fabric or InprocFabric(num)
         self.controls = [FakeControl() for _ in range(num)]
         self.workers = [
-            build_worker(config, rank, wrap(self.fabric.endpoint(rank)), self.controls[rank], _Clock())
+            build_worker(config, rank, wrap(self.fabric.endpoint(rank)), self.controls[rank], (make_clock or _Clock)())
             for rank in range(num)
         ]
         self.ready = [next(m for m in control.outbox if isinstance(m, Ready)) for control in self.controls]
@@ -142,8 +160,12 @@ class InprocCluster:
     def run(self, max_turns: int = 200_000) -> None:
         """Until every request has ended."""
         while any(request.finish_reason is None for request in self.requests.values()):
-            self.turn()
+            if not self.turn():
+                self.rest()
             assert self.num_turns < max_turns, "the cluster makes no progress"
+
+    def rest(self) -> None:
+        """Nobody has had anything to do. Nothing can come but from here."""
 
     def settle(self) -> None:
         """Until nothing moves any more."""
