@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from amoe import __version__
 from amoe.errors import AmoeError, CheckpointError, ConfigError, RequestError
 from amoe.server import cli as server_cli
+from amoe.server import scale_cli
 from amoe.server.parser import Parser
 
 EXIT_USAGE = 2
@@ -23,6 +24,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"amoe {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     server_cli.add_parser(subparsers)
+    scale_cli.add_parser(subparsers)
     if command == "bench":
         from amoe.bench import cli as bench_cli  # loads the engine, torch and all, which takes seconds
 

@@ -99,7 +99,7 @@ async def http(server: Harness, cluster: FakeCluster) -> AsyncIterator[httpx.Asy
 
 async def ended(http: httpx.AsyncClient) -> dict[str, Any]:
     """The cluster, once its first action has come to its end."""
-    while (body := (await http.get("/admin/cluster")).json())["actions"][0]["state"] == "running":
+    while (body := (await http.get("/admin/cluster")).json())["actions"][0]["state"] == "running":  # noqa: ASYNC110
         await asyncio.sleep(0)
     return body
 

@@ -1,0 +1,201 @@
+"""Carries out what `amoe scale` was asked for, and shows how it goes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import setproctitle
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from amoe.errors import AmoeError, ConfigError
+from amoe.server.scale_cli import Order
+
+POLL_S = 0.3
+TIMEOUT_S = 10.0
+PATIENCE_S = 15.0  # a server under load may be slow to answer once
+
+Cluster = dict[str, Any]
+
+
+class AdminClient:
+    """Speaks to the admin API of one server.
+
+    Args:
+        http: with the server's address and the key.
+    """
+
+    def __init__(self, http: httpx.Client) -> None:
+        self._http = http
+
+    def cluster(self) -> Cluster:
+        """The workers, now.
+
+        Raises:
+            ConfigError: the server says that this cannot be asked of it.
+            AmoeError: it cannot be reached, or has failed.
+        """
+        return self._ask("GET", "/admin/cluster")
+
+    def begin(self, order: Order) -> int:
+        """Have the server begin with `order`. Returns the number of the action.
+
+        Raises:
+            ConfigError, AmoeError: as `cluster`.
+        """
+        assert order.path is not None
+        return int(self._ask("POST", order.path, params={"wait": "false"}, json=order.body)["action_id"])
+
+    def follow(self, number: int, show: Callable[[str], None]) -> Cluster:
+        """Wait until an action has ended, and `show` what the server says that it is at.
+
+        Raises:
+            AmoeError: it has failed, or the server does not answer any more.
+        """
+        heard_at = time.monotonic()
+        while True:
+            try:
+                cluster = self.cluster()
+                heard_at = time.monotonic()
+            except _Unreachable:
+                if time.monotonic() - heard_at > PATIENCE_S:
+                    raise
+            else:
+                action = next((action for action in cluster["actions"] if action["id"] == number), None)
+                if action is None:
+                    raise AmoeError("the server knows nothing of it any more: has it been started anew?")
+                if action["state"] == "failed":
+                    raise AmoeError(action["error"])
+                if action["state"] == "done":
+                    return cluster
+                show(cluster["action"] or "waiting for its turn")
+            time.sleep(POLL_S)
+
+    def _ask(self, method: str, path: str, **options: Any) -> Cluster:
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"--url: {error}") from error
+        except httpx.HTTPError as error:
+            raise _Unreachable(f"{self._http.base_url} does not answer: {error or type(error).__name__}") from error
+        if response.is_success:
+            with contextlib.suppress(ValueError):
+                if isinstance(body := response.json(), dict) and "workers" in body:
+                    return body
+            raise ConfigError(f"{self._http.base_url} is not an amoe server, or another version of it")
+        message = _message(response)
+        raise (ConfigError if response.status_code < 500 else AmoeError)(message)
+
+
+class _Unreachable(AmoeError):
+    """Nobody answered."""
+
+
+def _message(response: httpx.Response) -> str:
+    """What an error response says."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{response.url} answered with status {response.status_code}: is it an amoe server?"
+
+
+def run_order(
+    url: str,
+    key: str,
+    order: Order,
+    *,
+    wait: bool,
+    console: Console | None = None,
+    transport: httpx.BaseTransport | None = None,
+) -> int:
+    """Ask, wait, and show the workers before and after. Returns the exit status.
+
+    Args:
+        console: where to; None: standard output.
+        transport: instead of the network.
+
+    Raises:
+        ConfigError: what the user can mend; AmoeError: what failed.
+    """
+    setproctitle.setproctitle("amoe: scale")  # which also hides the key of the command line
+    console = console or Console()
+    try:
+        headers = {b"authorization": f"Bearer {key}".encode()}
+        http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=TIMEOUT_S, transport=transport)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise ConfigError(f"--url or --admin-key: {error}") from error
+    with http:
+        client = AdminClient(http)
+        before = client.cluster()
+        if order.path is None:
+            show_workers(console, before, before)
+            return 0
+        number = client.begin(order)
+        if not wait:
+            console.print(f"begun: action {number}; `amoe scale --status` tells how it goes")
+            return 0
+        began_at = time.monotonic()
+        with _progress(console) as show:
+            after = client.follow(number, show)
+        console.print(f"done after {time.monotonic() - began_at:.1f} s", highlight=False)
+        show_workers(console, before, after)
+    return 0
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str], None]]:
+    """One line that changes, on a terminal; a line for each change elsewhere."""
+    if console.is_terminal:
+        with console.status("begun") as status:
+            yield lambda text: status.update(Text(text))
+        return
+    last = ""
+
+    def show(text: str) -> None:
+        nonlocal last
+        if text != last:
+            console.print(Text(text))
+        last = text
+
+    yield show
+
+
+def show_workers(console: Console, before: Cluster, after: Cluster) -> None:
+    """A table of the workers, with what has changed; and the cluster in one line."""
+    old = {worker["rank"]: worker for worker in before["workers"]}
+    new = {worker["rank"]: worker for worker in after["workers"]}
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("worker", "rank", "holds", "state", "lives", "last end"):
+        table.add_column(title, justify="right" if title in ("rank", "lives") else "left")
+    for rank in sorted(old | new):
+        worker = new.get(rank) or old[rank]
+        was, now = _state(old.get(rank)), _state(new.get(rank))
+        state = now if was == now else f"{was} → {now}"
+        cells = (worker["title"], str(rank), worker["role"], state, str(worker["incarnation"] + 1), worker["reason"])
+        table.add_row(*map(Text, cells))
+    console.print(table)
+    figures = [f"replicas {_change(before, after, 'num_replicas')}", f"topology {_change(before, after, 'version')}"]
+    if most := after["max_expert_workers"]:
+        figures.insert(0, f"expert workers {_change(before, after, 'num_expert_workers')} of at most {most}")
+    console.print(" · ".join(figures), highlight=False)
+    if after["missing"]:
+        console.print(f"{after['missing']} (layer, expert) pairs are held by nobody now", style="bold red")
+    if after["action"]:
+        console.print(Text(f"at work: {after['action']}"))
+
+
+def _state(worker: dict[str, Any] | None) -> str:
+    if worker is None:
+        return "gone"
+    if worker["state"] == "waiting":
+        return f"waiting, started anew in {worker['retry_s']:.0f} s (died {worker['num_crashes']} times in a row)"
+    return str(worker["state"])
+
+
+def _change(before: Cluster, after: Cluster, name: str) -> str:
+    return str(after[name]) if before[name] == after[name] else f"{before[name]} → {after[name]}"

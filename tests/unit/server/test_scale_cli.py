@@ -1,0 +1,205 @@
+"""`amoe scale`: what it asks of the admin API, what it shows, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict
+from typing import Any
+
+import httpx
+import pytest
+from rich.console import Console
+
+from amoe import cli
+from amoe.cluster.admin import ClusterStatus, WorkerStatus
+from amoe.errors import AmoeError, ConfigError
+from amoe.server import scale_client
+from amoe.server.scale_cli import Order, order_of
+
+URL = ("--url", "http://server:1")
+
+
+class FakeAdmin:
+    """An admin API that has done what it is asked after `turns` looks.
+
+    Attributes:
+        failure: why it fails then; "" if it does not.
+        asked: path and body of what was asked for.
+    """
+
+    def __init__(self, turns: int = 2) -> None:
+        self.turns = turns
+        self.failure = ""
+        self.asked: list[tuple[str, Any]] = []
+        self.status = 200
+        self.is_lost = False
+        self.count = 1
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if self.is_lost:
+            raise httpx.ConnectError("connection refused")
+        if request.headers["authorization"] != "Bearer boss":
+            return httpx.Response(401, json={"error": {"message": "no admin key"}})
+        if self.status != 200:
+            return httpx.Response(self.status, json={"error": {"message": f"refused with {self.status}"}})
+        if request.method == "POST":
+            assert request.url.params["wait"] == "false"
+            self.asked.append((request.url.path, json.loads(request.content)))
+            return httpx.Response(202, json=self.cluster() | {"action_id": 7})
+        self.turns -= bool(self.asked)
+        if self.asked and self.turns <= 0:
+            self.count = 2
+        return httpx.Response(200, json=self.cluster())
+
+    def cluster(self) -> dict[str, Any]:
+        workers = [WorkerStatus(rank=0, title="attention 0", role="attention", state="serving")]
+        workers += [
+            WorkerStatus(rank=1 + i, title=f"expert {i}", role="experts", state="serving") for i in range(self.count)
+        ]
+        state = "running" if self.turns > 0 else "failed" if self.failure else "done"
+        actions = [{"id": 7, "action": "x", "state": state, "seconds": 1.0, "error": self.failure}]
+        status = ClusterStatus(
+            version=3, workers=workers, num_expert_workers=self.count, max_expert_workers=4, action="[moving] 3 of 12"
+        )
+        return asdict(status) | {"actions": actions if self.asked else []}
+
+
+def run(admin: FakeAdmin, order: Order, *, wait: bool = True, key: str = "boss") -> tuple[int, str]:
+    """Exit status, and what is shown."""
+    console = Console(file=io.StringIO(), width=160)
+    transport = httpx.MockTransport(admin)
+    status = scale_client.run_order("http://server:1", key, order, wait=wait, console=console, transport=transport)
+    assert isinstance(console.file, io.StringIO)
+    return status, console.file.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale_client, "POLL_S", 0.0)
+    monkeypatch.setattr(scale_client, "PATIENCE_S", -1.0)
+    monkeypatch.setattr(scale_client.setproctitle, "setproctitle", lambda _: None)
+
+
+SCALE = Order("/admin/scale", {"expert_workers": 2})
+
+
+class TestOrders:
+    @pytest.mark.parametrize(
+        ("flags", "order"),
+        [
+            ("--status", Order()),
+            ("--expert-workers 2", SCALE),
+            ("--rebalance", Order("/admin/rebalance")),
+            (
+                "--layer 0 --expert 5 --replicas 2",
+                Order("/admin/replicas", {"layer": 0, "expert": 5, "count": 2}),
+            ),
+        ],
+    )
+    def test_what_flags_ask_for(self, flags: str, order: Order):
+        assert order_of(cli.build_parser("scale").parse_args(["scale", *flags.split()])) == order
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ("--replicas 2", "needs --layer L and --expert E"),
+            ("--replicas 2 --layer 1", "needs --layer L and --expert E"),
+            ("--rebalance --layer 1", "go with --replicas"),
+            ("--status --no-wait", "--no-wait does nothing"),
+            ("--status", "no admin key"),
+            ("--status --admin-key k --url server:1", "is not an address"),
+            ("--status --admin-key k --url http://a:b", "--url"),
+        ],
+    )
+    def test_mistakes_are_one_line(
+        self, flags: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.delenv("AMOE_ADMIN_KEY", raising=False)
+        assert cli.main(["scale", *flags.split()]) == 2
+        shown = capsys.readouterr().err
+        assert message in shown and shown.startswith("amoe: error: ") and shown.count("\n") == 1
+
+    @pytest.mark.parametrize("flags", ["", "--status --rebalance", "--expert-workers two"])
+    def test_mistakes_of_syntax(self, flags: str, capsys: pytest.CaptureFixture[str]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["scale", *flags.split()])
+        assert caught.value.code == 2
+
+
+class TestRuns:
+    def test_it_shows_the_workers(self):
+        status, shown = run(FakeAdmin(), Order())
+        assert status == 0
+        assert "attention 0" in shown and "expert 0" in shown and "serving" in shown
+        assert "expert workers 1 of at most 4" in shown
+
+    def test_it_waits_and_shows_what_has_changed(self):
+        admin = FakeAdmin(turns=3)
+        status, shown = run(admin, SCALE)
+        assert (status, admin.asked) == (0, [("/admin/scale", {"expert_workers": 2})])
+        assert shown.count("[moving] 3 of 12") == 2, "each change once, then as what the cluster is at"
+        assert "gone → serving" in shown
+        assert "expert workers 1 → 2 of at most 4" in shown
+        assert "done after" in shown
+
+    def test_it_need_not_wait(self):
+        status, shown = run(FakeAdmin(turns=99), SCALE, wait=False)
+        assert status == 0 and "action 7" in shown
+
+    def test_what_fails_says_why(self):
+        admin = FakeAdmin(turns=1)
+        admin.failure = "expert 1 could not start"
+        with pytest.raises(AmoeError, match="expert 1 could not start"):
+            run(admin, SCALE)
+
+    def test_a_wrong_key(self):
+        with pytest.raises(ConfigError, match="no admin key"):
+            run(FakeAdmin(), SCALE, key="guest")
+
+    @pytest.mark.parametrize(
+        ("status", "kind"), [(400, ConfigError), (403, ConfigError), (409, ConfigError), (503, AmoeError)]
+    )
+    def test_what_the_server_refuses(self, status: int, kind: type[Exception]):
+        admin = FakeAdmin()
+        admin.status = status
+        with pytest.raises(AmoeError, match=f"refused with {status}") as caught:
+            run(admin, SCALE)
+        assert type(caught.value) is kind
+
+    def test_a_server_that_cannot_be_reached(self):
+        admin = FakeAdmin()
+        admin.is_lost = True
+        with pytest.raises(AmoeError, match="http://server:1 does not answer: connection refused"):
+            run(admin, SCALE)
+
+    def test_something_else_than_a_server_of_ours(self):
+        for answer in (httpx.Response(200, text="hello"), httpx.Response(200, json=[1]), httpx.Response(404)):
+            with pytest.raises(ConfigError, match="amoe server"):
+                scale_client.run_order(
+                    "http://x", "k", Order(), wait=True, transport=httpx.MockTransport(lambda _, answer=answer: answer)
+                )
+
+    def test_a_worker_that_waits_for_its_next_life(self):
+        def answer(_: httpx.Request) -> httpx.Response:
+            worker = WorkerStatus(
+                rank=1,
+                title="expert 0",
+                role="experts",
+                state="waiting",
+                num_crashes=3,
+                retry_s=4.0,
+                reason="SIGKILL [9]",
+            )
+            return httpx.Response(
+                200, json=asdict(ClusterStatus(version=1, workers=[worker], missing=8)) | {"actions": []}
+            )
+
+        console = Console(file=io.StringIO(), width=160)
+        scale_client.run_order(
+            "http://x", "k", Order(), wait=True, console=console, transport=httpx.MockTransport(answer)
+        )
+        shown = console.file.getvalue()
+        assert "waiting, started anew in 4 s (died 3 times in a row)" in shown
+        assert "SIGKILL [9]" in shown, "not taken for markup"
+        assert "8 (layer, expert) pairs are held by nobody" in shown
