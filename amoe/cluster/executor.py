@@ -21,17 +21,24 @@ class ExecutorOptions:
         name: `local` or `ray`.
         ray_address: of the Ray cluster; None: `RAY_ADDRESS` says it, or the one that runs here, or a new local one.
         deployment: part of the actors' names, `amoe/<deployment>/<role>-<rank>`: unique in a Ray cluster.
+        ray_pin_roles: workers go only to nodes that declare the custom resource `amoe_attention`, `amoe_experts` or
+            `amoe_colocated`.
+        ray_placement_timeout_s: so long may Ray look for room; where its autoscaler has to start nodes first, minutes.
     """
 
     name: ExecutorName = "local"
     ray_address: str | None = None
     deployment: str = "amoe"
+    ray_pin_roles: bool = False
+    ray_placement_timeout_s: float = 20.0
 
     def __post_init__(self) -> None:
         if self.name not in EXECUTORS:
             raise ConfigError(f"--executor must be one of {', '.join(EXECUTORS)}, not {self.name!r}")
-        if self.name == "local" and self.ray_address is not None:
-            raise ConfigError("--ray-address goes with --executor ray")
+        if self.name == "local" and self != ExecutorOptions():
+            raise ConfigError("--ray-address, --ray-pin-roles and the like go with --executor ray")
+        if not 0 < self.ray_placement_timeout_s < float("inf"):
+            raise ConfigError("--ray-placement-timeout must be greater than 0 seconds")
         if re.fullmatch(r"[A-Za-z0-9_.#-]{1,128}", self.deployment) is None:
             raise ConfigError(
                 f"--deployment-name {self.deployment!r} must be 1 to 128 letters, digits, dots, dashes and underscores"

@@ -37,7 +37,7 @@ CONFINED = {
         *("amoe.engine.steering", "amoe.engine.vigil"),
         *("amoe.server", "amoe.cluster", "amoe.bench"),
     ),
-    "ray": ("amoe.cluster.ray_cluster",),
+    "ray": ("amoe.cluster.ray_cluster", "amoe.cluster.ray_serve"),
     "transformers": ("amoe.builtin.train",),
     "prometheus_client": ("amoe.metrics",),
     "fastapi": ("amoe.server",),

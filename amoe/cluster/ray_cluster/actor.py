@@ -1,0 +1,95 @@
+"""A worker inside its actor: the actor's process is the worker's, and ends with it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import signal
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import ray
+
+import amoe
+from amoe.cluster.process import LaunchSpec
+
+_TORCH = "torch"
+
+
+class Whereabouts(NamedTuple):
+    """Where an actor is, and what it runs on.
+
+    Attributes:
+        host: the address of its node; node_id: Ray's name of it.
+        pid, started: of its process: when it was started, as the kernel counts, tells it from a later one of that pid.
+        software: versions by name; all workers and the server must have the same.
+    """
+
+    host: str
+    node_id: str
+    pid: int
+    started: str
+    software: dict[str, str]
+
+
+def software() -> dict[str, str]:
+    """Versions of what workers must have in common: they exchange messages of this very code."""
+    try:
+        torch = importlib.metadata.version(_TORCH)
+    except importlib.metadata.PackageNotFoundError:
+        torch = "missing"
+    return {
+        "Python": platform.python_version(),
+        _TORCH: torch.partition("+")[0],
+        "amoe": f"{amoe.__version__}+{_code()}",
+    }
+
+
+def _code() -> str:
+    """Digest of amoe's own files: a checkout may differ where the version does not."""
+    root, digest = Path(amoe.__file__).parent, 0
+    for path in sorted(root.rglob("*.py")):
+        digest = zlib.crc32(path.read_bytes(), zlib.crc32(str(path.relative_to(root)).encode(), digest))
+    return f"{digest:08x}"
+
+
+def started_at(pid: int) -> str | None:
+    """When a process was started, in the kernel's ticks; None: there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+class WorkerActor:
+    """One worker. Its methods run in threads of their own, so that it answers while the worker runs."""
+
+    def whereabouts(self) -> Whereabouts:
+        """Where it is."""
+        pid = os.getpid()
+        return Whereabouts(
+            ray.util.get_node_ip_address(),
+            ray.get_runtime_context().get_node_id(),
+            pid,
+            started_at(pid) or "",
+            software(),
+        )
+
+    def run(self, launch_spec: str) -> int:
+        """Be the worker that the JSON `launch_spec` describes, to its end; returns its exit status."""
+        from amoe.cluster.worker_run import run_worker  # late: torch takes seconds, and `whereabouts` needs none
+
+        return run_worker(msgspec.json.decode(launch_spec, type=LaunchSpec))
+
+
+def kill_process(pid: int, started: str) -> bool:
+    """On the node of the process: end it, though it may be stopped and hear nobody. False: it has ended before."""
+    if started_at(pid) != started:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    return True

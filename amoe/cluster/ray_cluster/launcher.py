@@ -1,0 +1,239 @@
+"""Starts workers as actors of a Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import ray
+from ray.exceptions import ActorAlreadyExistsError, RayError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from amoe.cluster import environment
+from amoe.cluster.control_listener import ControlListener
+from amoe.cluster.executor import ExecutorOptions
+from amoe.cluster.launcher import WorkerHandle
+from amoe.cluster.local import ring_bytes_for
+from amoe.cluster.process import DEFAULT_ENTRY, LaunchSpec, title_of
+from amoe.cluster.ray_cluster.actor import Whereabouts, WorkerActor, software
+from amoe.cluster.ray_cluster.handle import RayWorker, describe_death, end_actor
+from amoe.cluster.ray_cluster.placement import Place, Room, needs_of, threads_on
+from amoe.cluster.ray_cluster.session import NAMESPACE, RaySession
+from amoe.config import EngineConfig
+from amoe.engine.assembly import role_of
+from amoe.engine.control import AsyncControlChannel
+from amoe.engine.devices import threads_per_worker
+from amoe.engine.emulated_device import Shape
+from amoe.errors import ConfigError, EngineDeadError
+from amoe.logs import LogOptions
+from amoe.transport.opening import Fabric, create_fabric
+
+_MODELLESS_BYTES = 1 << 20
+START_TIMEOUT_S = 60.0  # for an actor in a bundle that is there, with a new process and amoe's imports
+_NAME_ATTEMPTS, _NAME_PAUSE_S = 20, 0.1  # the name of a former life is free a moment after its end
+
+
+class RayLauncher:
+    """See `amoe.cluster.launcher.Launcher`. Make it with `connect`.
+
+    Args:
+        session: closed by `close`.
+        config: with the number of threads of each worker.
+        entry: what makes a worker, see `LaunchSpec`.
+        logs: how the workers log.
+    """
+
+    def __init__(
+        self, session: RaySession, config: EngineConfig, options: ExecutorOptions, entry: str, logs: LogOptions
+    ) -> None:
+        self._session = session
+        self._config = config
+        self._options = options
+        self._entry = entry
+        self._logs = logs
+        roles = {role_of(config, rank) for rank in range(config.placement.num_ranks)}
+        threads = config.threads_per_worker or 1
+        needs = {role: needs_of(config, role, threads, options.ray_pin_roles) for role in roles}
+        self._needs = needs
+        self._room = Room(session, config, options.deployment, needs, options.ray_placement_timeout_s)
+        self._fabric: Fabric | None = None
+        self._listener: ControlListener | None = None
+        self._software = software()
+
+    @classmethod
+    async def connect(
+        cls, config: EngineConfig, options: ExecutorOptions, *, entry: str = DEFAULT_ENTRY, logs: LogOptions
+    ) -> RayLauncher:
+        """Connect to the cluster.
+
+        Raises:
+            ConfigError: there is none, or it cannot be used from here.
+        """
+        placement = config.placement
+        local_cpus = max(os.cpu_count() or 1, placement.num_ranks * threads_per_worker(config))
+        session = await RaySession.open(options.ray_address, local_cpus)
+        try:
+            threads = threads_on(await session.nodes(), config)
+            return cls(session, replace(config, threads_per_worker=threads), options, entry, logs)
+        except BaseException:
+            await session.close()
+            raise
+
+    async def prepare(self, shape: Shape | None) -> None:
+        config = self._config
+        try:
+            self._listener = await ControlListener.open(self._session.host)
+        except OSError as error:
+            raise ConfigError(f"nothing can listen at this node's address {self._session.host}: {error}") from error
+        self._fabric = create_fabric(
+            config.transport,
+            num_ranks=config.placement.num_ranks,
+            num_homes=len(config.placement.attention_ranks),
+            max_record_bytes=_MODELLESS_BYTES if shape is None else ring_bytes_for(config, shape),
+            host=self._session.host,
+            link_timeout_s=config.failure.timeout_s,
+        )
+        await self._room.reserve()
+
+    async def launch(
+        self, rank: int, incarnation: int, on_exit: Callable[[WorkerHandle], None], *, is_late: bool
+    ) -> WorkerHandle:
+        listener = self._listener
+        assert listener is not None, "prepare comes first"
+        place = await self._room.place_of(rank)
+        control = listener.expect(rank, incarnation)
+        actor: Any = None
+        try:
+            actor = await self._create(rank, place)
+            where = await self._find(rank, actor)
+            spec = LaunchSpec(
+                config=self._config,
+                rank=rank,
+                entry=self._entry,
+                control=control,
+                transport=self._spec_for(where),
+                incarnation=incarnation,
+                is_late=is_late,
+                logs=self._logs,
+            )
+            ended = await self._result(actor.run.remote, msgspec.json.encode(spec).decode())
+            channel = await self._channel(rank, incarnation, ended, where)
+        except BaseException:
+            listener.forget(rank, incarnation)
+            if actor is not None:
+                self._session.thread.post(lambda: end_actor(actor))
+            raise
+        title = title_of(self._config.placement, rank)
+        return RayWorker(
+            rank,
+            incarnation,
+            title,
+            actor,
+            where,
+            ended,
+            channel,
+            self._session.thread,
+            on_exit,
+            lambda: self._room.leave(rank),
+        )
+
+    async def close(self) -> None:
+        if self._listener is not None:
+            await self._listener.close()
+        if self._fabric is not None:
+            self._fabric.close()
+        await self._room.close()
+        await self._session.close()
+
+    def _spec_for(self, where: Whereabouts) -> Any:
+        assert self._fabric is not None
+        # Ray shows each worker the one GPU that it has given to it.
+        device = "cuda:0" if self._config.device.startswith("cuda") else "cpu"
+        return self._fabric.spec_for(where.host, device)
+
+    async def _create(self, rank: int, place: Place) -> Any:
+        role = role_of(self._config, rank)
+        name = f"amoe/{self._options.deployment}/{role}-{rank}"
+        needs = dict(self._needs[role])
+        variables = environment.remote(int(needs["CPU"]), os.environ)
+        options = {
+            "name": name,
+            "namespace": NAMESPACE,
+            "max_restarts": 0,  # the supervisor starts the next life, once it has seen to the end of this one
+            "max_task_retries": 0,
+            "max_concurrency": 2,
+            "num_cpus": needs.pop("CPU"),
+            "num_gpus": needs.pop("GPU", 0.0),
+            "resources": needs,
+            "runtime_env": {"env_vars": variables},
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(place.group, place.bundle),
+        }
+        actor_class = ray.remote(WorkerActor).options(**options)
+        for _ in range(_NAME_ATTEMPTS):
+            try:
+                return await self._session.thread.call(actor_class.remote)
+            except ActorAlreadyExistsError:
+                await asyncio.sleep(_NAME_PAUSE_S)
+        raise ConfigError(
+            f"there is an actor {name} in this Ray cluster: another server has this --deployment-name: choose another"
+        )
+
+    async def _find(self, rank: int, actor: Any) -> Whereabouts:
+        """Where Ray has put an actor, once it runs.
+
+        Raises:
+            ConfigError: it runs on other software than this process, or cannot run there.
+            EngineDeadError: it does not start.
+        """
+        title = title_of(self._config.placement, rank)
+        try:
+            found = await self._result(actor.whereabouts.remote)
+            where: Whereabouts = await asyncio.wait_for(asyncio.shield(found), START_TIMEOUT_S)
+        except TimeoutError:
+            raise EngineDeadError(f"{title}: Ray has not started its actor within {START_TIMEOUT_S:g} s") from None
+        except RayError as error:
+            if "ModuleNotFoundError" in str(error) or "ImportError" in str(error):
+                raise ConfigError(f"{title}: a node of the Ray cluster cannot import amoe: install it there") from error
+            raise EngineDeadError(f"{title} {describe_death(error)} while Ray started it") from error
+        for name, version in self._software.items():
+            if where.software.get(name) != version:
+                raise ConfigError(
+                    f"{title}: node {where.host} has {name} {where.software.get(name)}, the server has {version}: "
+                    "install the same on every node"
+                )
+        return where
+
+    async def _result(self, method: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        """What a method of an actor will return. Ray completes it, so nobody may cancel it: see `asyncio.shield`."""
+        reference = await self._session.thread.call(method, *args)
+        future = asyncio.wrap_future(reference.future())
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # somebody may have lost interest
+        return future
+
+    async def _channel(
+        self, rank: int, incarnation: int, ended: asyncio.Future[int], where: Whereabouts
+    ) -> AsyncControlChannel:
+        """Its control channel, once it has connected, or why it has not.
+
+        Raises:
+            EngineDeadError: it has ended before.
+        """
+        assert self._listener is not None
+        connected = asyncio.ensure_future(self._listener.channel(rank, incarnation))
+        try:
+            await asyncio.wait((connected, ended), timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            if connected.done():
+                return connected.result()
+        finally:
+            connected.cancel()
+            await asyncio.gather(connected, return_exceptions=True)
+        who = f"{title_of(self._config.placement, rank)} (pid {where.pid} on {where.host})"
+        if not ended.done():
+            raise EngineDeadError(f"{who} has not connected within {START_TIMEOUT_S:g} s")
+        error = ended.exception()
+        how = describe_death(error) if isinstance(error, RayError) else f"ended: {error or ended.result()}"
+        raise EngineDeadError(f"{who} {how}, before it reached the server")

@@ -1,0 +1,158 @@
+"""Room for workers: one placement group per role, with a bundle for each worker.
+
+Attention workers are packed: they talk to all expert workers, and to the server. Expert workers are spread: each then
+has the memory bandwidth of a host to itself as far as there are hosts, and the loss of a host takes the fewest experts.
+A worker that is added later has a group of its own, which is what Ray's autoscaler adds nodes for, and which is given
+back with the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from amoe.cluster.ray_cluster.session import RaySession
+from amoe.config import EngineConfig
+from amoe.engine.assembly import role_of
+from amoe.errors import ConfigError
+
+STRATEGIES = {"attention": "PACK", "colocated": "PACK", "experts": "SPREAD"}
+PIN_AMOUNT = 0.001  # of a custom resource, so that a node that declares 1 of it takes as many workers as fit otherwise
+_WAIT_STEP_S = 0.1
+_SHOWN = ("CPU", "GPU")
+
+
+def pin_of(role: str) -> str:
+    """The custom resource of nodes that take workers of a role, where roles are pinned to nodes."""
+    return f"amoe_{role}"
+
+
+def needs_of(config: EngineConfig, role: str, num_threads: int, is_pinned: bool) -> dict[str, float]:
+    """Resources of one worker."""
+    needs = {"CPU": float(num_threads)}
+    if config.device.startswith("cuda"):
+        needs["GPU"] = 1.0
+    return needs | ({pin_of(role): PIN_AMOUNT} if is_pinned else {})
+
+
+def threads_on(nodes: Sequence[Mapping[str, Any]], config: EngineConfig) -> int:
+    """Threads of each worker: as configured, or the cluster's processors divided by the workers, and no more than the
+    smallest node has."""
+    if config.threads_per_worker is not None:
+        return config.threads_per_worker
+    if config.device.startswith("cuda"):
+        return 1
+    counts = [int(node["Resources"].get("CPU", 0)) for node in nodes]
+    usable = [count for count in counts if count > 0] or [1]
+    return max(1, min(sum(usable) // config.placement.num_workers, min(usable)))
+
+
+class Place(NamedTuple):
+    """A bundle of a placement group."""
+
+    group: PlacementGroup
+    bundle: int
+
+
+class Room:
+    """The placement groups of a cluster.
+
+    Args:
+        needs: resources of a worker, by role.
+        timeout_s: so long may Ray look for room.
+    """
+
+    def __init__(
+        self,
+        session: RaySession,
+        config: EngineConfig,
+        deployment: str,
+        needs: Mapping[str, dict[str, float]],
+        timeout_s: float,
+    ) -> None:
+        self._session = session
+        self._config = config
+        self._deployment = deployment
+        self._needs = needs
+        self._timeout_s = timeout_s
+        self._places: dict[int, Place] = {}
+        self._groups: list[PlacementGroup] = []
+
+    async def reserve(self) -> None:
+        """Find room for all workers of the start, or for none.
+
+        Raises:
+            ConfigError: there is too little; the message says what is needed and what there is.
+        """
+        by_role: dict[str, list[int]] = {}
+        for rank in range(self._config.placement.num_workers):
+            by_role.setdefault(role_of(self._config, rank), []).append(rank)
+        await asyncio.gather(*(self._reserve(role, ranks) for role, ranks in by_role.items()))
+
+    async def place_of(self, rank: int) -> Place:
+        """Where a worker is to be; for one that is added: look for room first.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if rank not in self._places:
+            await self._reserve(role_of(self._config, rank), [rank])
+        return self._places[rank]
+
+    async def leave(self, rank: int) -> None:
+        """A worker has ended: the room of one that was added is given back."""
+        if rank >= self._config.placement.num_workers and (place := self._places.pop(rank, None)) is not None:
+            self._groups.remove(place.group)
+            await self._session.thread.call(remove_placement_group, place.group)
+
+    async def close(self) -> None:
+        """Give all of it back. Idempotent."""
+        groups, self._groups = self._groups, []
+        self._places.clear()
+        for group in groups:
+            await self._session.thread.call(remove_placement_group, group)
+
+    async def _reserve(self, role: str, ranks: list[int]) -> None:
+        bundles = [self._needs[role]] * len(ranks)
+        name = f"amoe/{self._deployment}/{role}" + ("" if len(ranks) > 1 or ranks[0] == 0 else f"-{ranks[0]}")
+        group = await self._session.thread.call(placement_group, bundles, STRATEGIES[role], name)
+        self._groups.append(group)
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        while not await self._session.thread.call(group.wait, _WAIT_STEP_S):
+            if asyncio.get_running_loop().time() > deadline:
+                self._groups.remove(group)
+                await self._session.thread.call(remove_placement_group, group)
+                raise ConfigError(await self._complaint(role, len(ranks)))
+        for bundle, rank in enumerate(ranks):
+            self._places[rank] = Place(group, bundle)
+
+    async def _complaint(self, role: str, count: int) -> str:
+        """What is needed, what there is, and what to do."""
+        import ray
+
+        nodes = await self._session.nodes()
+        free = await self._session.thread.call(ray.available_resources)
+        needs = self._needs[role]
+        kinds = [*_SHOWN, *(kind for kind in needs if kind not in _SHOWN)]
+        each = "; ".join(_amounts(node["Resources"], kinds) for node in nodes[:8])
+        pin = pin_of(role)
+        advice = (
+            f"declare it where such workers may run, as in `ray start --resources='{{\"{pin}\": 1}}'`"
+            if pin in needs and not any(pin in node["Resources"] for node in nodes)
+            else "ask for fewer workers or fewer --threads-per-worker, or add nodes (where Ray's autoscaler adds them: "
+            "raise --ray-placement-timeout)"
+        )
+        return (
+            f"the Ray cluster has had no room for {count} {role} worker(s) of {_amounts(needs, kinds)} each within "
+            f"{self._timeout_s:g} s: it has {len(nodes)} node(s) ({each}), with {_amounts(free, kinds)} free now: "
+            f"{advice}"
+        )
+
+
+def _amounts(resources: Mapping[str, float], kinds: Sequence[str]) -> str:
+    """`2 CPU, 0 GPU`: as needed, without those that nobody asks for."""
+    shown = [f"{resources.get(kind, 0):g} {kind}" for kind in kinds if kind == "CPU" or resources.get(kind)]
+    return ", ".join(shown)

@@ -1,0 +1,218 @@
+"""A connection to a Ray cluster: to one that runs, or to a new one on this host.
+
+Ray's calls block, for up to minutes if a cluster does not answer, and install signal handlers if they are made in the
+main thread: so all of them are made in one daemon thread, in which the event loop does not wait and whose end no exit
+waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import, which reads it: a server calls nobody
+
+import ray
+
+from amoe.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+NAMESPACE = "amoe"
+CONNECT_TIMEOUT_S = 4.0
+INIT_TIMEOUT_S = 24.0  # a user hears within half a minute that it does not work
+START_TIMEOUT_S = 120.0  # of a new one, on a busy host
+_LOG_LEVEL = "warning"
+
+
+class RayThread:
+    """Makes Ray's calls, one after the other."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="amoe-ray", daemon=True).start()
+
+    async def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """What `function` returns; cancelling does not stop it, but nobody waits for it then."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def run() -> None:
+            try:
+                result = function(*args, **kwargs)
+            except BaseException as error:
+                self._tell(loop, done, None, error)
+            else:
+                self._tell(loop, done, result, None)
+
+        self._calls.put(run)
+        return await done
+
+    def post(self, function: Callable[[], object]) -> None:
+        """Call it, and do not wait; what it raises is logged."""
+
+        def run() -> None:
+            try:
+                function()
+            except Exception as error:
+                logger.info("Ray: %s", error)
+
+        self._calls.put(run)
+
+    def close(self) -> None:
+        """End the thread, after the calls before."""
+        self._calls.put(_leave)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._calls.get()()
+            except _LeaveError:
+                return
+
+    @staticmethod
+    def _tell(
+        loop: asyncio.AbstractEventLoop, done: asyncio.Future[T], result: Any, error: BaseException | None
+    ) -> None:
+        def tell() -> None:
+            if done.done():
+                return
+            if error is None:
+                done.set_result(result)
+            else:
+                done.set_exception(error if isinstance(error, Exception) else RuntimeError(str(error)))
+
+        try:
+            loop.call_soon_threadsafe(tell)
+        except RuntimeError:  # the loop has ended, and with it whoever waited
+            logger.debug("nobody waits for a call of Ray's any more")
+
+
+class _LeaveError(Exception):
+    """The thread is to end."""
+
+
+def _leave() -> None:
+    raise _LeaveError
+
+
+class RaySession:
+    """A connection. Make it with `open`, end it with `close`.
+
+    Attributes:
+        thread: for whatever else is to be called.
+        host: the address of this node as the cluster knows it.
+    """
+
+    def __init__(self, thread: RayThread, host: str, is_ours: bool) -> None:
+        self.thread = thread
+        self.host = host
+        self._is_ours = is_ours
+
+    @classmethod
+    async def open(cls, address: str | None, local_cpus: int) -> RaySession:
+        """Connect; inside of an actor, that is done already.
+
+        Args:
+            address: `HOST:PORT` of the head; None: what RAY_ADDRESS says, or else what runs on this host, or else a new
+                cluster on this host, which ends with the session.
+            local_cpus: logical processors of a new one.
+
+        Raises:
+            ConfigError: nobody answers at the address, or it cannot be used from here.
+        """
+        thread = RayThread()
+        is_ours = not ray.is_initialized()
+        try:
+            if is_ours:
+                await _connect(thread, address or os.environ.get("RAY_ADDRESS") or None, local_cpus)
+            return cls(thread, await thread.call(ray.util.get_node_ip_address), is_ours)
+        except BaseException:
+            thread.close()
+            raise
+
+    async def nodes(self) -> list[dict[str, Any]]:
+        """Those that live, as `ray.nodes` tells them."""
+        return [node for node in await self.thread.call(ray.nodes) if node["Alive"]]
+
+    async def close(self) -> None:
+        """Leave the cluster; one of our own ends. Idempotent."""
+        if self._is_ours:
+            self._is_ours = False
+            await self.thread.call(ray.shutdown)
+        self.thread.close()
+
+
+async def _connect(thread: RayThread, address: str | None, local_cpus: int) -> None:
+    if address is None:
+        try:
+            await _init(thread, "auto")
+        except ConnectionError:  # none runs here
+            await _start(thread, local_cpus)
+    elif address == "local":
+        await _start(thread, local_cpus)
+    else:
+        if address != "auto":
+            await _check_address(address)
+        try:
+            await _init(thread, address)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"Ray at {address} cannot be used from here: {error}. Start the server on a node of that cluster "
+                "(`ray start --address=HEAD:6379`), with the Python and Ray of the others"
+            ) from error
+
+
+async def _start(thread: RayThread, num_cpus: int) -> None:
+    logger.info("starting a Ray of our own on this host")
+    await _init(thread, "local", START_TIMEOUT_S, num_cpus=num_cpus, include_dashboard=False)
+
+
+async def _init(thread: RayThread, address: str, timeout_s: float = INIT_TIMEOUT_S, **options: Any) -> None:
+    """`ray.init`, for so long as a user waits.
+
+    Raises:
+        ConfigError: it has not answered.
+    """
+    call = thread.call(ray.init, address, namespace=NAMESPACE, logging_level=_LOG_LEVEL, **options)
+    try:
+        await asyncio.wait_for(call, timeout_s)
+    except TimeoutError:
+        raise ConfigError(
+            f"Ray at {address} has not answered within {timeout_s:g} s: `ray status --address={address}` should "
+            "(what listens there may be something else than the head of a Ray cluster)"
+        ) from None
+
+
+async def _check_address(address: str) -> None:
+    """Ray itself would try for minutes, and then end the process.
+
+    Raises:
+        ConfigError: nobody listens there.
+    """
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"--ray-address (RAY_ADDRESS) {address}: a Ray client is no part of the cluster, and workers could not "
+            "reach the server: start it on a node of the cluster, with HOST:PORT of the head (usually port 6379)"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(
+            f"--ray-address (RAY_ADDRESS) {address!r} is not HOST:PORT of a Ray head, as in 10.0.0.1:6379"
+        )
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), int(port)), CONNECT_TIMEOUT_S)
+    except (OSError, OverflowError, TimeoutError, socket.gaierror) as error:
+        reason = str(error) or f"no answer within {CONNECT_TIMEOUT_S:g} s"
+        raise ConfigError(
+            f"no Ray cluster answers at {address} ({reason}): is the head running (`ray start --head`), and is "
+            "--ray-address (RAY_ADDRESS) its HOST:PORT?"
+        ) from error
+    writer.close()
