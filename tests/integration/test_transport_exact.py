@@ -1,0 +1,103 @@
+"""Greedy output equals transformers' over transports between hosts: schedules × placements × transports.
+
+The workers share this process and talk through sockets; a few cells run again with worker processes. `make test-all`
+has more of both, with the architectures and features of `test_token_exact.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from amoe.cluster.front import running_engine
+from tests.integration.exactness import COUNTS, FACTORS, PLACEMENTS, Case, assert_exact, checkpoint, make_cases
+from tests.pairwise import all_combinations, pairwise
+from tests.processes import generate
+from tests.wired import WiredCluster
+
+TRANSPORTS = ("tcp", "distributed")
+_BETWEEN = [name for name, placement in PLACEMENTS.items() if placement.num_workers > 1]
+_REST = [("qwen2_moe", "plain"), ("olmoe", "cached"), ("qwen3_moe", "cached+preempted"), ("mixtral", "preempted")]
+
+
+def _cells() -> list[Case]:
+    """All schedules and placements of several workers; one architecture and feature for each, in turn."""
+    rows = all_combinations({"schedule": FACTORS["schedule"], "count": COUNTS, "placement": _BETWEEN})
+    rest = [
+        {"arch": _REST[n % 4][0], "feature": _REST[n % 4][1], "variant": n % 3, "replicas": 2 * (n % 2)}
+        for n in range(len(rows))
+    ]
+    # A schedule without a count would come once for each of the counts.
+    has_count = ("waves", "lockstep")
+    return make_cases(
+        [
+            {**row, **more}
+            for row, more in zip(rows, rest, strict=True)
+            if row["schedule"] in has_count or row["count"] == COUNTS[0]
+        ]
+    )
+
+
+CELLS = _cells()
+MATRIX = make_cases(pairwise({**FACTORS, "placement": _BETWEEN}))
+PROCESSES = [
+    Case("waves", 0, "qwen3_moe", "2A2E", "cached+preempted", 0, 2),
+    Case("progress", 1, "olmoe", "colocated2", "plain", 1),
+    Case("lockstep", 2, "qwen2_moe", "1A1E", "cached", 2),
+]
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("wired")
+
+
+def run_wired(case: Case, transport: str, root: Path) -> None:
+    config = replace(case.config(checkpoint(root, case.arch, case.variant)), transport=transport)
+    cluster = WiredCluster(config)
+    try:
+        for _ in range(2 if "cached" in case.feature else 1):
+            results = cluster.generate(case.prompts, case.params)
+            logprobs = [[entry.logprob for entry in result.logprobs] for result in results]
+            assert_exact(case, root, [result.token_ids for result in results], logprobs)
+    finally:
+        cluster.close()
+
+
+async def run_processes(case: Case, transport: str, root: Path) -> None:
+    config = replace(case.config(checkpoint(root, case.arch, case.variant)), transport=transport)
+    async with running_engine(config) as (engine, _):
+        results = await generate(engine, case.prompts, case.params)
+        logprobs = [[entry.logprob for entry in result.logprobs] for result in results]
+        assert_exact(case, root, [result.token_ids for result in results], logprobs)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("case", CELLS, ids=str)
+def test_every_schedule_and_placement(case: Case, transport: str, root: Path) -> None:
+    run_wired(case, transport, root)
+
+
+@pytest.mark.parametrize(
+    ("case", "transport"),
+    [(PROCESSES[0], "tcp"), (PROCESSES[2], "tcp"), (PROCESSES[0], "distributed"), (PROCESSES[1], "distributed")],
+    ids=str,
+)
+async def test_worker_processes(case: Case, transport: str, root: Path) -> None:
+    await run_processes(case, transport, root)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("case", MATRIX, ids=str)
+def test_matrix(case: Case, transport: str, root: Path) -> None:
+    run_wired(case, transport, root)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("case", CELLS, ids=str)
+async def test_matrix_of_processes(case: Case, transport: str, root: Path) -> None:
+    await run_processes(case, transport, root)
