@@ -38,12 +38,10 @@ class Losses:
 
     Attributes:
         redone: dispatched anew, because a worker was gone; resent: sent again to the same worker.
-        parked: wait now for an expert that nobody holds.
     """
 
     redone: int = 0
     resent: int = 0
-    parked: int = 0
 
 
 class KeptPairs:
@@ -120,6 +118,12 @@ class Recovery:
         self._patience_s = np.full(num_owners, timeout_s)
         self._next_try = -np.inf
 
+    @property
+    def num_parked(self) -> int:
+        """Tokens that wait for an expert that nobody holds."""
+        nobody = np.arange(self._dispatcher.nobody + 1) == self._dispatcher.nobody
+        return len(self._batcher.join.owed_by(nobody))
+
     def keep(self, slots: Int32Array, pairs: Pairs, scores: Float32Array | None) -> None:
         """Tokens in `slots` [n] are about to be dispatched."""
         self._kept.keep(slots, pairs, scores)
@@ -140,9 +144,7 @@ class Recovery:
         if self._waves is not None:
             self._waves.on_roster(changed, has_missing=bool(self._replicas.has_missing.any()))
         lost = np.append(changed, True)
-        outgoing = self._redo(self._batcher.join.owed_by(lost), now)
-        self.losses.parked = len(self._batcher.join.owed_by(np.append(np.zeros_like(changed), True)))
-        return outgoing
+        return self._redo(self._batcher.join.owed_by(lost), now)
 
     def _redo(self, slots: Int32Array, now: float) -> list[Outgoing]:
         join = self._batcher.join

@@ -100,6 +100,9 @@ class StatsKeeper:
             if home.core.capacity is not None:
                 stats.capacity = home.core.capacity.snapshot()
             _describe_sequences(stats, home.core.batcher)
+            recovery = home.core.recovery
+            stats.redone_tokens, stats.resent_tokens = recovery.losses.redone, recovery.losses.resent
+            stats.parked_tokens = recovery.num_parked
         return stats
 
     def _busy_by_block(self, core: WorkerCore) -> dict[str, float]:
