@@ -29,8 +29,12 @@ class Cluster:
         self.rng = np.random.default_rng(scenario.seed)
         self.clock = ManualClock()
         self.oracles = {r.request_id: Oracle(scenario.spec, list(r.prompt), r.max_tokens) for r in scenario.requests}
-        ranks = range(scenario.placement.num_workers)
-        self.workers = [VirtualWorker(scenario, rank, self.oracles) for rank in ranks]
+        placement = scenario.placement
+        ranks = range(placement.num_ranks)
+        # None: nobody is there.
+        self.workers = [
+            VirtualWorker(scenario, rank, self.oracles) if rank < placement.num_workers else None for rank in ranks
+        ]
         self.homes = [self.workers[rank] for rank in scenario.placement.attention_ranks]
         self.bag: dict[tuple[int, int], deque[Batch]] = {(a, b): deque() for a in ranks for b in ranks}
         self.events = [(r.arrive, 0, r) for r in scenario.requests]
@@ -80,7 +84,7 @@ class Cluster:
 
     def choices(self) -> list[tuple[int, int] | int]:
         """What can happen: a pair of workers between which a batch is on its way, or a worker that is awake."""
-        for worker in self.workers:
+        for worker in filter(None, self.workers):
             deadline = worker.core.next_deadline(self.clock.now())
             if deadline is not None and deadline <= self.clock.now():
                 self.awake.add(worker.rank)
@@ -89,7 +93,8 @@ class Cluster:
 
     def idle(self) -> bool:
         """Nothing can happen now: time passes until the next timer, the next event, or the end of a standstill."""
-        deadlines = [w.core.next_deadline(self.clock.now()) for w in self.workers if w.rank != self.stopped]
+        moving = [worker for worker in self.workers if worker is not None and worker.rank != self.stopped]
+        deadlines = [worker.core.next_deadline(self.clock.now()) for worker in moving]
         deadline = min((d for d in deadlines if d is not None), default=None)
         if deadline is not None:
             self.clock.advance(max(0.0, deadline - self.clock.now()))
@@ -121,6 +126,10 @@ class Cluster:
             self.home_of(request).add(request)
 
     def send(self, batch: Batch) -> None:
+        members = self.workers[batch.src].core.members
+        if not members.has(batch.dst):
+            return
+        members.stamp(batch)
         self.bag[batch.src, batch.dst].append(batch)
         twice = batch.kind is not BatchKind.ANNOUNCE and batch.src != batch.dst
         if twice and self.random.random() < self.scenario.duplicates:
@@ -207,8 +216,8 @@ class Cluster:
             assert not batcher.join._pending.any()
             assert batcher._prefill_in_flight == 0
         if self.scenario.scheduler.max_hold_s == PATIENT and self.scenario.stopped is None:
-            assert [worker.core.num_slips for worker in self.workers] == [0] * len(self.workers)
-        for worker in self.workers:
+            assert not any(worker.core.num_slips for worker in filter(None, self.workers))
+        for worker in filter(None, self.workers):
             # In lockstep the copy of a dispatch waits, harmless, for the next epoch.
             if self.scenario.duplicates == 0 or self.scenario.scheduler.schedule != "lockstep":
                 assert not worker.core.queues.depth.any()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from amoe.config import CacheConfig, CapacityConfig, PlacementConfig, SchedulerConfig
+from amoe.config import CacheConfig, CapacityConfig, FailureConfig, PlacementConfig, SchedulerConfig
 from amoe.policy.placement import place_experts, replicate_experts
 from amoe.types import SamplingParams
 from tests.unit.core.fake_model import ModelSpec
@@ -66,6 +66,9 @@ class Scenario:
         stopped: (rank, turn) of a worker that stops as a process does.
         resumes: turn at which it goes on; None: when nothing else moves any more.
         capacity: what may be taken from requests that are not exact.
+        failure: what becomes of tokens whose worker is gone.
+        faults: (turn, what, number) of what befalls the cluster, see `tests.unit.core.chaos`.
+        loss: share of DISPATCH and RESULT batches between workers that are lost on their way.
     """
 
     requests: tuple[Request, ...]
@@ -81,6 +84,9 @@ class Scenario:
     stopped: tuple[int, int] | None = None
     resumes: int | None = None
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
+    failure: FailureConfig = field(default_factory=FailureConfig)
+    faults: tuple[tuple[int, str, int], ...] = ()
+    loss: float = 0.0
     seed: int = 0
 
     @property
@@ -90,7 +96,8 @@ class Scenario:
     @property
     def admits_in_order(self) -> bool:
         """Nobody who waits is overtaken."""
-        by_arrival = self.scheduler.scheduling_policy == "fcfs"
+        # Who has lost his home goes first at the next one.
+        by_arrival = self.scheduler.scheduling_policy == "fcfs" and not self.faults
         return by_arrival and all(request.sibling_of is None for request in self.requests)
 
     @property

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from amoe.config import EngineConfig
+from amoe.core.members import Roster
 from amoe.core.routed_experts import take_routed
 from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
 from amoe.core.worker import ModelShape, WorkerCore
@@ -40,7 +41,9 @@ class RestlessWaves:
 class VirtualWorker:
     """What the engine's worker does around a `WorkerCore`, in the fewest words."""
 
-    def __init__(self, scenario: Scenario, rank: int, oracles: dict[int, Oracle]) -> None:
+    def __init__(
+        self, scenario: Scenario, rank: int, oracles: dict[int, Oracle], rejoin: tuple[int, Roster] | None = None
+    ) -> None:
         placement, slots = scenario.placement, scenario.scheduler.num_token_slots
         spec, blocks = scenario.spec, scenario.num_blocks
         config = EngineConfig(
@@ -49,12 +52,13 @@ class VirtualWorker:
             scheduler=scenario.scheduler,
             cache=scenario.cache,
             capacity=scenario.capacity,
+            failure=scenario.failure,
             max_waiting=0,
         )
         shape = ModelShape(spec.sparse_layers, spec.num_experts)
         length = scenario.max_model_len
         waves = RestlessWaves(config.scheduler.max_waves, scenario.seed) if scenario.restless else None
-        self.owners = scenario.owners()
+        self.owners = scenario.owners() if rejoin is None else rejoin[1].owners
         self.core = WorkerCore(
             config,
             shape,
@@ -62,17 +66,22 @@ class VirtualWorker:
             num_kv_blocks=blocks,
             max_model_len=length,
             wave_controller=waves,
-            owners=self.owners if scenario.spare_slots else None,
+            owners=self.owners if scenario.spare_slots or rejoin else None,
+            incarnation=0 if rejoin is None else rejoin[0],
+            incarnations=None if rejoin is None else rejoin[1].incarnations,
         )
+        self.may_get_strays = bool(scenario.faults)  # tokens for experts that have moved
         self.spec, self.rank, self.oracles = spec, rank, oracles
         self.num_pairs = scenario.capacity.pairs_per_token(spec.top_k, spec.num_experts)
         self.max_tokens = {request.request_id: request.max_tokens for request in scenario.requests}
-        self.unchecked = {r.request_id for r in scenario.requests if not r.exact and scenario.capacity.is_on}
+        self.unchecked = {r.request_id for r in scenario.requests if not r.exact and config.may_degrade}
         self.owner_of_rank = {owner: index for index, owner in enumerate(placement.owner_ranks)}
         self.block_size = scenario.cache.block_size
         self.keys = np.zeros((spec.num_layers, blocks * self.block_size), np.uint64)
         self.residual = np.zeros(slots, np.uint64)
         self.partials = np.zeros((len(placement.owner_ranks) + 1, slots), np.uint64)
+        self.held = (self.owners == self.owner_of_rank.get(rank, -2)).any(axis=-1)  # [L, E]
+        self.moe_inputs = np.zeros(slots, np.uint64)
         self.slab = np.zeros(len(placement.attention_ranks) * slots, np.uint64)
         self.streamed: dict[int, list[int]] = {}
         self.scored: dict[int, list[int]] = {}  # positions of the prompt that the head has seen, by request
@@ -92,6 +101,29 @@ class VirtualWorker:
         prompt = np.asarray(request.prompt, np.int32)
         self.batcher.add(request.request_id, prompt, request.params, request.sibling_of)
 
+    def resume(self, request: Request, streamed: list[int], scored: list[int], num_routed: int) -> None:
+        """Go on with what another life, or another worker, has begun."""
+        if not streamed:
+            scored, num_routed = [], 0
+        self.streamed[request.request_id] = list(streamed)
+        self.scored[request.request_id] = list(scored)
+        self.num_routed[request.request_id] = num_routed
+        token_ids = np.asarray([*request.prompt, *streamed], np.int32)
+        self.batcher.add(
+            request.request_id, token_ids, request.params, num_generated=len(streamed), num_routed=num_routed
+        )
+
+    def apply(self, roster: Roster, now: float) -> list[Batch]:
+        """Others serve from now on. Returns what is to be sent."""
+        self.owners = roster.owners
+        return [self._packed(outgoing, self.moe_inputs) for outgoing in self.core.on_roster(roster, now)]
+
+    def retry(self, now: float) -> list[Batch]:
+        """What is to be sent because answers are late."""
+        if self.core.attention is None:
+            return []
+        return [self._packed(outgoing, self.moe_inputs) for outgoing in self.core.attention.recovery.retry(now)]
+
     def abort(self, request_id: int) -> None:
         if self.batcher.abort(request_id) is not None:
             self.terminal[request_id] += 1
@@ -109,9 +141,10 @@ class VirtualWorker:
     def run(self, step: AttentionStep | HeadStep | ExpertsStep, now: float) -> list[Batch]:
         """Run a step and tell the core. Returns what is to be sent."""
         if isinstance(step, ExpertsStep):
+            held = np.append(self.held[step.block.layer], True)[step.expert_ids].all(axis=1)
+            assert held.all() or self.may_get_strays, "the expert does not live here"
+            step = step if held.all() else step.only(held)
             inputs = self.slab[step.slab_rows]
-            held = (self.owners[step.block.layer] == self.owner_of_rank[self.rank]).any(axis=-1)
-            assert held[step.expert_ids[step.expert_ids >= 0]].all(), "the expert does not live here"
             output = fake_model.run_experts(inputs, step.block.layer, step.expert_ids, step.expert_weights)
             return [self._packed(reply, output) for reply in step.replies]
         if isinstance(step, HeadStep):
@@ -129,6 +162,7 @@ class VirtualWorker:
             return [self._packed(out, None) for out in self.core.attention.on_attention(step, None, None, now)]
         self.residual[step.slots] = residual
         moe_input = fake_model.mix(residual, fake_model.NORM)
+        self.moe_inputs[step.slots] = moe_input
         topk_ids, topk_weights = fake_model.route(moe_input, layer, self.spec)
         scores = fake_model.scores(moe_input, layer, self.spec)
         outgoing = self.core.attention.on_attention(step, topk_ids, topk_weights, now, scores)
