@@ -6,8 +6,8 @@ while the loop is inside one turn. It is taken for dead if
 - *silent*: it gives neither for the timeout. One that visibly uses a processor, or waits for one or for a disk, gets
   `RUNNING_TIMES` as long: a machine that is overloaded is no reason to kill anybody;
 - *hung*: it is inside one step for longer than any step should take;
-- *cut*: a home has waited for its answer for the timeout, while its own heartbeats say, twice, that nothing waits there
-  for nearly as long: what the home has sent does not arrive, or the answer does not.
+- *cut*: a home has waited for its answer for nearly the timeout, and says so again after two heartbeats of the accused
+  that show that nothing waits there for as long: what the home has sent does not arrive, or the answer does not.
 
 A cut link has two ends, and only one of them is replaced. If a home accuses all workers that hold experts, and they are
 several, and no other home accuses any of them, it is the home that is cut off. Two that accuse each other: the greater
@@ -28,6 +28,8 @@ LossKind = Literal["silent", "hung", "cut"]
 RUNNING_TIMES = 4.0
 FIRST_SIGN_S = 30.0  # from "I am ready" to the first heartbeat, things may be warmed up
 BEATS_OF_INNOCENCE = 2  # heartbeats that show that what was sent is not there
+CUT_SHARE = 0.75  # of the timeout: homes say twice a second for how long they have waited
+LAPSE_S = 1.5  # a home that has not said again that it waits, waits no more
 
 
 class Loss(NamedTuple):
@@ -62,11 +64,12 @@ class _Signs:
 
 @dataclass(slots=True)
 class _Accusation:
-    """One home waits for one worker: for so many seconds when it said so, which is so many seconds ago."""
+    """One home waits for one worker: for so many seconds when it said so last, which is so many seconds ago."""
 
     seconds: float
     age_s: float = 0.0
     beats: int = 0
+    is_proven: bool = False
 
 
 class LifeSigns:
@@ -114,15 +117,12 @@ class LifeSigns:
             signs.step_s, signs.step_limit_s = step_s, limit_s
 
     def accuse(self, home: int, rank: int, seconds: float) -> None:
-        """`home` has waited for an answer of `rank` for `seconds`; 0: it has got one, and waits no longer."""
+        """`home` has waited for an answer of `rank` for `seconds`. It says so again as long as it waits."""
         if home not in self._workers or rank not in self._workers:
             return
-        if seconds <= 0:
-            self._accusations.pop((home, rank), None)
-        elif (known := self._accusations.get((home, rank))) is not None:
-            known.seconds, known.age_s = seconds, 0.0
-        else:
-            self._accusations[home, rank] = _Accusation(seconds)
+        known = self._accusations.setdefault((home, rank), _Accusation(seconds))
+        known.seconds, known.age_s = seconds, 0.0
+        known.is_proven = known.beats >= BEATS_OF_INNOCENCE and seconds >= CUT_SHARE * self._timeout_s
 
     def advance(self, seconds: float) -> None:
         """So much time has passed, in which messages were read as they came."""
@@ -130,6 +130,8 @@ class LifeSigns:
             signs.silence_s += seconds
         for accusation in self._accusations.values():
             accusation.age_s += seconds
+        for pair in [pair for pair, item in self._accusations.items() if item.age_s > LAPSE_S]:
+            del self._accusations[pair]
 
     def losses(self, owners: set[int], seems_to_run: Callable[[int], bool]) -> list[Loss]:
         """Who is taken for dead now.
@@ -154,11 +156,7 @@ class LifeSigns:
     def _cut(self, dead: set[int], owners: set[int]) -> list[Loss]:
         """Whoever waits for a worker that is dead anyway has nothing new to say."""
         proven = {
-            pair: item.seconds + item.age_s
-            for pair, item in self._accusations.items()
-            if dead.isdisjoint(pair)
-            and item.beats >= BEATS_OF_INNOCENCE
-            and item.seconds + item.age_s >= self._timeout_s
+            pair: item.seconds for pair, item in self._accusations.items() if item.is_proven and dead.isdisjoint(pair)
         }
         worst: dict[int, float] = {}
         for pair, seconds in proven.items():

@@ -1,0 +1,168 @@
+"""Who is taken for dead, and when the next life begins."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from amoe.policy.supervision import FIRST_SIGN_S, LAPSE_S, RUNNING_TIMES, Crashes, LifeSigns, Loss
+
+TIMEOUT_S = 2.0
+HOME, OTHER_HOME, OWNER, OTHER_OWNER = 0, 1, 2, 3
+OWNERS = {OWNER, OTHER_OWNER}
+
+
+class Cluster:
+    """Four workers that beat twice a second, unless they are told otherwise."""
+
+    def __init__(self) -> None:
+        self.signs = LifeSigns(TIMEOUT_S)
+        self.quiet: set[int] = set()
+        self.running: set[int] = set()
+        self.oldest_s = dict.fromkeys((HOME, OTHER_HOME, OWNER, OTHER_OWNER), 0.0)
+        self.waits: dict[tuple[int, int], float] = {}
+        for rank in self.oldest_s:
+            self.signs.expect(rank)
+            self.signs.beat(rank, 0.0)
+
+    def pass_time(self, seconds: float) -> list[Loss]:
+        """Half seconds of life; what is found at the end of the first one that shows something."""
+        for _ in range(round(seconds / 0.5)):
+            for rank in self.oldest_s.keys() - self.quiet:
+                self.signs.beat(rank, self.oldest_s[rank])
+            for pair in self.waits:
+                self.waits[pair] += 0.5
+                if self.waits[pair] >= TIMEOUT_S / 2 and pair[0] not in self.quiet:
+                    self.signs.accuse(*pair, self.waits[pair])
+            self.signs.advance(0.5)
+            if found := self.signs.losses(OWNERS, self.running.__contains__):
+                return found
+        return []
+
+
+def test_nobody_dies_who_gives_signs():
+    assert Cluster().pass_time(100) == []
+
+
+def test_who_is_silent_for_the_timeout_is_dead():
+    cluster = Cluster()
+    cluster.quiet.add(OWNER)
+    assert cluster.pass_time(1.5) == []
+    (loss,) = cluster.pass_time(0.5)
+    assert loss == Loss(OWNER, "silent", TIMEOUT_S)
+    assert str(loss) == "has given no sign of life for 2.0 s"
+    cluster.signs.forget(OWNER)
+    assert cluster.pass_time(100) == []
+
+
+def test_who_is_silent_because_the_machine_is_busy_has_more_time():
+    cluster = Cluster()
+    cluster.quiet.add(OWNER)
+    cluster.running.add(OWNER)
+    assert cluster.pass_time(RUNNING_TIMES * TIMEOUT_S - 0.5) == []
+    assert [loss.kind for loss in cluster.pass_time(0.5)] == ["silent"]
+
+
+def test_the_first_sign_may_take_longer():
+    cluster = Cluster()
+    cluster.quiet.add(OWNER)
+    cluster.signs.expect(OWNER)
+    assert cluster.pass_time(FIRST_SIGN_S - 0.5) == []
+    assert [loss.rank for loss in cluster.pass_time(0.5)] == [OWNER]
+
+
+def test_a_step_has_a_limit():
+    cluster = Cluster()
+    cluster.quiet.add(OWNER)
+    for second in range(1, 8):
+        cluster.signs.pulse(OWNER, float(second), 7.0)
+        assert cluster.pass_time(1) == ([] if second < 7 else [Loss(OWNER, "hung", 7.0)])
+    cluster.signs.beat(OWNER, 0.0)
+    cluster.quiet.clear()
+    assert cluster.pass_time(10) == []
+
+
+def test_who_does_not_get_what_was_sent_is_cut_off():
+    cluster = Cluster()
+    cluster.waits[HOME, OWNER] = 0.0
+    (loss,) = cluster.pass_time(100)
+    assert (loss.rank, loss.kind) == (OWNER, "cut")
+    assert TIMEOUT_S * 0.75 <= loss.seconds <= TIMEOUT_S + 0.5
+
+
+def test_who_is_slow_is_not_cut_off():
+    """What the home waits for lies in the worker's queue."""
+    cluster = Cluster()
+    cluster.waits[HOME, OWNER] = 0.0
+    for _ in range(40):
+        cluster.oldest_s[OWNER] = cluster.waits[HOME, OWNER]
+        assert cluster.pass_time(0.5) == []
+
+
+def test_an_answer_ends_the_suspicion():
+    """A machine that was asleep: a home that wakes up first has waited for long, and is answered at once."""
+    cluster = Cluster()
+    cluster.signs.accuse(HOME, OWNER, 60.0)
+    assert cluster.pass_time(LAPSE_S + 1) == []
+    cluster.signs.accuse(HOME, OWNER, 2.0)
+    assert cluster.pass_time(100) == []
+
+
+def test_a_home_that_reaches_nobody_is_cut_off_itself():
+    cluster = Cluster()
+    cluster.waits = {(HOME, OWNER): 0.0, (HOME, OTHER_OWNER): 0.0}
+    assert [(loss.rank, loss.kind) for loss in cluster.pass_time(100)] == [(HOME, "cut")]
+
+
+def test_owners_that_nobody_reaches_are_cut_off():
+    cluster = Cluster()
+    cluster.waits = {(home, owner): 0.0 for home in (HOME, OTHER_HOME) for owner in OWNERS}
+    assert [(loss.rank, loss.kind) for loss in cluster.pass_time(100)] == [(OWNER, "cut"), (OTHER_OWNER, "cut")]
+
+
+def test_of_two_that_accuse_each_other_one_is_replaced():
+    cluster = Cluster()
+    cluster.waits = {(HOME, OTHER_HOME): 0.0, (OTHER_HOME, HOME): 0.0}
+    assert [(loss.rank, loss.kind) for loss in cluster.pass_time(100)] == [(OTHER_HOME, "cut")]
+
+
+def test_who_waits_for_the_dead_accuses_nobody():
+    cluster = Cluster()
+    cluster.waits[HOME, OWNER] = 0.0
+    cluster.quiet.add(OWNER)
+    assert [(loss.rank, loss.kind) for loss in cluster.pass_time(100)] == [(OWNER, "silent")]
+
+
+@given(st.lists(st.floats(0, 100), max_size=30), st.floats(0.1, 5), st.floats(5, 60))
+def test_pauses_are_bounded_and_grow_with_short_lives(lives, backoff_s, max_backoff_s):
+    crashes = Crashes(backoff_s=backoff_s, max_backoff_s=max_backoff_s)
+    assert crashes.pause_s == 0
+    for lived_s in lives:
+        before, crashes = crashes, crashes.after(lived_s)
+        assert 0 <= crashes.pause_s <= max_backoff_s
+        if lived_s >= max_backoff_s:
+            assert (crashes.count, crashes.pause_s) == (1, 0)
+        else:
+            assert crashes.count == before.count + 1
+            assert crashes.pause_s >= before.pause_s
+    assert crashes.forgiven().pause_s == 0
+
+
+def test_pauses_double():
+    crashes, pauses = Crashes(backoff_s=0.5, max_backoff_s=30.0), []
+    for _ in range(9):
+        crashes = crashes.after(0.0)
+        pauses.append(crashes.pause_s)
+    assert pauses == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+
+
+@pytest.mark.parametrize("stranger", [7, -1])
+def test_strangers_are_ignored(stranger):
+    signs = LifeSigns(TIMEOUT_S)
+    signs.beat(stranger, 0.0)
+    signs.pulse(stranger, 9.0, 1.0)
+    signs.accuse(stranger, 0, 9.0)
+    signs.forget(stranger)
+    signs.advance(100.0)
+    assert signs.losses(set(), lambda _: False) == []
