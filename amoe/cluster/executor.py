@@ -35,8 +35,9 @@ class ExecutorOptions:
     def __post_init__(self) -> None:
         if self.name not in EXECUTORS:
             raise ConfigError(f"--executor must be one of {', '.join(EXECUTORS)}, not {self.name!r}")
-        if self.name == "local" and self != ExecutorOptions():
-            raise ConfigError("--ray-address, --ray-pin-roles and the like go with --executor ray")
+        is_told_of_ray = self.ray_address is not None or self.ray_pin_roles or self.deployment != "amoe"
+        if self.name == "local" and is_told_of_ray:
+            raise ConfigError("--ray-address, --ray-pin-roles and --deployment-name go with --executor ray")
         if not 0 < self.ray_placement_timeout_s < float("inf"):
             raise ConfigError("--ray-placement-timeout must be greater than 0 seconds")
         if re.fullmatch(r"[A-Za-z0-9_.#-]{1,128}", self.deployment) is None:

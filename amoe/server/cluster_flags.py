@@ -25,9 +25,8 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--transport",
         choices=TRANSPORTS,
-        default=EngineConfig(model="x").transport,
         help="shm: shared memory of one host; tcp: ZeroMQ; distributed: torch.distributed, NCCL between GPUs and gloo "
-        "between CPUs",
+        "between CPUs; default: shm, or tcp with --executor ray",
     )
     group.add_argument(
         "--failure-timeout",

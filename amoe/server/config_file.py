@@ -53,12 +53,13 @@ def read_config_file(path: str) -> dict[str, Any]:
     return settings
 
 
-def tokens_of(settings: Mapping[str, Any], flags: Mapping[str, argparse.Action], path: str) -> list[str]:
+def tokens_of(settings: Mapping[str, Any], flags: Mapping[str, argparse.Action], source: str) -> list[str]:
     """The command line that says the same.
 
     Args:
         settings: by flag name with dashes; `model` is the positional argument. null leaves a flag at its default.
         flags: actions of the parser by option string.
+        source: where they come from, for error messages: `--config FILE`.
 
     Raises:
         ConfigError: a name that is no flag, or a value of the wrong kind.
@@ -67,37 +68,37 @@ def tokens_of(settings: Mapping[str, Any], flags: Mapping[str, argparse.Action],
     tokens: list[str] = []
     for name, value in settings.items():
         if name == "model":
-            model = [] if value is None else [_scalar(name, value, path)]
+            model = [] if value is None else [_scalar(name, value, source)]
             continue
         action = flags.get(f"--{name}")
         if action is None or name in _NOT_IN_FILES:
-            raise ConfigError(f"--config {path}: unknown key {name!r}{_near(name, flags)}")
+            raise ConfigError(f"{source}: unknown key {name!r}{_near(name, flags)}")
         if value is not None:
-            tokens += _flag_tokens(name, value, action, path)
+            tokens += _flag_tokens(name, value, action, source)
     return [*model, *tokens]
 
 
-def _flag_tokens(name: str, value: Any, action: argparse.Action, path: str) -> list[str]:
+def _flag_tokens(name: str, value: Any, action: argparse.Action, source: str) -> list[str]:
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise ConfigError(f"--config {path}: {name} must be true or false, not {value!r}")
+            raise ConfigError(f"{source}: {name} must be true or false, not {value!r}")
         if value:
             return [f"--{name}"]
         return [f"--no-{name}"] if f"--no-{name}" in action.option_strings else []
     if isinstance(value, list):
         if action.nargs not in ("+", "*"):
-            raise ConfigError(f"--config {path}: {name} takes one value, not a list")
+            raise ConfigError(f"{source}: {name} takes one value, not a list")
         if not value:
             return []
-        return [f"--{name}", *(_scalar(name, item, path) for item in value)]
-    return [f"--{name}={_scalar(name, value, path)}"]
+        return [f"--{name}", *(_scalar(name, item, source) for item in value)]
+    return [f"--{name}={_scalar(name, value, source)}"]
 
 
-def _scalar(name: str, value: Any, path: str) -> str:
+def _scalar(name: str, value: Any, source: str) -> str:
     if isinstance(value, dict):
         return json.dumps(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ConfigError(f"--config {path}: {name} takes a value, not {value!r}")
+        raise ConfigError(f"{source}: {name} takes a value, not {value!r}")
     return str(value)
 
 

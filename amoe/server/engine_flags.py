@@ -362,5 +362,5 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         steering=SteeringConfig(interval_s=args.steer_interval, ridge_tokens=args.ridge_tokens),
         capacity=capacity_config(args),
         failure=failure_config(args),
-        transport=args.transport,
+        transport=args.transport or "shm",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
+from amoe.cluster.executor import ExecutorOptions
 from amoe.engine.watchdog import HEARTBEAT_TIMEOUT_S, STALL_TIMEOUT_S
 from amoe.errors import ConfigError
 from amoe.server.chat_options import ChatOptions
@@ -100,6 +101,7 @@ class ServerOptions:
         log_stats: a status line every ten seconds.
         api_server_count: processes that answer HTTP.
         otlp_traces_endpoint: where to send a span per request; None: nowhere.
+        executor: where the workers run.
     """
 
     host: str = "127.0.0.1"
@@ -117,6 +119,7 @@ class ServerOptions:
     otlp_traces_endpoint: str | None = None
     http: HttpOptions = field(default_factory=HttpOptions)
     chat: ChatOptions = field(default_factory=ChatOptions)
+    executor: ExecutorOptions = field(default_factory=ExecutorOptions)
 
     def __post_init__(self) -> None:
         _require(bool(self.model_names), "--served-model-name needs a name")

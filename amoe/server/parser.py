@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from amoe.errors import ConfigError
@@ -53,23 +53,36 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """What is wrong with the command line ends the program; what is wrong with a file is told with its name."""
         if self._config_source is not None:
-            raise ConfigError(f"--config {self._config_source}: {message.removeprefix('argument ')}")
+            raise ConfigError(f"{self._config_source}: {message.removeprefix('argument ')}")
         super().error(message)
 
     def _take_defaults(self, path: str) -> None:
         settings = read_config_file(path)
         before = {action.dest: action.default for action in self._actions}
-        tokens = tokens_of(settings, self._option_string_actions, path)
-        self._config_source = path
+        parsed = self.parse_settings(settings, f"--config {path}")
+        given = {name.replace("-", "_") for name in settings}
+        dests = {a.dest for a in self._actions if a.dest in before and _names(a) & given}
+        self.set_defaults(**{dest: getattr(parsed, dest) for dest in dests})
+
+    def parse_settings(self, settings: Mapping[str, Any], source: str) -> argparse.Namespace:
+        """What a command line with these settings would give.
+
+        Args:
+            settings: see `tokens_of`.
+            source: where they come from, for error messages.
+
+        Raises:
+            ConfigError: what is wrong with them.
+        """
+        tokens = tokens_of(settings, self._option_string_actions, source)
+        self._config_source = source
         try:
             parsed, unknown = super().parse_known_args(tokens, None)
             if unknown:
                 self.error(f"cannot use {' '.join(map(str, unknown))}")
+            return parsed
         finally:
             self._config_source = None
-        given = {name.replace("-", "_") for name in settings}
-        dests = {a.dest for a in self._actions if a.dest in before and _names(a) & given}
-        self.set_defaults(**{dest: getattr(parsed, dest) for dest in dests})
 
     def topic_help(self, topic: str) -> str:
         """Help on one topic.

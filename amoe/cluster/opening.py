@@ -1,0 +1,39 @@
+"""A cluster of workers wherever they are to run."""
+
+from __future__ import annotations
+
+from amoe.cluster.cluster import WorkerCluster
+from amoe.cluster.executor import ExecutorOptions
+from amoe.cluster.local import LocalCluster
+from amoe.cluster.process import DEFAULT_ENTRY
+from amoe.config import EngineConfig
+from amoe.logs import LogOptions
+
+
+async def open_cluster(
+    config: EngineConfig,
+    executor: ExecutorOptions,
+    *,
+    entry: str = DEFAULT_ENTRY,
+    logs: LogOptions | None = None,
+    num_fronts: int = 0,
+) -> WorkerCluster:
+    """A cluster that is yet to be started, and must be stopped. Install signal handlers only afterwards: Ray takes
+    SIGTERM for itself when it is connected to.
+
+    Args:
+        entry: what makes a worker, see `LaunchSpec`.
+        logs: how the workers log.
+        num_fronts: API processes that will talk to the workers themselves, of this host; none: this process does.
+
+    Raises:
+        ConfigError: the Ray cluster cannot be used.
+    """
+    if executor.name == "local":
+        return LocalCluster(config, entry=entry, logs=logs, num_fronts=num_fronts)
+    try:
+        from amoe.cluster.ray_cluster import RayLauncher  # late: it takes a second, and may not be installed
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--executor ray needs Ray ({error}): pip install 'amoe[ray]'") from error
+    launcher = await RayLauncher.connect(config, executor, entry=entry, logs=logs or LogOptions())
+    return WorkerCluster(config, launcher)
