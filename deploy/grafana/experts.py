@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard as dashboard_builders
 
+from deploy.grafana import failures
 from deploy.grafana.panels import (
     Choice,
     Panel,
@@ -39,6 +40,7 @@ def build() -> dashboard_builders.Dashboard:
         ("Workers", _workers()),
         ("Waves and transport", _waves()),
         ("Capacity and steering", _capacity()),
+        ("Failures and elasticity", failures.panels()),
     ):
         board = board.with_row(dashboard_builders.Row(title))
         for panel in panels:
