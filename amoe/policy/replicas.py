@@ -32,7 +32,7 @@ _ROUNDING = 1e-9
 def even_shares(owners: Int16Array) -> FloatArray:
     """[..., E, R] shares of `owners` [..., E, R] (-1: no replica): every replica the same, as EPLB does."""
     exists = owners >= 0
-    return exists / exists.sum(axis=-1, keepdims=True)
+    return exists / np.maximum(exists.sum(axis=-1, keepdims=True), 1)
 
 
 def primary_shares(owners: Int16Array) -> FloatArray:
@@ -40,6 +40,22 @@ def primary_shares(owners: Int16Array) -> FloatArray:
     shares = np.zeros(owners.shape)
     shares[..., 0] = 1.0
     return shares
+
+
+def present_first(owners: Int16Array, present: BoolArray) -> tuple[Int64Array, Int16Array]:
+    """Replicas as they are, if only those of the owners that are `present` [D] count.
+
+    Args:
+        owners: [..., E, R], -1: no replica.
+
+    Returns:
+        order: [..., E, R] for `take_along_axis`: those that are there first, otherwise as they were.
+        here: [..., E, R] the owners in that order, -1 for those that are not there.
+    """
+    is_here: BoolArray = np.append(present, False)[owners]  # -1 finds the last one
+    order = np.argsort(~is_here, axis=-1, kind="stable")
+    is_here, owners = np.take_along_axis(is_here, order, axis=-1), np.take_along_axis(owners, order, axis=-1)
+    return order, np.where(is_here, owners, np.int16(-1))
 
 
 def split_counts(counts: Int64Array, shares: FloatArray, phase: FloatArray) -> Int64Array:

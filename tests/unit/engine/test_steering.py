@@ -12,8 +12,9 @@ import pytest
 from amoe.clock import ManualClock
 from amoe.config import EngineConfig, PlacementConfig, ScheduleName, SchedulerConfig, SteeringConfig
 from amoe.core.replica_shares import ReplicaShares
+from amoe.engine import steering
 from amoe.engine.emulated_device import EmulatedDevice
-from amoe.engine.messages import Steer
+from amoe.engine.messages import Steer, Topology
 from amoe.engine.steering import Steering
 from amoe.policy.placement import place_experts, replicate_experts
 from amoe.policy.steering import count_work
@@ -232,3 +233,107 @@ async def test_admission_follows_heartbeats(tmp_path: Path) -> None:
 async def test_it_does_not_run_where_there_is_nothing_to_steer(interval_s: float, placement: PlacementConfig) -> None:
     config = EngineConfig(model="m", placement=placement, steering=SteeringConfig(interval_s=interval_s))
     await Steering(config, None, ManualClock(), send=lambda rank, message: None).run()
+
+
+def topology_of(owners: np.ndarray, version: int, incarnations: list[int]) -> Topology:
+    table = np.ascontiguousarray(owners, "<i2").tobytes()
+    return Topology(version, incarnations, [""] * len(incarnations), table, owners.shape[-1])
+
+
+def shares_of(message: Steer, owners: np.ndarray) -> np.ndarray:
+    return np.frombuffer(message.shares, "<f4").reshape(owners.shape)
+
+
+async def test_shares_follow_the_table_in_force() -> None:
+    """Replicas come that nobody had before; then an owner goes, and the others share what it had."""
+    cluster = ModelledCluster("emulated:h100,sigma=1.25", 4, spare=0)
+    cluster.iterate()
+    await cluster.steering.steer()
+    assert cluster.sent == []
+    wide = replicate_experts(cluster.popularity, 4, SIZES.num_experts // 4 + 4)
+    cluster.steering.set_topology(topology_of(wide, 7, [0, 0, 0, 0]))
+    await cluster.steering.steer()
+    assert [(rank, message.version) for rank, message in cluster.sent] == [(rank, 7) for rank in range(4)]
+    assert shares_of(cluster.sent[0][1], wide)[..., 1:].sum() > 0
+    cluster.sent.clear()
+    cluster.steering.set_topology(topology_of(wide, 8, [0, -1, 0, 0]))
+    await cluster.steering.steer()
+    assert [(rank, message.version) for rank, message in cluster.sent] == [(rank, 8) for rank in (0, 2, 3)]
+    shares = shares_of(cluster.sent[0][1], wide)
+    somebody_is_there = ((wide != 1) & (wide >= 0)).any(axis=-1)
+    assert not shares[wide == 1].reshape(-1)[somebody_is_there[(wide == 1).any(axis=-1)]].any()
+    assert shares[somebody_is_there].sum(axis=-1) == pytest.approx(1.0)
+    replicas = ReplicaShares(wide, 0, 4, np.array([True, False, True, True]))
+    replicas.set(shares)  # a home can do as it is told
+    assert (replicas.choose(0, np.arange(SIZES.num_experts)[:, None]) != 1).all()
+    assert list(cluster.steering.state.owner_speed) == [0, 2, 3]
+
+
+async def test_a_plan_for_another_table_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = ModelledCluster("emulated:h100,sigma=1.25", 4)
+    cluster.iterate()
+    planned = steering.plan_replicas
+
+    def plan(*args):
+        cluster.steering._replicas = steering._Replicas(cluster.owners, np.ones(4, np.bool_))  # as a topology does
+        return planned(*args)
+
+    monkeypatch.setattr(steering, "plan_replicas", plan)
+    await cluster.steering.steer()
+    assert cluster.sent == []
+
+
+async def test_a_plan_follows_a_new_topology_at_once() -> None:
+    cluster = ModelledCluster("emulated:h100,sigma=1.25", 4)
+    cluster.iterate()
+    cluster.steering._interval_s = 1e6
+    task = asyncio.create_task(cluster.steering.run())
+    cluster.steering.set_topology(topology_of(cluster.owners, 3, [0, 0, 0, 1]))
+    while not cluster.sent:  # noqa: ASYNC110 - the event loop of a test has nothing else to do
+        await asyncio.sleep(0.001)
+    assert {message.version for _, message in cluster.sent} == {3}
+    task.cancel()
+
+
+async def test_who_is_gone_is_forgotten_but_for_what_was_hot() -> None:
+    cluster = ModelledCluster("emulated:h100,straggler=2:2", 4, spare=0)
+    for _ in range(3):
+        cluster.iterate()
+    before = cluster.steering._meters.measured()
+    load = cluster.steering.measured_load()
+    cluster.steering.set_topology(topology_of(cluster.owners, 1, [0, 0, -1, 0]))
+    cluster.steering.observe(cluster.stats[2])  # it was on its way
+    after = cluster.steering._meters.measured()
+    assert np.array_equal(before.pairs, after.pairs)
+    assert np.array_equal(load, cluster.steering.measured_load())
+    assert after.work.tolist() == [*before.work[:2], 0.0, before.work[3]]
+    await cluster.steering.steer()
+    assert 2 not in cluster.steering.state.owner_speed
+    # The next life counts from zero.
+    cluster.steering.set_topology(topology_of(cluster.owners, 2, [0, 0, 1, 0]))
+    cluster.stats[2] = replace(cluster.stats[0], rank=2, experts_s=1.0, home_s=1.0, expert_work=7)
+    cluster.steering.observe(cluster.stats[2])
+    assert cluster.steering._meters.measured().work[2] == 7
+
+
+async def test_the_load_of_experts_is_known_once_something_was_computed() -> None:
+    cluster = ModelledCluster("emulated:h100,sigma=1.25", 2, spare=0)
+    assert cluster.steering.measured_load() is None
+    for _ in range(4):
+        cluster.iterate()
+    load = cluster.steering.measured_load()
+    assert load.shape == (SIZES.num_layers, SIZES.num_experts)
+    assert load / load.sum(axis=1, keepdims=True) == pytest.approx(cluster.popularity, rel=0.02, abs=1e-4)
+
+
+def test_workers_that_may_come_later_have_their_places() -> None:
+    config = EngineConfig(model="m", placement=PlacementConfig(expert_workers=2, max_expert_workers=4))
+    steered = Steering(config, place_experts(1, 2, 2), ManualClock(), send=lambda rank, message: None)
+    assert list(steered.state.owner_speed) == [1, 2]
+    steered.observe(WorkerStats(3, "experts", experts_s=1.0, expert_pairs=[[5, 6]]))  # it has not joined
+    assert steered.measured_load() is None
+    owners = np.array([[[0, 2], [1, -1]]], np.int16)
+    steered.set_topology(topology_of(owners, 1, [0, 0, 0, 0, -1]))
+    steered.observe(WorkerStats(3, "experts", experts_s=1.0, expert_pairs=[[5, 6]]))
+    assert steered.measured_load().tolist() == [[5.0, 6.0]]
+    assert list(steered.state.owner_speed) == [1, 2, 3]

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from amoe.core.replica_shares import ReplicaShares
 from amoe.policy.placement import replicate_experts
-from amoe.policy.replicas import choose_replicas, cumulative_shares, primary_shares, split_counts
+from amoe.policy.replicas import (
+    choose_replicas,
+    cumulative_shares,
+    even_shares,
+    present_first,
+    primary_shares,
+    split_counts,
+)
 
 
 @st.composite
@@ -102,3 +109,14 @@ def test_shares_begin_at_the_primaries():
     owners = replicate_experts(np.ones((2, 8)), 4, 3)
     assert (np.bincount(owners[0, :, 0]) == 2).all()
     assert (ReplicaShares(owners, 0, 4).shares == primary_shares(owners)).all()
+
+
+def test_only_those_that_are_there_count():
+    owners = np.array([[2, 0, 1], [1, -1, -1], [0, 1, -1]], np.int16)
+    order, here = present_first(owners, np.array([True, False, True]))
+    assert here.tolist() == [[2, 0, -1], [-1, -1, -1], [0, -1, -1]]
+    assert np.take_along_axis(owners, order, axis=-1).tolist() == [[2, 0, 1], [1, -1, -1], [0, 1, -1]]
+    order, here = present_first(owners, np.array([False, True, False]))
+    assert here.tolist() == [[1, -1, -1], [1, -1, -1], [1, -1, -1]]
+    assert order[0].tolist() == [2, 0, 1]
+    assert even_shares(present_first(owners, np.zeros(3, np.bool_))[1]).tolist() == [[0.0] * 3] * 3
