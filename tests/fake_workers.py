@@ -10,6 +10,8 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
+import msgspec
+import numpy as np
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -125,7 +127,7 @@ class FakeWorker:
     def _say_prompt_logprobs(self, request: AddRequest) -> None:
         """In two parts, as of a prompt of two chunks. A request that wants nothing else ends here."""
         k = request.params.prompt_logprobs
-        if k is None:
+        if k is None or request.num_generated:
             return
         tokens = request.prompt_token_ids[1:]
         logprobs = [TokenLogprobs(-2.5, [token, 5, 6][:k], [-2.5, -3.5, -4.5][:k]) for token in tokens]
@@ -137,12 +139,20 @@ class FakeWorker:
             self.say(Outputs([SequenceOutput(request.request_id, [], finish_reason="length")]))
 
     async def _serve(self, request: AddRequest) -> None:
-        tokens = list(self.script(request))[: request.params.max_tokens]
+        num_prompt = len(request.prompt_token_ids) - request.num_generated
+        first = msgspec.structs.replace(request, prompt_token_ids=request.prompt_token_ids[:num_prompt])
+        tokens = list(self.script(first))[: request.params.max_tokens]
+        assert request.prompt_token_ids[num_prompt:] == tokens[: request.num_generated], "others than it has been told"
         self._say_prompt_logprobs(request)
-        for index, token in enumerate(tokens):
+        num_routed = request.num_routed
+        for index in range(request.num_generated, len(tokens)):
+            token = tokens[index]
             await asyncio.sleep(0)
             await self.runs.wait()
             output = SequenceOutput(request.request_id, [token], capacity=self.capacity)
+            if request.params.return_routed_experts:  # of every token before this one: its place
+                output.routed_experts = np.arange(num_routed, num_prompt + index, dtype="<i2").tobytes()
+                num_routed = num_prompt + index
             k = request.params.logprobs
             if k is not None:
                 output.logprobs = [TokenLogprobs(-0.5, [token, 5, 6][:k], [-0.5, -1.5, float("-inf")][:k])]
@@ -169,6 +179,7 @@ def make_engine(
     scheduling_policy: SchedulingPolicy = "fcfs",
     heartbeat_timeout_s: float = 1e6,  # they send no sign of life unless told
     stall_timeout_s: float = 1e5,
+    supervised: bool = False,
 ) -> tuple[AsyncEngine, list[FakeWorker]]:
     """A running engine over fake workers, with the tokenizer in `directory`. To be called within an event loop."""
     workers = [FakeWorker(rank) for rank in range(num_workers)]
@@ -181,6 +192,6 @@ def make_engine(
     )
     model = ModelInfo(name="fake", max_model_len=max_model_len, vocab_size=300)
     timeouts = {"heartbeat_timeout_s": heartbeat_timeout_s, "stall_timeout_s": stall_timeout_s}
-    engine = AsyncEngine(workers, config, Tokenizer(directory), model, **timeouts)
+    engine = AsyncEngine(workers, config, Tokenizer(directory), model, **timeouts, supervised=supervised)
     engine.run()
     return engine, workers

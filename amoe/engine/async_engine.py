@@ -86,6 +86,7 @@ class AsyncEngine:
         self._roster = Roster(channels, self._on_message, self._on_gone)
         self._clock = clock or MonotonicClock()
         self._open: dict[int, Generation] = {}
+        self._parked: dict[int, Generation] = {}  # of those, whose worker is gone: they wait for another one
         self._load = OpenLoad(config, front.count)
         self._accounts = Accounts(self._load, self.metrics, self._clock)
         self._next_id = front.index * REQUESTS_PER_FRONT
@@ -248,10 +249,10 @@ class AsyncEngine:
         """Why nothing goes on; "" if it does, or soon will."""
         if not self._supervised:
             return self.complaint
-        # A worker in trouble may be one that the others do without: as long as tokens come, they are served.
+        # A worker in trouble may be one that the others do without: as long as tokens come, there is no harm in more.
         if not self._open or self._clock.now() - self._accounts.last_token_at < self._watchdog.stall_timeout_s:
             return ""
-        return self.trouble
+        return self.complaint
 
     def _start_one(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, sibling: Generation | None
@@ -265,6 +266,8 @@ class AsyncEngine:
         # First of all: what cannot be sent raises here, and must not stay open for ever.
         self._roster.send(rank, AddRequest(generation.request_id, list(prompt_token_ids), params, sibling_of))
         self._open[generation.request_id] = generation
+        if not self._roster.is_attached(rank):
+            self._parked[generation.request_id] = generation
         self._accounts.open(generation, is_first=sibling is None)
         self._all_closed.clear()
         return generation
@@ -278,6 +281,7 @@ class AsyncEngine:
     def _forget(self, generation: Generation, reason: FinishReason) -> None:
         """Take a sequence, which ends now, out of all tables."""
         del self._open[generation.request_id]
+        self._parked.pop(generation.request_id, None)
         generation.finish_reason = reason
         if not self._open:
             self._all_closed.set()
@@ -307,22 +311,19 @@ class AsyncEngine:
     async def lose(self, rank: int, reason: str) -> None:
         """A worker is gone for good, and can say nothing more: what it has said still counts, up to a second from now.
         Its open sequences go on at other workers, or wait for one to come. Nothing happens if it is lost already."""
-        await self._roster.detach(rank, LAST_WORDS_S)
+        if not await self._roster.detach(rank, LAST_WORDS_S):
+            return
         self._watchdog.forget(rank)
+        self._parked |= {i: generation for i, generation in self._open.items() if generation.rank == rank}
         count = self._readmit()
-        logger.warning("%s: %d sequences go on at other workers, %d wait for one", reason, count, self._num_parked)
-
-    @property
-    def _num_parked(self) -> int:
-        """Sequences that nobody has."""
-        return sum(not self._roster.is_attached(generation.rank) for generation in self._open.values())
+        logger.warning("%s: %d sequences go on at other workers, %d wait for one", reason, count, len(self._parked))
 
     def _readmit(self) -> int:
-        """Let whoever was at a worker that is lost go on where somebody is. Returns how many do."""
-        lost = [generation for generation in self._open.values() if not self._roster.is_attached(generation.rank)]
-        if not lost or not any(map(self._roster.answers, self.config.placement.attention_ranks)):
+        """Let those whose worker is gone go on where somebody is. Returns how many do."""
+        if not any(map(self._roster.answers, self.config.placement.attention_ranks)):
             return 0
-        for family in families(lost):
+        lost, self._parked = self._parked, {}
+        for family in families(lost.values()):
             rank = self._choose_home()
             for generation in family:
                 self._accounts.move(generation, rank)

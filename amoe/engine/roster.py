@@ -88,19 +88,23 @@ class Roster:
         if self._is_running:
             self._begin(rank, line)
 
-    async def detach(self, rank: int, patience_s: float) -> None:
+    async def detach(self, rank: int, patience_s: float) -> bool:
         """Hear what a worker has said up to the end of its channel, for `patience_s` at most, and nothing after that.
 
-        Nothing happens if nobody is there.
+        Returns:
+            False: nobody is there, or somebody else has detached it meanwhile.
         """
         line = self._lines.get(rank)
         if line is None:
-            return
+            return False
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(line.has_ended.wait(), patience_s)
-        if self._lines.get(rank) is line:
-            del self._lines[rank]
-        await _cancel(line)
+        if self._lines.get(rank) is not line:
+            return False
+        if line.listener is not None:
+            line.listener.cancel()  # it hears nothing more from here on, even before it has ended
+        del self._lines[rank]
+        return True
 
     async def close(self) -> None:
         """Listen to nobody any more."""
