@@ -7,6 +7,7 @@ from amoe.cluster.executor import ExecutorOptions
 from amoe.cluster.local import LocalCluster
 from amoe.cluster.process import DEFAULT_ENTRY
 from amoe.config import EngineConfig
+from amoe.errors import ConfigError
 from amoe.logs import LogOptions
 
 

@@ -106,14 +106,14 @@ class Room:
         """A worker has ended: the room of one that was added is given back."""
         if rank >= self._config.placement.num_workers and (place := self._places.pop(rank, None)) is not None:
             self._groups.remove(place.group)
-            await self._session.thread.call(remove_placement_group, place.group)
+            await self._session.tidy(remove_placement_group, place.group)
 
     async def close(self) -> None:
         """Give all of it back. Idempotent."""
         groups, self._groups = self._groups, []
         self._places.clear()
         for group in groups:
-            await self._session.thread.call(remove_placement_group, group)
+            await self._session.tidy(remove_placement_group, group)
 
     async def _reserve(self, role: str, ranks: list[int]) -> None:
         bundles = [self._needs[role]] * len(ranks)
@@ -124,7 +124,7 @@ class Room:
         while not await self._session.thread.call(group.wait, _WAIT_STEP_S):
             if asyncio.get_running_loop().time() > deadline:
                 self._groups.remove(group)
-                await self._session.thread.call(remove_placement_group, group)
+                await self._session.tidy(remove_placement_group, group)
                 raise ConfigError(await self._complaint(role, len(ranks)))
         for bundle, rank in enumerate(ranks):
             self._places[rank] = Place(group, bundle)

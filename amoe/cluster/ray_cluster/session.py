@@ -8,6 +8,7 @@ waits for.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import os
 import queue
@@ -29,6 +30,7 @@ NAMESPACE = "amoe"
 CONNECT_TIMEOUT_S = 4.0
 INIT_TIMEOUT_S = 24.0  # a user hears within half a minute that it does not work
 START_TIMEOUT_S = 120.0  # of a new one, on a busy host
+CLOSE_TIMEOUT_S = 5.0
 _LOG_LEVEL = "warning"
 
 
@@ -115,6 +117,7 @@ class RaySession:
         self.thread = thread
         self.host = host
         self._is_ours = is_ours
+        self._is_gone = False
 
     @classmethod
     async def open(cls, address: str | None, local_cpus: int) -> RaySession:
@@ -142,11 +145,24 @@ class RaySession:
         """Those that live, as `ray.nodes` tells them."""
         return [node for node in await self.thread.call(ray.nodes) if node["Alive"]]
 
+    async def tidy(self, function: Callable[..., object], *args: Any) -> None:
+        """Give something back, for so long as Ray answers: what a cluster that is gone has kept is gone with it."""
+        if self._is_gone:
+            return
+        try:
+            await asyncio.wait_for(self.thread.call(function, *args), CLOSE_TIMEOUT_S)
+        except TimeoutError:
+            self._is_gone = True
+            atexit.unregister(ray.shutdown)  # which would wait for the cluster once more
+            logger.warning("the Ray cluster does not answer any more: left as it is")
+        except Exception as error:
+            logger.info("Ray: %s", error)
+
     async def close(self) -> None:
         """Leave the cluster; one of our own ends. Idempotent."""
         if self._is_ours:
             self._is_ours = False
-            await self.thread.call(ray.shutdown)
+            await self.tidy(ray.shutdown)
         self.thread.close()
 
 
