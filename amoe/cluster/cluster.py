@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from amoe.cluster.launcher import Launcher, WorkerHandle
@@ -55,6 +55,7 @@ class WorkerCluster:
         self._is_stopping = False
         self._is_killed = False
         self._checkpoint_digest = 0
+        self._longest = 0  # tokens of a sequence
         self._stop_lock = asyncio.Lock()
 
     @property
@@ -97,6 +98,7 @@ class WorkerCluster:
             ready = await _all_or_first_error([start_one(rank) for rank in range(self.config.placement.num_workers)])
             self._check_placement(ready)
             self._check_checkpoints(ready)
+            self._longest = longest_sequence(self.config, ready)
         except BaseException:
             self.kill()
             await self.stop(0)
@@ -132,11 +134,16 @@ class WorkerCluster:
             del self.workers[worker.rank]
 
     def check_late(self, worker: WorkerHandle, ready: Ready) -> None:
-        """Whether a worker that was started anew serves the same model as the others.
+        """Whether a worker that was started anew serves the same model as the others, and as long sequences.
 
         Raises:
             ConfigError: it does not; the message names it.
         """
+        if worker.rank in self.config.placement.attention_ranks and ready.max_model_len < self._longest:
+            raise ConfigError(
+                f"{worker.describe()} has memory for sequences of {ready.max_model_len} tokens now, and the server "
+                f"takes {self._longest}: free memory there, or fix it with --kv-cache-memory-bytes"
+            )
         if self._checkpoint_digest and ready.checkpoint_digest not in (0, self._checkpoint_digest):
             raise ConfigError(
                 f"{worker.describe()} has read another model than the others: {self.config.model} changed"
@@ -199,6 +206,11 @@ class WorkerCluster:
     def _report_death(self, worker: WorkerHandle) -> None:
         if self._is_started and not self._is_stopping and worker.exited.is_set() and self.on_death is not None:
             self.on_death(worker.rank, worker.describe_exit())
+
+
+def longest_sequence(config: EngineConfig, ready: Sequence[Ready]) -> int:
+    """Tokens that every attention worker has room for. Expert workers have no say: they have no KV cache."""
+    return min(ready[rank].max_model_len for rank in config.placement.attention_ranks)
 
 
 async def _all_or_first_error(waits: list[Coroutine[Any, Any, Ready]]) -> list[Ready]:

@@ -1,16 +1,20 @@
-"""An engine in front of a local cluster: what the server, the benchmarks and the tests start."""
+"""An engine in front of a cluster of workers: what the server, the benchmarks and the tests start."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
+from amoe.cluster.cluster import WorkerCluster, longest_sequence
 from amoe.cluster.local import LocalCluster
+from amoe.cluster.process import DEFAULT_ENTRY
+from amoe.cluster.supervisor import Supervisor
+from amoe.cluster.topology import TopologyBoard
 from amoe.config import EngineConfig
 from amoe.engine.async_engine import AsyncEngine, ModelInfo
 from amoe.engine.emulated_device import served_shape
-from amoe.engine.messages import Ready
+from amoe.engine.messages import Ready, Topology
 from amoe.engine.tokenizer import Tokenizer
 from amoe.engine.watchdog import HEARTBEAT_TIMEOUT_S, STALL_TIMEOUT_S
 from amoe.models.config import load_model_config
@@ -18,34 +22,54 @@ from amoe.models.config import load_model_config
 
 def model_info(config: EngineConfig, ready: Sequence[Ready], name: str) -> ModelInfo:
     """What a front must know of the model that the workers of `config` have loaded."""
-    # Expert workers have no say in the length of a sequence: they have no KV cache.
-    longest = min(ready[rank].max_model_len for rank in config.placement.attention_ranks)
     sizes = served_shape(config)
     return ModelInfo(
         name=name,
-        max_model_len=longest,
+        max_model_len=longest_sequence(config, ready),
         vocab_size=load_model_config(config.model).vocab_size,
         num_moe_layers=sum(sizes.sparse_layers),
         pairs_per_token=config.capacity.pairs_per_token(sizes.top_k, sizes.num_experts),
     )
 
 
-def connect_engine(
-    cluster: LocalCluster,
+class Front:
+    """An engine in front of a started cluster, and whoever keeps its workers alive. Make it with `connect`.
+
+    Attributes:
+        engine: runs.
+        supervisor: None: nobody replaces a worker, and the engine dies with any of them.
+    """
+
+    def __init__(self, engine: AsyncEngine, supervisor: Supervisor | None) -> None:
+        self.engine = engine
+        self.supervisor = supervisor
+
+    async def close(self) -> None:
+        """Replace nobody any more and end what is open; the workers are the cluster's to stop. Idempotent."""
+        if self.supervisor is not None:
+            await self.supervisor.stop()
+        await self.engine.close()
+
+
+def connect(
+    cluster: WorkerCluster,
     ready: Sequence[Ready],
     *,
     name: str,
     tokenizer: Tokenizer,
     heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
     stall_timeout_s: float = STALL_TIMEOUT_S,
-) -> AsyncEngine:
-    """An engine that listens to the workers of a started cluster, and dies with any of them.
+) -> Front:
+    """An engine that listens to the workers of a started cluster. Where the configuration lets the others go on without
+    one, workers are supervised; otherwise the engine dies with any of them.
 
     Args:
-        ready: what `LocalCluster.start` returned.
+        ready: what `WorkerCluster.start` returned.
         name: of the model, as users see it.
         heartbeat_timeout_s, stall_timeout_s: see `amoe.engine.watchdog`.
     """
+    board = introduce(cluster, ready)
+    is_supervised = cluster.config.survives_losses and board is not None
     engine = AsyncEngine(
         cluster.channels,
         cluster.config,
@@ -54,28 +78,80 @@ def connect_engine(
         owners=cluster.owners,
         heartbeat_timeout_s=heartbeat_timeout_s,
         stall_timeout_s=stall_timeout_s,
+        supervised=is_supervised,
     )
-    cluster.on_death = lambda _, reason: engine.die(reason)
+    supervisor = None
+    if board is not None and is_supervised:
+        supervisor = Supervisor(cluster, engine, board)
+    else:
+        cluster.on_death = lambda _, reason: engine.die(reason)
     engine.run()
-    return engine
+    if supervisor is not None:
+        supervisor.run()
+    return Front(engine, supervisor)
+
+
+def introduce(cluster: WorkerCluster, ready: Sequence[Ready]) -> TopologyBoard | None:
+    """Tell the workers of a started cluster who is there, and where; None: they serve no model, and know no others."""
+    if cluster.owners is None:
+        return None
+
+    def send(rank: int, topology: Topology) -> None:
+        with contextlib.suppress(OSError):  # it has gone: whoever watches it knows what to do
+            cluster.workers[rank].channel.send(topology)
+
+    board = TopologyBoard(cluster.config.placement.num_ranks, cluster.owners, send)
+    board.join({rank: (cluster.workers[rank].incarnation, item.address) for rank, item in enumerate(ready)})
+    return board
 
 
 @contextlib.asynccontextmanager
-async def running_engine(config: EngineConfig) -> AsyncIterator[tuple[AsyncEngine, LocalCluster]]:
-    """An engine and its workers, which are gone afterwards.
+async def serving(
+    cluster: WorkerCluster,
+    *,
+    name: str,
+    tokenizer: Tokenizer,
+    heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
+    stall_timeout_s: float = STALL_TIMEOUT_S,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> AsyncIterator[Front]:
+    """Start a cluster and what stands in front of it; both are gone afterwards.
+
+    Args:
+        cluster: not started.
+        name, heartbeat_timeout_s, stall_timeout_s: see `connect`; on_progress: see `WorkerCluster.start`.
 
     Raises:
         ConfigError, CheckpointError: it cannot work.
         EngineDeadError: a worker failed while it started.
     """
-    tokenizer = Tokenizer(config.model)
-    cluster = LocalCluster(config)
-    ready = await cluster.start()
+    ready = await cluster.start(on_progress)
     try:
-        engine = connect_engine(cluster, ready, name=Path(config.model).name, tokenizer=tokenizer)
+        front = connect(
+            cluster,
+            ready,
+            name=name,
+            tokenizer=tokenizer,
+            heartbeat_timeout_s=heartbeat_timeout_s,
+            stall_timeout_s=stall_timeout_s,
+        )
         try:
-            yield engine, cluster
+            yield front
         finally:
-            await engine.close()
+            await front.close()
     finally:
         await cluster.stop()
+
+
+@contextlib.asynccontextmanager
+async def running_engine(
+    config: EngineConfig, *, entry: str = DEFAULT_ENTRY
+) -> AsyncIterator[tuple[AsyncEngine, LocalCluster]]:
+    """An engine and its workers on this host, which are gone afterwards. Raises what `serving` does.
+
+    Args:
+        entry: see `LaunchSpec`.
+    """
+    cluster = LocalCluster(config, entry=entry)
+    async with serving(cluster, name=Path(config.model).name, tokenizer=Tokenizer(config.model)) as front:
+        yield front.engine, cluster

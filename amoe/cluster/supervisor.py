@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from amoe.clock import Clock, MonotonicClock
 from amoe.cluster.cluster import WorkerCluster
@@ -47,7 +47,7 @@ class Supervisor:
     Args:
         cluster: started.
         engine: made with `supervised`, on the channels of that cluster.
-        board: on which nobody is present yet.
+        board: on which all of them are present.
 
     Attributes:
         on_message: called with rank and every message of a worker that has joined, beside what happens here.
@@ -73,12 +73,8 @@ class Supervisor:
 
     # -- life --------------------------------------------------------------------------------------------------------
 
-    def run(self, addresses: Sequence[str]) -> None:
-        """Watch the workers of the cluster from now on, and tell them who is there.
-
-        Args:
-            addresses: `Ready.address` of each, by rank.
-        """
+    def run(self) -> None:
+        """Watch the workers of the cluster from now on."""
         now = self._clock.now()
         for rank, worker in self._cluster.workers.items():
             place = self._make_place(rank)
@@ -88,7 +84,6 @@ class Supervisor:
         self._engine.on_message = self._hear
         self._engine.on_gone = self._on_gone
         self._cluster.on_death = self._on_exit
-        self._board.join({rank: (place.incarnation, addresses[rank]) for rank, place in self._places.items()})
         self._watching = asyncio.create_task(self._watch(), name="amoe-supervisor")
         for rank, worker in self._cluster.workers.items():
             if worker.exited.is_set():  # between its readiness and now

@@ -15,8 +15,11 @@ from typing import Any, TypeVar
 import setproctitle
 import uvloop
 
-from amoe.cluster.front import connect_engine, model_info
+from amoe.cluster.cluster import WorkerCluster
+from amoe.cluster.front import connect, introduce, model_info
 from amoe.cluster.local import LocalCluster
+from amoe.cluster.opening import open_cluster
+from amoe.cluster.process import DEFAULT_ENTRY
 from amoe.cluster.shutdown import ShutdownSignals
 from amoe.config import EngineConfig
 from amoe.engine.messages import Ready
@@ -43,8 +46,13 @@ class _Interrupted(Exception):
     """The user wants to leave before the server is ready."""
 
 
-def run_server(config: EngineConfig, options: ServerOptions, logs: LogOptions | None = None) -> int:
+def run_server(
+    config: EngineConfig, options: ServerOptions, logs: LogOptions | None = None, *, entry: str = DEFAULT_ENTRY
+) -> int:
     """Serve until a signal says stop. Returns the exit status.
+
+    Args:
+        entry: what makes a worker, see `amoe.cluster.process.LaunchSpec`.
 
     Raises:
         AmoeError: the server cannot start; the message is for the user.
@@ -54,13 +62,13 @@ def run_server(config: EngineConfig, options: ServerOptions, logs: LogOptions | 
     configure(logs, "server")
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(config, options, logs))
+            return runner.run(_serve(config, options, logs, entry))
     except _Interrupted:
         say("interrupted while loading")
         return 130
 
 
-async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions) -> int:
+async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions, entry: str) -> int:
     check_model_directory(config.model)
     check_certificate(options)
     if options.otlp_traces_endpoint is not None:
@@ -75,7 +83,7 @@ async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions)
     tokenizer = Tokenizer(config.model, options.chat.chat_template)
     defaults = SamplingDefaults.from_checkpoint(config.model)
     with bound_socket(options) as listener:
-        cluster = LocalCluster(config, logs=logs, num_fronts=num_fronts)
+        cluster = await open_cluster(config, options.executor, logs=logs, num_fronts=num_fronts)
         signals = ShutdownSignals(cluster.kill)
         signals.install()
         try:
@@ -88,6 +96,8 @@ async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions)
                 _announce(summary(config, info, ready), options, defaults, listener)
 
             if num_fronts:
+                assert isinstance(cluster, LocalCluster), "checked with the flags"
+                introduce(cluster, ready)
                 processes = ApiProcesses(cluster, options, info, logs)
                 return await processes.run(listener, signals.requested, on_listening)
             return await _serve_here(cluster, ready, tokenizer, defaults, options, listener, signals, on_listening)
@@ -96,7 +106,7 @@ async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions)
 
 
 async def _serve_here(
-    cluster: LocalCluster,
+    cluster: WorkerCluster,
     ready: list[Ready],
     tokenizer: Tokenizer,
     defaults: SamplingDefaults,
@@ -105,7 +115,7 @@ async def _serve_here(
     signals: ShutdownSignals,
     on_listening: Callable[[], None],
 ) -> int:
-    engine = connect_engine(
+    front = connect(
         cluster,
         ready,
         name=options.model_names[0],
@@ -113,7 +123,10 @@ async def _serve_here(
         heartbeat_timeout_s=options.heartbeat_timeout_s,
         stall_timeout_s=options.stall_timeout_s,
     )
-    return await serve_engine(engine, options, defaults, listener, signals.requested, on_listening)
+    try:
+        return await serve_engine(front.engine, options, defaults, listener, signals.requested, on_listening)
+    finally:
+        await front.close()
 
 
 def _warn_of_short_cache(has: int, asked: int | None, trained: int) -> None:

@@ -24,7 +24,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from amoe.builtin import builtin_model_path
-from amoe.cluster.front import connect_engine
+from amoe.cluster.front import connect
 from amoe.cluster.local import LocalCluster
 from amoe.config import EngineConfig, SchedulerConfig
 from amoe.engine.messages import AddRequest, Outputs
@@ -116,7 +116,7 @@ async def serve(kind: str, port: int) -> None:
     listening: asyncio.Task[None] | None = None
     try:
         if kind.startswith("amoe"):
-            engine = connect_engine(cluster, ready, name=MODEL, tokenizer=tokenizer)
+            engine = connect(cluster, ready, name=MODEL, tokenizer=tokenizer).engine
             app = create_app(ServerContext(engine=engine, model_names=(MODEL,)))
         else:
             plain = Plain(cluster, tokenizer, with_pydantic=kind == "pydantic")

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from amoe.cluster.front import running_engine
-from amoe.config import EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.config import EngineConfig, FailureConfig, PlacementConfig, SchedulerConfig
 from amoe.engine.async_engine import AsyncEngine
 from amoe.errors import EngineDeadError
 from amoe.types import SamplingParams
@@ -87,8 +87,10 @@ async def test_leaving_early_frees_the_sequence(root: Path) -> None:
         await wait_for(lambda: kv_blocks_in_use(engine) == 0, "the worker frees its blocks")
 
 
-async def test_a_killed_worker_ends_every_request_with_an_error(root: Path) -> None:
-    async with running_engine(small_config(root, expert_workers=1)) as (engine, cluster):
+async def test_in_lockstep_a_killed_worker_ends_every_request_with_an_error(root: Path) -> None:
+    """All wait for all there: nobody could go on. See test_supervision.py for the other schedules."""
+    config = replace(small_config(root, expert_workers=1), scheduler=SchedulerConfig(schedule="lockstep"))
+    async with running_engine(config) as (engine, cluster):
         params = SamplingParams(max_tokens=250, temperature=0.0, ignore_eos=True)
         generation = aiter(engine.generate([5, 6, 7], params))
         await anext(generation)
@@ -103,6 +105,7 @@ async def test_a_stopped_home_does_not_hold_up_the_waves_of_the_other(root: Path
     config = replace(
         small_config(root, attention_workers=2, expert_workers=1),
         scheduler=SchedulerConfig(schedule="waves", num_waves=1, max_hold_s=0.2),
+        failure=FailureConfig(timeout_s=600.0),  # nobody replaces it
     )
     params = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
     async with running_engine(config) as (engine, cluster):
@@ -119,8 +122,9 @@ async def test_a_stopped_home_does_not_hold_up_the_waves_of_the_other(root: Path
 
 
 async def test_a_stopped_worker_makes_the_engine_unhealthy_until_it_goes_on(root: Path) -> None:
-    """SIGSTOP: the process lives, its loop does not turn."""
-    async with running_engine(small_config(root, colocated=2)) as (engine, cluster):
+    """SIGSTOP: the process lives, its loop does not turn; and nobody replaces it."""
+    config = replace(small_config(root, colocated=2), failure=FailureConfig(timeout_s=600.0))
+    async with running_engine(config) as (engine, cluster):
         assert engine.healthy
         engine._watchdog.stall_timeout_s = 2.0
         psutil.Process(cluster.pids[1]).suspend()
