@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from amoe.errors import CheckpointError
+from amoe.kernels.permute import plan_pairs
 from amoe.models import reference
 from amoe.models.checkpoint import Checkpoint
 from amoe.models.config import load_model_config
-from amoe.models.loader import Blocks, check_checkpoint, load_model, resolve_dtype
+from amoe.models.loader import Blocks, check_checkpoint, load_experts, load_model, resolve_dtype
 from tests.checkpoints import ARCHES, make_checkpoint
 
 IDS = [4, 90, 33, 33, 7, 61]
@@ -166,3 +169,55 @@ def test_unknown_tensors_are_left_alone(checkpoint_factory, tmp_path):
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["OlmoeForCausalLM"]
     assert torch.equal(reference.forward(load(tmp_path), IDS), reference.forward(load(source), IDS))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_that_come_later_are_read_and_the_others_copied(checkpoint_factory, monkeypatch, fused):
+    path = checkpoint_factory("qwen3_moe", 0, fused=fused)
+    whole, spy = load(path).weights.experts[1], Spy(monkeypatch)
+    config = load_model_config(path)
+    options = {"dtype": torch.float32, "device": "cpu"}
+    held = load_experts(path, config, 1, (0, 5), **options)
+    assert torch.equal(held.w13, whole.w13[[0, 5]])
+    held.w13[1] += 1.0  # to see where it comes from
+    spy.elements = 0
+    more = load_experts(path, config, 1, (2, 5, 6), held=held, **options)
+    assert spy.elements == 2 * 3 * 48 * 36
+    assert more.ids == (2, 5, 6)
+    assert torch.equal(more.w13[[0, 2]], whole.w13[[2, 6]])
+    assert torch.equal(more.w13[1], whole.w13[5] + 1.0)
+    assert torch.equal(more.w2, whole.w2[[2, 5, 6]])
+    assert more.num_bytes == 3 * 4 * 3 * 48 * 36
+    none = load_experts(path, config, 1, (), held=more, **options)
+    assert (none.ids, none.num_bytes) == ((), 0)
+
+
+def test_experts_that_come_later_are_checked_like_the_rest(checkpoint_factory, tmp_path):
+    source = checkpoint_factory("olmoe", 0)
+    config = load_model_config(source)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    options = {"dtype": torch.float32, "device": "cpu"}
+    assert load_experts(tmp_path, config, 1, (2, 4), **options).ids == (2, 4)
+    with pytest.raises(CheckpointError, match=rf"{name} has shape \[35, 48\], expected \[36, 48\]"):
+        load_experts(tmp_path, config, 1, (2, 3), **options)
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors file"):
+        load_experts(tmp_path / "gone", config, 1, (2, 3), **options)
+
+
+def test_a_model_changes_its_experts(checkpoint_factory):
+    path = checkpoint_factory("olmoe", 0)
+    model, whole = load(path, Blocks(False, {0: (1, 2), 1: (1, 2)})), load(path)
+    before = model.parameter_bytes
+    options = {"dtype": torch.float32, "device": "cpu"}
+    model.set_experts(0, load_experts(path, model.config, 0, (0, 2, 6), **options))
+    model.set_experts(1, load_experts(path, model.config, 1, (), **options))
+    assert model.parameter_bytes == before * 3 // 4
+    assert model.local_index(0).tolist() == [0, -1, 1, -1, -1, -1, 2]
+    assert model.local_index(1).tolist() == [-1] * 7
+    ids, weights = np.array([[6, 0], [2, -1]], np.int16), np.array([[0.5, 0.25], [1.0, 0.0]], np.float32)
+    hidden = torch.randn(2, model.config.hidden_size)
+    ours, expected = (m.experts(0, hidden, plan_pairs(ids, weights, m.local_index(0))) for m in (model, whole))
+    assert torch.equal(ours, expected)
