@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
 from amoe.builtin import builtin_model_path
+from amoe.cluster.admin import ClusterStatus, WorkerStatus
 from amoe.server.app import create_app
 from amoe.server.context import ServerContext
 from amoe.server.options import HttpOptions, digest_keys
@@ -286,10 +288,13 @@ def test_a_hidden_tab_asks_for_nothing(browser: Browser, served: Served):
 class FakeServed(threading.Thread):
     """The page over workers that compute nothing, in a thread of this process: it starts and ends at once."""
 
-    def __init__(self, tokenizer: Path, *, port: int = 0, created: int = 1, key: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Path, *, port: int = 0, created: int = 1, key: str | None = None, admin: Any = None
+    ) -> None:
         super().__init__(daemon=True)
         self._tokenizer = tokenizer
         self._created = created
+        self._admin = admin
         self._options = HttpOptions(key_digests=digest_keys((key,) if key else (), "test"))
         self._listener = socket.create_server(("127.0.0.1", port))
         self.port = self._listener.getsockname()[1]
@@ -304,7 +309,7 @@ class FakeServed(threading.Thread):
 
     async def _serve(self) -> None:
         engine, workers = make_engine(self._tokenizer)
-        context = ServerContext(engine=engine, model_names=("fake",), created=self._created)
+        context = ServerContext(engine=engine, model_names=("fake",), created=self._created, admin=self._admin)
         config = uvicorn.Config(create_app(context, self._options), log_level="error", lifespan="off")
         self._server = uvicorn.Server(config)
         self._is_up.set()
@@ -364,3 +369,64 @@ def test_a_guarded_server_asks_for_the_key(browser: Browser, fake: Callable[...,
     assert browser.run("return Object.values(localStorage).includes('sesame')") is False
     browser.run("sessionStorage.clear()")
     browser.console()  # the browser itself logs the status of 401
+
+
+class Script:
+    """A cluster of which the test says what has become of it."""
+
+    def __init__(self) -> None:
+        self.now = ClusterStatus(version=0)
+
+    def status(self) -> ClusterStatus:
+        return self.now
+
+    def tell(self, *experts: WorkerStatus, **fields: Any) -> None:
+        home = WorkerStatus(rank=0, title="attention 0", role="colocated", state="serving")
+        self.now = ClusterStatus(version=1, workers=[home, *experts], max_expert_workers=6, **fields)
+
+
+def test_a_worker_dies_and_comes_back_and_another_one_joins(
+    browser: Browser, fake: Callable[..., FakeServed], tmp_path: Path
+):
+    cluster = Script()
+    expert = partial(WorkerStatus, rank=1, title="expert 0", role="experts")
+    cluster.tell(expert(state="serving"), num_expert_workers=1)
+    browser.prefer("light")
+    browser.driver.get(f"{fake(admin=cluster).url}/")
+
+    def row(rank: int) -> str:
+        return str(browser.run(f"return document.querySelectorAll('#workers li')[{rank}]?.textContent ?? ''"))
+
+    def state(rank: int) -> str:
+        return str(browser.run(f"return document.querySelectorAll('#workers li')[{rank}]?.className ?? ''"))
+
+    browser.until(lambda: browser.text("status-text") == "live", "live")
+    browser.until(lambda: row(1).startswith("1 experts"), "its line")
+    assert browser.text("cluster") == "1 of at most 6 expert workers"
+    killed = "expert 0 (pid 7) was killed by SIGKILL"
+    cluster.tell(expert(state="lost", reason=killed), num_expert_workers=1, missing=32)
+    browser.until(lambda: browser.text("status-text") == "expert 0 is lost", "a loss")
+    assert killed in row(1) and state(1) == "worker bad"
+    assert "32 experts are held by nobody" in browser.text("cluster")
+    browser.driver.save_screenshot(str(tmp_path / "lost.png"))
+    cluster.tell(expert(state="waiting", reason=killed, num_crashes=3, retry_s=4.0), num_expert_workers=1)
+    browser.until(lambda: browser.text("status-text").startswith("expert 0 has died 3 times in a row"), "a pause")
+    cluster.tell(expert(state="starting", incarnation=3, reason=killed), num_expert_workers=1)
+    browser.until(lambda: browser.text("status-text") == "expert 0 is being started", "a new life")
+    assert "life 4" in row(1) and state(1) == "worker changing"
+    cluster.tell(
+        expert(state="serving", incarnation=3, reason=killed),
+        WorkerStatus(rank=2, title="expert 1", role="experts", state="starting"),
+        num_expert_workers=2,
+        num_replicas=3,
+        action="moving 4 of 12 experts",
+    )
+    browser.until(lambda: browser.text("status-text") == "expert 1 is being started", "one more")
+    assert "life 4" in row(1) and state(1) == "worker"
+    shown = "2 of at most 6 expert workers · 3 replicas of experts · moving 4 of 12 experts"
+    assert browser.text("cluster") == shown
+    browser.driver.save_screenshot(str(tmp_path / "joining.png"))
+    cluster.tell(expert(state="serving", incarnation=3), num_expert_workers=1)
+    browser.until(lambda: row(2) == "", "gone")
+    assert browser.text("status-text") == "live"
+    assert browser.console() == []

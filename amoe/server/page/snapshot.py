@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from amoe.cluster.admin import ClusterStatus
 from amoe.stats import FlowSample, WorkerStats
 
 Float64Array = npt.NDArray[np.float64]
@@ -120,7 +121,9 @@ class Snapshot:
         silent_s: seconds since a worker's latest word, as far as that has been watched.
         flow: the last minutes, oldest first; the last one is of now.
         num_open: requests that have not ended.
-        is_healthy: every worker makes progress.
+        is_healthy: every worker makes progress, or is being replaced.
+        word: what is the matter, for a person; "" if nothing is.
+        cluster: who there is, and ought to be; None: nobody supervises the workers.
     """
 
     at_s: float
@@ -130,3 +133,5 @@ class Snapshot:
     silent_s: Mapping[int, float] = field(default_factory=dict)
     num_open: int = 0
     is_healthy: bool = True
+    word: str = ""
+    cluster: ClusterStatus | None = None

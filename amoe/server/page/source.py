@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from amoe import __version__
 from amoe.clock import Clock, MonotonicClock
+from amoe.cluster.admin import ClusterStatus
 from amoe.engine.async_engine import AsyncEngine
 from amoe.server.context import ServerContext
 from amoe.server.encoding import json_bytes
@@ -29,6 +30,8 @@ class _Moment(TypedDict):
     flow: list[FlowSample]
     num_open: int
     is_healthy: bool
+    word: str
+    cluster: ClusterStatus | None
 
 
 class LiveSource:
@@ -39,6 +42,7 @@ class LiveSource:
 
     def __init__(self, context: ServerContext, clock: Clock | None = None) -> None:
         self._engine = context.engine
+        self._admin = context.admin
         self._clock = clock or MonotonicClock()
         self._about = _describe(context)
         self._seen: deque[Snapshot] = deque()
@@ -70,6 +74,8 @@ class LiveSource:
             flow=[*metrics.flow.samples, metrics.flow.now(now)],
             num_open=self._engine.num_open,
             is_healthy=self._engine.healthy,
+            word=self._engine.complaint or self._engine.note,
+            cluster=None if self._admin is None else self._admin.status(),
         )
 
     def _compute(self, moment: _Moment) -> bytes:

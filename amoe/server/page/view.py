@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from amoe.cluster.admin import ClusterStatus, WorkerStatus
 from amoe.server.page.snapshot import KINDS, Float64Array, Snapshot, Totals
 from amoe.stats import FlowSample, WorkerStats, latency_quantile
 
@@ -40,13 +41,15 @@ def live_view(previous: Snapshot | None, current: Snapshot) -> dict[str, Any]:
     window = _window(previous, current)
     return {
         "healthy": current.is_healthy,
+        "word": current.word or None,
         "window_s": window and round(window.seconds, 2),
         "requests": _requests(current),
         "throughput": _throughput(current.flow),
         "latency": _latency(current.flow),
         "waves": max((worker.num_waves for worker in current.workers.values()), default=0) or None,
         "capacity": _capacity(window, current),
-        "workers": [_worker(previous, current, rank) for rank in sorted(current.workers)],
+        "cluster": _cluster(current.cluster),
+        "workers": _workers(previous, current),
         "layers": _layers(window, current),
         "experts": _experts(window, current),
     }
@@ -133,8 +136,53 @@ def _latency(flow: Sequence[FlowSample]) -> dict[str, Any]:
 # -- workers -----------------------------------------------------------------------------------------------------------
 
 
-def _worker(previous: Snapshot | None, current: Snapshot, rank: int) -> dict[str, Any]:
-    stats, silent_s = current.workers[rank], current.silent_s.get(rank, 0.0)
+def _cluster(cluster: ClusterStatus | None) -> dict[str, Any] | None:
+    """How many there are and ought to be; None: nobody supervises the workers."""
+    if cluster is None:
+        return None
+    return {
+        "version": cluster.version,
+        "expert_workers": cluster.num_expert_workers,
+        "max_expert_workers": cluster.max_expert_workers,
+        "replicas": cluster.num_replicas,
+        "missing": cluster.missing,
+        "action": cluster.action or None,
+    }
+
+
+def _workers(previous: Snapshot | None, current: Snapshot) -> list[dict[str, Any]]:
+    """By rank: who has told something, and who ought to be there."""
+    places = {} if current.cluster is None else {worker.rank: worker for worker in current.cluster.workers}
+    views = []
+    for rank in sorted({*places, *current.workers}):
+        place, stats = places.get(rank), current.workers.get(rank)
+        if stats is None:
+            assert place is not None
+            stats = WorkerStats(rank=rank, role=place.role)
+        views.append(_worker(previous, current, stats) | _life(place, current.silent_s.get(rank, 0.0)))
+    return views
+
+
+def _life(place: WorkerStatus | None, silent_s: float) -> dict[str, Any]:
+    """Whether it serves. A worker that is known to be lost is not silent besides."""
+    is_expected = place is None or place.state in ("serving", "draining")
+    silence = round(silent_s, 1) if is_expected and silent_s >= SILENT_S else None
+    if place is None:
+        return {"title": None, "state": None, "silent_s": silence}
+    return {
+        "title": place.title,
+        "state": place.state,
+        "silent_s": silence,
+        "life": place.incarnation + 1,
+        "crashes": place.num_crashes,
+        "retry_s": _round(place.retry_s) if place.state == "waiting" else None,
+        "last_end": place.reason or None,
+    }
+
+
+def _worker(previous: Snapshot | None, current: Snapshot, stats: WorkerStats) -> dict[str, Any]:
+    """What it does."""
+    rank = stats.rank
     before = None if previous is None else previous.workers.get(rank)
     span = 0.0 if before is None else stats.at_s - before.at_s
     return {
@@ -148,7 +196,6 @@ def _worker(previous: Snapshot | None, current: Snapshot, rank: int) -> dict[str
         "running": None if stats.role == "experts" else stats.num_running,
         "waiting": None if stats.role == "experts" else stats.num_waiting,
         "kv_used": _share(stats.kv_blocks_used, stats.kv_blocks_total),
-        "silent_s": round(silent_s, 1) if silent_s >= SILENT_S else None,
     }
 
 

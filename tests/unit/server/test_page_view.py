@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from amoe.clock import ManualClock
+from amoe.cluster.admin import ClusterStatus, WorkerStatus
 from amoe.config import EngineConfig
 from amoe.server.page.snapshot import Snapshot, Totals
 from amoe.server.page.source import LiveSource
@@ -128,6 +129,54 @@ class TestWorkers:
         assert (requests["kv_used"], requests["prefix_hits"]) == (0.25, None)
 
 
+class TestLives:
+    CLUSTER = ClusterStatus(
+        version=9,
+        workers=[
+            WorkerStatus(rank=0, title="attention 0", role="attention", state="serving", incarnation=1),
+            WorkerStatus(rank=1, title="expert 0", role="experts", state="lost", reason="killed by SIGKILL"),
+            WorkerStatus(rank=2, title="expert 1", role="experts", state="waiting", num_crashes=3, retry_s=2.04),
+            WorkerStatus(rank=3, title="expert 2", role="experts", state="starting"),
+        ],
+        num_expert_workers=3,
+        max_expert_workers=4,
+        num_replicas=2,
+        missing=8,
+        action="moving 3 of 12 experts",
+    )
+
+    def test_the_cluster(self):
+        assert live_view(None, moment(0.0, cluster=self.CLUSTER))["cluster"] == {
+            "version": 9,
+            "expert_workers": 3,
+            "max_expert_workers": 4,
+            "replicas": 2,
+            "missing": 8,
+            "action": "moving 3 of 12 experts",
+        }
+
+    def test_each_place_is_there_whether_it_has_told_anything_or_not(self):
+        stats = (worker(0, 1.0, "attention", num_running=5), worker(1, 1.0, "experts"))
+        views = live_view(None, moment(0.0, *stats, cluster=self.CLUSTER, silent_s={0: 9.0, 1: 9.0}))["workers"]
+        assert [(view["rank"], view["state"]) for view in views] == list(
+            zip(range(4), ("serving", "lost", "waiting", "starting"), strict=True)
+        )
+        assert [view["silent_s"] for view in views] == [9.0, None, None, None], "the lost are not silent besides"
+        assert (views[0]["life"], views[0]["running"], views[0]["title"]) == (2, 5, "attention 0")
+        assert views[1]["last_end"] == "killed by SIGKILL" and views[0]["last_end"] is None
+        assert (views[2]["crashes"], views[2]["retry_s"]) == (3, 2.0)
+        assert (views[3]["queued"], views[3]["busy_home"], views[3]["running"]) == (0, None, None)
+
+    def test_without_a_supervisor(self):
+        view = live_view(None, moment(0.0, worker(0, 1.0)))
+        assert view["cluster"] is None
+        assert [view["workers"][0][name] for name in ("title", "state", "silent_s")] == [None, None, None]
+
+    def test_what_is_the_matter(self):
+        assert live_view(None, moment(0.0))["word"] is None
+        assert live_view(None, moment(0.0, word="expert 1 is replaced"))["word"] == "expert 1 is replaced"
+
+
 class TestFlow:
     def test_throughput_now_and_lately(self):
         flow = RequestFlow()
@@ -186,10 +235,12 @@ class TestSource:
             metrics=SimpleNamespace(workers=workers, flow=RequestFlow()),
             num_open=0,
             healthy=True,
+            complaint="",
+            note="",
             model=SimpleNamespace(max_model_len=64),
             config=EngineConfig(model="x"),
         )
-        return LiveSource(SimpleNamespace(engine=engine, model_names=("m",), created=5), clock)
+        return LiveSource(SimpleNamespace(engine=engine, model_names=("m",), created=5, admin=None), clock)
 
     async def test_rates_are_over_the_last_seconds(self, source, clock, workers):
         for second in range(12):

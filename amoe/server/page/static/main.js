@@ -7,7 +7,7 @@ import { LayersPanel } from "./layers.js";
 import { Live } from "./live.js";
 import { key, setKey } from "./server.js";
 import { showTable } from "./table.js";
-import { showWorkers } from "./workers.js";
+import { isBad, showWorkers, trouble } from "./workers.js";
 
 const RESTART_MS = 15000; // how long a restart is told
 const find = (id) => document.getElementById(id);
@@ -30,7 +30,7 @@ function onView(view, isOther) {
   showFigures(view);
   panel.show(view);
   showTable(view);
-  showWorkers(view.workers);
+  showWorkers(view.workers, view.cluster);
   document.title = `amoe · ${view.model}`;
   find("about").textContent = about(view);
   find("about").title = about(view);
@@ -53,9 +53,11 @@ function accessText() {
 }
 
 function health(view) {
-  if (!view.healthy) return ["bad", "a worker makes no progress"];
-  const silent = view.workers.filter((worker) => worker.silent_s !== null);
-  if (silent.length) return ["bad", `worker ${silent[0].rank} is silent`];
+  if (!view.healthy) return ["bad", view.word ?? "a worker makes no progress"];
+  const bad = view.workers.find(isBad);
+  if (bad) return ["bad", trouble(bad)];
+  const changing = view.workers.map(trouble).find((text) => text !== null);
+  if (changing ?? view.word) return ["wait", changing ?? view.word];
   if (performance.now() - restartedAt < RESTART_MS) return ["good", "live: the server has restarted"];
   return ["good", "live"];
 }
@@ -66,7 +68,8 @@ function showStatus(kind, text) {
 }
 
 function about(view) {
-  const workers = `${view.num_workers} worker${view.num_workers === 1 ? "" : "s"}`;
+  const number = view.workers.length || view.num_workers;
+  const workers = `${number} worker${number === 1 ? "" : "s"}`;
   const up = duration(Date.now() / 1000 - view.started);
   return [view.model, view.schedule, workers, view.device, `context ${view.max_model_len}`, `v${view.version}`, `up ${up}`].join(" · ");
 }

@@ -1,12 +1,33 @@
-// One line per worker: how busy it is and with what, and what it has at hand.
+// One line per worker: whether it serves, how busy it is and with what, and what it has at hand.
 
 import { count, percent, seconds } from "./format.js";
 
 const MANY = 16; // from here on the details are left to pointing at a worker
+const MISSED = ["lost", "waiting"];
 const list = document.getElementById("workers");
+const note = document.getElementById("cluster");
 const rows = new Map();
 
-export function showWorkers(workers) {
+/** What somebody should know of a worker that does not just serve; null: nothing. */
+export function trouble(worker) {
+  const name = worker.title ?? `worker ${worker.rank}`;
+  if (worker.state === "lost") return `${name} is lost`;
+  if (worker.state === "waiting") return `${name} has died ${times(worker.crashes)}; next try in ${seconds(worker.retry_s)}`;
+  if (worker.silent_s !== null) return `${name} is silent`;
+  if (worker.state === "starting") return `${name} is being started`;
+  if (worker.state === "draining") return `${name} is leaving: its experts go elsewhere`;
+  return null;
+}
+
+export const isBad = (worker) => worker.silent_s !== null || MISSED.includes(worker.state);
+
+function times(number) {
+  return number === 1 ? "once" : `${number} times in a row`;
+}
+
+export function showWorkers(workers, cluster) {
+  const text = cluster === null ? "" : clusterText(cluster);
+  if (note.textContent !== text) note.textContent = text;
   list.classList.toggle("many", workers.length > MANY);
   const ranks = new Set(workers.map((worker) => worker.rank));
   for (const [rank, row] of rows) {
@@ -16,6 +37,15 @@ export function showWorkers(workers) {
     }
   }
   for (const worker of workers) show(worker);
+}
+
+function clusterText(cluster) {
+  const parts = [];
+  if (cluster.max_expert_workers) parts.push(`${cluster.expert_workers} of at most ${cluster.max_expert_workers} expert workers`);
+  if (cluster.replicas) parts.push(`${count(cluster.replicas)} replicas of experts`);
+  if (cluster.missing) parts.push(`${count(cluster.missing)} experts are held by nobody`);
+  if (cluster.action) parts.push(cluster.action);
+  return parts.join(" · ");
 }
 
 function show(worker) {
@@ -29,12 +59,21 @@ function show(worker) {
   row.experts.style.width = `${experts * 100}%`;
   row.percent.textContent = percent(busy);
   row.detail.textContent = detail(worker);
-  row.item.classList.toggle("bad", worker.silent_s !== null);
-  row.item.title = `${percent(busy)} busy; ${detail(worker)}`;
+  row.item.classList.toggle("bad", isBad(worker));
+  row.item.classList.toggle("changing", worker.state === "starting" || worker.state === "draining");
+  row.item.dataset.state = worker.state ?? "";
+  const end = worker.last_end ? `; its last life: ${worker.last_end}` : "";
+  row.item.title = `${percent(busy)} busy; ${detail(worker)}${end}`;
 }
 
 function detail(worker) {
   const parts = [];
+  if (worker.state === "lost") parts.push(worker.last_end ?? "lost");
+  if (worker.state === "waiting") parts.push(`died ${times(worker.crashes)}, next try in ${seconds(worker.retry_s)}`);
+  if (worker.state === "starting") parts.push(worker.life > 1 ? `being started anew, life ${worker.life}` : "being started");
+  if (parts.length) return parts.join(" · ");
+  if (worker.state === "draining") parts.push("leaving");
+  else if (worker.life > 1) parts.push(`life ${worker.life}`);
   if (worker.silent_s !== null) parts.push(`nothing heard for ${count(Math.round(worker.silent_s))} s`);
   if (worker.in_flight !== null) {
     parts.push(`${count(worker.in_flight)} in flight`, `${count(worker.running)} running`);
