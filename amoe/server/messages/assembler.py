@@ -120,6 +120,7 @@ class MessageAssembler:
         ending = {"stop_reason": reason, "stop_sequence": stop if reason == "stop_sequence" else None}
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         counts = _usage(usage["prompt_tokens"], cached, usage["completion_tokens"], num_thinking_tokens)
+        counts |= {"capacity": usage["capacity"]} if "capacity" in usage else {}
         self._message |= {**ending, "usage": counts}
         return [*events, {"type": "message_delta", "delta": ending, "usage": counts}, {"type": "message_stop"}]
 

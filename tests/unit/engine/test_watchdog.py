@@ -52,6 +52,42 @@ def test_silence_is_noticed_within_ten_seconds_with_and_without_work():
         assert watchdog.stalled is None
 
 
+def test_nothing_is_expected_of_a_worker_that_is_gone():
+    watchdog = Watchdog(range(2))
+    beat(watchdog, 0)
+    watchdog.advance(5.0)
+    watchdog.forget(1)
+    watchdog.forget(1)
+    beat(watchdog, 0)
+    watchdog.advance(5.0)
+    assert watchdog.stalled is None
+    watchdog.expect(1)
+    watchdog.expect(7)  # one more than there were
+    beat(watchdog, 0)
+    beat(watchdog, 1)
+    watchdog.advance(5.0)
+    beat(watchdog, 0)
+    beat(watchdog, 1)
+    watchdog.advance(5.0)
+    assert kinds(watchdog) == (7, "silent")
+
+
+def test_who_waits_for_a_missing_worker_is_not_to_blame_and_has_its_full_time_when_it_is_back():
+    watchdog = Watchdog(range(2))
+    watchdog.forget(1)
+    for _ in range(100):
+        beat(watchdog, num_running=1, steps=7)
+        watchdog.advance(PERIOD_S, is_somebody_missing=True)
+    assert watchdog.stalled is None
+    for _ in range(10):
+        beat(watchdog, num_running=1, steps=7)
+        watchdog.advance(PERIOD_S)
+    watchdog.expect(1)
+    beats = lambda _: [beat(watchdog, rank, num_running=1, steps=7) for rank in range(2)]  # noqa: E731
+    seconds = seconds_until_stalled(watchdog, beats)
+    assert seconds is not None and 6.0 < seconds < 9.0
+
+
 def test_silence_is_death_at_last():
     watchdog = Watchdog(range(2), 80.0, 30.0)
     watchdog.advance(31.0)

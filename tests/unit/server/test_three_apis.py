@@ -14,6 +14,7 @@ from pydantic_core import from_json
 from amoe.server.app import create_app
 from amoe.server.chat_options import ChatOptions
 from amoe.server.context import ServerContext
+from amoe.types import CapacityUsage
 from tests.fake_workers import make_engine
 from tests.unit.server.conftest import Harness
 from tests.unit.server.messages import anthropic_types
@@ -175,3 +176,19 @@ async def test_a_forced_call_that_is_cut_off_is_no_text(thinking_server: Harness
                 fields = {"limit": limit, "forced": True, "stream": stream}
                 assert await ask(server, fields) == expected, (ask.__name__, stream)
     assert num_calls == {0, 1, 2}
+
+
+async def test_all_three_tell_what_capacity_has_done(thinking_server: Harness):
+    server = thinking_server
+    server.worker.capacity = CapacityUsage(10, 3, 2, 0.25)
+    expected = {"pairs": 10, "pairs_dropped": 3, "pairs_rerouted": 2, "gate_mass_lost": 0.25}
+    message = {"role": "user", "content": "yo"}
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [message], "max_tokens": 3}),
+        ("/v1/responses", {"input": "yo", "max_output_tokens": 16}),
+        ("/v1/messages", {"messages": [message], "max_tokens": 3}),
+    ):
+        assert (await server.post(path, body)).json()["usage"]["capacity"] == expected
+        options = {"stream_options": {"include_usage": True}} if "completions" in path else {}
+        streamed = await server.post(path, body | {"stream": True} | options)
+        assert f'"capacity":{json.dumps(expected, separators=(",", ":"))}' in streamed.text
