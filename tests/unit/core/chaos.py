@@ -7,6 +7,7 @@ another one with what they have streamed so far.
 Faults, `(turn, what, number)`:
     kill     the worker of that rank dies with all that it has; what it has sent may still arrive
     start    a successor comes, or the first worker of a spare rank
+    replace  both at once, with all that is on its way between it and the others
     move     experts are placed anew, by that seed, over the workers that are there
 """
 
@@ -96,7 +97,11 @@ class ChaosCluster(Cluster):
         homes = [rank for rank in self.placement.attention_ranks if self.workers[rank] is not None]
         return wish if wish in homes else self.random.choice(homes) if homes else None
 
-    def kill(self, rank: int) -> None:
+    def replace(self, rank: int) -> None:
+        self.kill(rank, is_sudden=True)
+        self.start(rank)
+
+    def kill(self, rank: int, *, is_sudden: bool = False) -> None:
         worker = self.workers[rank]
         if worker is None:
             return
@@ -104,7 +109,7 @@ class ChaosCluster(Cluster):
         self.awake.discard(rank)
         self.inbox[rank].clear()
         self.incarnations[rank] = NOBODY
-        for (src, dst), batches in self.bag.items():
+        for (src, dst), batches in self.bag.items() if not is_sudden else ():
             if dst == rank and self.random.random() < 0.5:
                 batches.clear()
             if src == rank:  # from some moment on nothing has got out

@@ -32,6 +32,9 @@ def faults_of(rng: random.Random, placement: PlacementConfig, *, homes: bool) ->
     for _ in range(rng.choice([1, 2, 4])):
         turn = rng.randint(0, rng.choice([100, 1000, 3000]))
         for rank in rng.sample(mortal, min(len(mortal), rng.choice([1, 1, 2, len(mortal)]))):
+            if rng.random() < 0.4:
+                faults += [(turn + delay, "replace", rank) for delay in (0, 5, 10, 40)]
+                continue
             faults.append((turn, "kill", rank))
             faults.append((turn + rng.choice([1, 30, 400]), "start", rank))
     for _ in range(rng.choice([0, 1, 3])):
