@@ -124,7 +124,7 @@ def _workers(count: int, kind: str = "") -> str:
 
 
 def _check_count(count: int, status: ClusterStatus) -> None:
-    if status.max_expert_workers == 0:
+    if not any(worker.role == "experts" for worker in status.workers):
         raise ConflictError(
             "no worker of this server holds experts alone: start it with --expert-workers N, and there may be more"
         )

@@ -180,8 +180,9 @@ def show_workers(console: Console, before: Cluster, after: Cluster) -> None:
         table.add_row(*map(Text, cells))
     console.print(table)
     figures = [f"replicas {_change(before, after, 'num_replicas')}", f"topology {_change(before, after, 'version')}"]
-    if most := after["max_expert_workers"]:
-        figures.insert(0, f"expert workers {_change(before, after, 'num_expert_workers')} of at most {most}")
+    if any(worker["role"] == "experts" for worker in after["workers"]):
+        count, most = _change(before, after, "num_expert_workers"), after["max_expert_workers"]
+        figures.insert(0, f"expert workers {count} of at most {most}")
     console.print(" · ".join(figures), highlight=False)
     if after["missing"]:
         console.print(f"{after['missing']} (layer, expert) pairs are held by nobody now", style="bold red")

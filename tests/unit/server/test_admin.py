@@ -265,7 +265,7 @@ class TestMistakes:
         assert_error(await http.post("/admin/scale", content=body, headers=headers), 400)
 
     async def test_a_server_without_expert_workers(self, server: Harness):
-        async with client_of(server, FakeCluster(count=0, most=0)) as http:
+        async with client_of(server, FakeCluster(count=0)) as http:
             assert "--expert-workers" in assert_error(await http.post("/admin/scale", json={"expert_workers": 1}), 409)
 
     async def test_a_server_whose_workers_stay_as_they_are(self, server: Harness):

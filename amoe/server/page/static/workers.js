@@ -26,7 +26,7 @@ function times(number) {
 }
 
 export function showWorkers(workers, cluster) {
-  const text = cluster === null ? "" : clusterText(cluster);
+  const text = cluster === null ? "" : clusterText(cluster, workers);
   if (note.textContent !== text) note.textContent = text;
   list.classList.toggle("many", workers.length > MANY);
   const ranks = new Set(workers.map((worker) => worker.rank));
@@ -39,9 +39,9 @@ export function showWorkers(workers, cluster) {
   for (const worker of workers) show(worker);
 }
 
-function clusterText(cluster) {
+function clusterText(cluster, workers) {
   const parts = [];
-  if (cluster.max_expert_workers) parts.push(`${cluster.expert_workers} of at most ${cluster.max_expert_workers} expert workers`);
+  if (workers.some(({ role }) => role === "experts")) parts.push(`${cluster.expert_workers} of at most ${cluster.max_expert_workers} expert workers`);
   if (cluster.replicas) parts.push(`${count(cluster.replicas)} replicas of experts`);
   if (cluster.missing) parts.push(`${count(cluster.missing)} experts are held by nobody`);
   if (cluster.action) parts.push(cluster.action);
