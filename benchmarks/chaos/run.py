@@ -48,7 +48,7 @@ async def _hurt(
         if streams.done():
             raise AssertionError(f"all streams have ended before {fault}")
         await asyncio.sleep(_POLL_S / 5)
-    before = await asyncio.to_thread(server.lives)
+    before = await _wait_serving(server, fault.workers)
     incident = Incident(fault, time.monotonic())
     await asyncio.to_thread(_do, server, fault)
     if not fault.ends_life:
@@ -56,6 +56,15 @@ async def _hurt(
         await asyncio.to_thread(server.heal, fault.workers)
     await _wait_healed(server, incident, before)
     return incident
+
+
+async def _wait_serving(server: ChaosServer, workers: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """Whom an earlier fault has ended comes back first. Returns state and incarnation of all."""
+    while True:
+        lives = await asyncio.to_thread(server.lives)
+        if all(lives[worker][0] == "serving" for worker in workers):
+            return lives
+        await asyncio.sleep(_POLL_S)
 
 
 def _do(server: ChaosServer, fault: Fault) -> None:

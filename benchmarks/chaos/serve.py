@@ -13,5 +13,7 @@ from amoe.cluster.local import LocalCluster
 ENTRY = "benchmarks.chaos.worker:build_worker"
 
 if __name__ == "__main__":
-    LocalCluster.__init__.__kwdefaults__["entry"] = ENTRY
+    defaults = LocalCluster.__init__.__kwdefaults__
+    assert defaults is not None
+    defaults["entry"] = ENTRY
     sys.exit(cli.main())

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,8 @@ from benchmarks.chaos.worker import LINKS
 
 ROOT = Path(__file__).parents[2]
 _TITLE = re.compile(r"amoe: ((?:attention|expert|worker) \d+)")
-_KEY = "chaos"
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+KEY = "chaos"
 _START_TIMEOUT_S = 120.0
 _HELD = ("kv_cache_usage_perc", "token_slots_used", "num_requests_running", "num_requests_waiting")
 
@@ -78,7 +79,7 @@ class ChaosServer:
         self._links = directory / f"links-{time.monotonic_ns()}.json"
         self._link_faults: dict[str, tuple[str, float]] = {}
         self._steer()
-        environment = os.environ | {LINKS: str(self._links), "AMOE_ADMIN_KEY": _KEY, "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {LINKS: str(self._links), "AMOE_ADMIN_KEY": KEY, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.chaos.serve", "serve", "--port", "0", *flags],
             stdout=subprocess.PIPE,
@@ -167,21 +168,35 @@ class ChaosServer:
             f"http://127.0.0.1:{self.port}{path}",
             method=method,
             data=None if body is None else json.dumps(body).encode(),
-            headers={"Authorization": f"Bearer {_KEY}", "Content-Type": "application/json"},
+            headers={"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=120) as answer:
             return json.loads(answer.read())
 
-    def metrics(self) -> dict[str, float]:
-        """Sums over all labels, by name without the prefix."""
+    def series(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """All of /metrics that is its own: names without the prefix, labels, values."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as answer:
             lines = answer.read().decode().splitlines()
-        sums: dict[str, float] = {}
         for line in lines:
             if line.startswith("amoe:"):
-                name = line[len("amoe:") :].split("{")[0].split(" ")[0]
-                sums[name] = sums.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
+                series, value = line[len("amoe:") :].rsplit(" ", 1)
+                yield series.partition("{")[0], dict(_LABEL.findall(series)), float(value)
+
+    def metrics(self) -> dict[str, float]:
+        """Sums over all labels, by name."""
+        sums: dict[str, float] = {}
+        for name, _, value in self.series():
+            sums[name] = sums.get(name, 0.0) + value
         return sums
+
+    def hottest_expert(self) -> tuple[int, int]:
+        """Layer and number of the expert that has computed the most pairs so far."""
+        pairs: dict[tuple[int, int], float] = {}
+        for name, labels, value in self.series():
+            if name == "expert_pairs_total":
+                place = int(labels["layer"]), int(labels["expert"])
+                pairs[place] = pairs.get(place, 0.0) + value
+        return max(pairs, key=pairs.__getitem__)
 
     def residue(self) -> Residue:
         """What it holds, once nothing moves any more."""

@@ -21,6 +21,7 @@ from tests.checkpoints import hf_model
 
 CLEAR = 1e-4  # in logits: rounding moved them by 1.3e-5 at most
 CLEAR_DRAW = 1e-5  # in probability, of a token that is drawn: what the same rounding can do to it, four times over
+_CHUNK = 32  # sequences that are read at once
 
 
 def clear_requests(model: Path, load: Load, answers: Sequence[Answer]) -> tuple[Load, list[Answer]]:
@@ -29,36 +30,50 @@ def clear_requests(model: Path, load: Load, answers: Sequence[Answer]) -> tuple[
     Raises:
         AssertionError: an answer has a token that is clearly not the one that transformers would choose.
     """
-    keep = []
-    for number, (body, answer) in enumerate(zip(load.bodies, answers, strict=True)):
+    for answer in answers:
         assert not (complaint := answer.complaint(load.max_tokens)), complaint
-        if _is_clear(model, body, answer.token_ids, number):
-            keep.append(number)
+    keep: list[int] = []
+    for start in range(0, len(answers), _CHUNK):
+        numbers = range(start, min(start + _CHUNK, len(answers)))
+        texts = [load.bodies[n]["prompt"] + answers[n].token_ids for n in numbers]
+        logits, are_clear = _read(model, texts)
+        keep += [n for n in numbers if are_clear[n - start] and _chosen(load.bodies[n], answers[n], logits[n - start])]
     return replace(load, bodies=tuple(load.bodies[n] for n in keep)), [answers[n] for n in keep]
 
 
-def _is_clear(model: Path, body: dict[str, Any], token_ids: list[int], number: int) -> bool:
-    """Experts and tokens."""
-    prompt: list[int] = body["prompt"]
-    top_k = hf_model(model).config.num_experts_per_tok
+def _read(model: Path, texts: Sequence[list[int]]) -> tuple[torch.Tensor, list[bool]]:
+    """Logits [len(texts), T, V] of whole sequences, filled up to T tokens behind their ends; and whether the routers'
+    choices are clear in each."""
+    network, length = hf_model(model), max(map(len, texts))
+    rows = torch.tensor([text + [0] * (length - len(text)) for text in texts])  # nobody looks at what is behind him
     with torch.inference_mode():
-        out = hf_model(model)(input_ids=torch.tensor([prompt + token_ids]), output_router_logits=True)
+        out = network(input_ids=rows, output_router_logits=True)
+    top_k = network.config.num_experts_per_tok
+    least = torch.full(rows.shape, torch.inf)
     for router in out.router_logits:
-        best = router.float().topk(top_k + 1, dim=-1).values
-        if float((best[:, -2] - best[:, -1]).min()) < CLEAR:
-            return False
-    logits = _penalised(
-        out.logits[0, len(prompt) - 1 : -1].float(), prompt, token_ids, body.get("repetition_penalty", 1.0)
-    )
+        best = router.float().topk(top_k + 1, dim=-1).values.view(*rows.shape, top_k + 1)
+        least = torch.minimum(least, best[..., -2] - best[..., -1])
+    return out.logits.float(), [bool(least[n, : len(text)].min() > CLEAR) for n, text in enumerate(texts)]
+
+
+def _chosen(body: dict[str, Any], answer: Answer, logits: torch.Tensor) -> bool:
+    """Whether each token was a clear choice.
+
+    Args:
+        logits: [T, V] of prompt and answer.
+    """
+    prompt, token_ids = body["prompt"], answer.token_ids
+    rows = logits[len(prompt) - 1 : len(prompt) + len(token_ids) - 1]
+    rows = _penalised(rows, prompt, token_ids, body.get("repetition_penalty", 1.0))
     if "seed" in body:
         uniforms = [uniform_reference(body["seed"], step) for step in range(len(token_ids))]
-        tokens, are_clear = _drawn(logits, body["temperature"], torch.tensor(uniforms, dtype=torch.float64))
+        tokens, are_clear = _drawn(rows, body["temperature"], torch.tensor(uniforms, dtype=torch.float64))
     else:
-        best = logits.topk(2)
+        best = rows.topk(2)
         tokens, are_clear = best.indices[:, 0], best.values[:, 0] - best.values[:, 1] > CLEAR
     if not are_clear.all():
         return False
-    assert tokens.tolist() == token_ids, f"request {number}: {token_ids}, not {tokens.tolist()}"
+    assert tokens.tolist() == token_ids, f"transformers says {tokens.tolist()}, not {token_ids}"
     return True
 
 
