@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from amoe.cluster.cluster import WorkerCluster, longest_sequence
+from amoe.cluster.elastic import ElasticCluster
 from amoe.cluster.local import LocalCluster
 from amoe.cluster.process import DEFAULT_ENTRY
 from amoe.cluster.supervisor import Supervisor
@@ -38,14 +39,18 @@ class Front:
     Attributes:
         engine: runs.
         supervisor: None: nobody replaces a worker, and the engine dies with any of them.
+        admin: shows and changes the workers, where there is a supervisor.
     """
 
-    def __init__(self, engine: AsyncEngine, supervisor: Supervisor | None) -> None:
+    def __init__(self, engine: AsyncEngine, supervisor: Supervisor | None, admin: ElasticCluster | None) -> None:
         self.engine = engine
         self.supervisor = supervisor
+        self.admin = admin
 
     async def close(self) -> None:
         """Replace nobody any more and end what is open; the workers are the cluster's to stop. Idempotent."""
+        if self.admin is not None:
+            await self.admin.close()
         if self.supervisor is not None:
             await self.supervisor.stop()
         await self.engine.close()
@@ -80,15 +85,18 @@ def connect(
         stall_timeout_s=stall_timeout_s,
         supervised=is_supervised,
     )
-    supervisor = None
-    if board is not None and is_supervised:
-        supervisor = Supervisor(cluster, engine, board)
-    else:
-        cluster.on_death = lambda _, reason: engine.die(reason)
     engine.run()
-    if supervisor is not None:
-        supervisor.run()
-    return Front(engine, supervisor)
+    if board is None or not is_supervised:
+        cluster.on_death = lambda _, reason: engine.die(reason)
+        return Front(engine, None, None)
+    board.observers.append(engine.on_topology)
+    engine.on_topology(board.topology)  # which the workers have been told
+    supervisor = Supervisor(cluster, engine, board)
+    assert cluster.shape is not None, "where experts live is known of a model"
+    admin = ElasticCluster(cluster, engine, board, supervisor, cluster.shape)
+    supervisor.run()
+    admin.run()
+    return Front(engine, supervisor, admin)
 
 
 def introduce(cluster: WorkerCluster, ready: Sequence[Ready]) -> TopologyBoard | None:
@@ -97,7 +105,7 @@ def introduce(cluster: WorkerCluster, ready: Sequence[Ready]) -> TopologyBoard |
         return None
 
     def send(rank: int, topology: Topology) -> None:
-        with contextlib.suppress(OSError):  # it has gone: whoever watches it knows what to do
+        with contextlib.suppress(OSError, KeyError):  # it has gone: whoever watches it knows what to do
             cluster.workers[rank].channel.send(topology)
 
     board = TopologyBoard(cluster.config.placement.num_ranks, cluster.owners, send)

@@ -18,6 +18,7 @@ import logging
 from collections.abc import Callable
 
 from amoe.clock import Clock, MonotonicClock
+from amoe.cluster.admin import WorkerStatus
 from amoe.cluster.cluster import WorkerCluster
 from amoe.cluster.late_start import LateStarter
 from amoe.cluster.launcher import WorkerHandle
@@ -104,6 +105,16 @@ class Supervisor:
         """By rank."""
         return [self._places[rank] for rank in sorted(self._places)]
 
+    @property
+    def ranks(self) -> set[int]:
+        """Of workers that there are or ought to be."""
+        return set(self._places)
+
+    def statuses(self) -> list[WorkerStatus]:
+        """Of all workers, by rank."""
+        now = self._clock.now()
+        return [place.status(now) for place in self.places]
+
     def _make_place(self, rank: int) -> Place:
         failure = self._config.failure
         self._places[rank] = place = Place(
@@ -179,17 +190,20 @@ class Supervisor:
     def _lose(self, place: Place, kind: LossKind, reason: str) -> None:
         """A worker is dead, or as good as dead. Nothing happens once the server is going."""
         worker = place.worker
-        if self._is_stopping or worker is None:
+        if self._is_stopping or worker is None or place.state not in ("serving", "draining"):
             return
-        was_draining = place.state == "draining"
+        is_draining = place.state == "draining"
         place.fall(reason, self._clock.now())
         self._signs.forget(place.rank)
         self._board.leave(place.rank)
         worker.kill()
+        place.worker = None
         logger.error("%s: %s", reason, self._consequence(place))
         self._engine.metrics.worker_lost(place.rank, place.role, kind)
-        if not was_draining:  # whoever drains it sees to what it held, and needs no other
-            place.successor = asyncio.create_task(self._replace(place, worker), name=f"amoe-replace-{place.rank}")
+        if is_draining:  # whoever drains it sees to what it held, and needs no other
+            place.state = "draining"
+        else:
+            self._begin_replacing(place)
         self._changed()
 
     def _consequence(self, place: Place) -> str:
@@ -204,9 +218,12 @@ class Supervisor:
 
     # -- the next life -----------------------------------------------------------------------------------------------
 
-    async def _replace(self, place: Place, worker: WorkerHandle) -> None:
-        """Bury `worker`, and start lives in its place until one serves."""
-        await self._bury(place, worker)
+    def _begin_replacing(self, place: Place) -> None:
+        place.successor = asyncio.create_task(self._replace(place), name=f"amoe-replace-{place.rank}")
+
+    async def _replace(self, place: Place) -> None:
+        """Bury who was there, and start lives in that place until one serves."""
+        await self._bury(place)
         while True:
             await self._pause(place)
             try:
@@ -221,19 +238,22 @@ class Supervisor:
         seconds = self._clock.now() - (place.lost_at or 0.0)
         logger.warning("%s serves again, %.1f s after its predecessor was lost", worker.describe(), seconds)
         self._engine.metrics.worker_back(place.rank, place.role, seconds)
-        place.successor = None
         self._changed()
 
-    async def _bury(self, place: Place, worker: WorkerHandle) -> None:
+    async def _bury(self, place: Place) -> None:
         """What a dead worker has said is heard; then its rank is free."""
+        place.worker = None
         await self._engine.lose(place.rank, place.reason)
+        worker = self._cluster.workers.get(place.rank)
+        if worker is None:
+            return
+        worker.kill()
         while not worker.exited.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(worker.exited.wait(), FENCE_PATIENCE_S)
                 break
             logger.warning("%s does not end although it was killed: nobody takes its place before", worker.describe())
         await self._cluster.retire(worker)
-        place.worker = None
 
     async def _pause(self, place: Place) -> None:
         pause_s = place.crashes.pause_s
@@ -286,32 +306,41 @@ class Supervisor:
                 del self._places[rank]
                 self._changed()
 
-    def drain(self, rank: int, *, on: bool) -> None:
-        """A worker is about to leave, or stays after all (then one that has died meanwhile is replaced)."""
+    async def drain(self, rank: int) -> None:
+        """A worker is about to leave: should it die, nobody takes its place. Then call `remove`, or `keep`."""
         place = self._places[rank]
-        if on and place.state == "serving":
-            place.state = "draining"
-        elif not on and place.state == "draining":
+        if place.successor is not None and not place.successor.done():
+            place.successor.cancel()
+            await asyncio.gather(place.successor, return_exceptions=True)
+        place.state = "draining"
+        self._changed()
+
+    def keep(self, rank: int) -> None:
+        """A worker that is draining stays after all; one that has died meanwhile is replaced."""
+        place = self._places[rank]
+        if place.worker is not None:
             place.state = "serving"
-        elif not on and place.state == "lost" and place.worker is not None and place.successor is None:
-            place.successor = asyncio.create_task(self._replace(place, place.worker), name=f"amoe-replace-{rank}")
+        else:
+            place.state = "lost"
+            self._begin_replacing(place)
         self._changed()
 
     async def remove(self, rank: int) -> None:
         """Let a worker leave that is draining, and to which nobody sends anything any more."""
         place = self._places[rank]
-        worker = place.worker
+        place.worker = None  # its end is no loss
         self._signs.forget(rank)
         self._board.leave(rank)
+        worker = self._cluster.workers.get(rank)
         if worker is not None:
             worker.request_stop()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(worker.exited.wait(), LEAVE_GRACE_S)
-            worker.kill()
-            place.reason = f"{place.title} has left"
-            await self._bury(place, worker)
+        place.reason = f"{place.title} has left"
+        await self._bury(place)
         del self._places[rank]
         self._engine.metrics.worker_removed(rank)
+        logger.info("%s has left", place.title)
         self._changed()
 
     # -- what others are told ----------------------------------------------------------------------------------------

@@ -124,7 +124,9 @@ async def _serve_here(
         stall_timeout_s=options.stall_timeout_s,
     )
     try:
-        return await serve_engine(front.engine, options, defaults, listener, signals.requested, on_listening)
+        return await serve_engine(
+            front.engine, options, defaults, listener, signals.requested, on_listening, admin=front.admin
+        )
     finally:
         await front.close()
 

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 
+from amoe.cluster.admin import ClusterAdmin
 from amoe.engine.async_engine import AsyncEngine
 from amoe.server.app import create_app
 from amoe.server.context import ServerContext
@@ -29,8 +30,13 @@ async def serve_engine(
     listener: socket.socket,
     requested: asyncio.Event,
     on_listening: Callable[[], None],
+    *,
+    admin: ClusterAdmin | None = None,
 ) -> int:
     """Serve until `requested` is set, and what is open has ended, or the engine dies. Closes the engine.
+
+    Args:
+        admin: shows and changes the workers; None: they stay as they are.
 
     Returns:
         The exit status.
@@ -44,6 +50,7 @@ async def serve_engine(
                 defaults=defaults,
                 check_grammar=check_grammar,
                 chat=options.chat,
+                admin=admin,
             )
             async with _helpers(context, options, tracer):
                 await _serve_http(context, options, tracer, listener, requested, on_listening)
