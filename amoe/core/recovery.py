@@ -30,6 +30,8 @@ from amoe.core.steps import Outgoing
 from amoe.types import BlockId, BlockKind, BoolArray, Float32Array, Int16Array, Int32Array
 
 _TRIES_PER_TIMEOUT = 4
+# Who is accused after the timeout is asked again before, lest a lost message cost a worker its life.
+_PATIENCE = 0.5
 
 
 @dataclass(slots=True)
@@ -84,7 +86,7 @@ class Recovery:
     """See above; of one home with D owners.
 
     Args:
-        timeout_s: an answer that takes longer is asked for again.
+        timeout_s: an answer that takes half as long is asked for again, and whoever owes it is named.
         come_home: called with layer, leaders of groups that wait for nothing any more, and `now`.
         degrades: pairs of experts that nobody holds go the way of capacity, instead of waiting.
         may_resend: dispatches that come twice do no harm (in lockstep each would wait for another epoch).
@@ -107,7 +109,8 @@ class Recovery:
         self._dispatcher = dispatcher
         self._batcher = batcher
         self._replicas = replicas
-        self._timeout_s = timeout_s
+        self._retry_s = timeout_s / _TRIES_PER_TIMEOUT
+        self._patient_s = timeout_s * _PATIENCE
         self._come_home = come_home
         self._waves = waves
         self._capacity = capacity if degrades else None
@@ -115,7 +118,7 @@ class Recovery:
         self._kept = KeptPairs(batcher.slots.num_slots, with_scores=degrades)
         num_owners = dispatcher.nobody
         self._heard_at = np.full(num_owners, -np.inf)
-        self._patience_s = np.full(num_owners, timeout_s)
+        self._patience_s = np.full(num_owners, self._patient_s)
         self._next_try = -np.inf
 
     @property
@@ -131,7 +134,7 @@ class Recovery:
     def heard(self, owner: int, now: float) -> None:
         """An owner has answered: it is there, and the way to it as well."""
         self._heard_at[owner] = now
-        self._patience_s[owner] = self._timeout_s
+        self._patience_s[owner] = self._patient_s
 
     # ---- somebody is gone, or there again
 
@@ -140,7 +143,7 @@ class Recovery:
         whom they were. Returns what has to be sent again; rows are slots."""
         self._replicas.place(owners, present)
         self._heard_at[changed] = now
-        self._patience_s[changed] = self._timeout_s
+        self._patience_s[changed] = self._patient_s
         if self._waves is not None:
             self._waves.on_roster(changed, has_missing=bool(self._replicas.has_missing.any()))
         lost = np.append(changed, True)
@@ -182,9 +185,9 @@ class Recovery:
     # ---- somebody does not answer
 
     def unanswered(self, now: float) -> list[tuple[int, float]]:
-        """(rank, seconds) of the owners that have owed answers for longer than the timeout and sent none since."""
+        """(rank, seconds) of the owners that have owed answers for half of the timeout and sent none since."""
         waited = self._waited(now)
-        late = np.flatnonzero(waited >= self._timeout_s)
+        late = np.flatnonzero(waited >= self._patient_s)
         return [(self._dispatcher.owner_ranks[owner], float(waited[owner])) for owner in late]
 
     def _waited(self, now: float) -> npt.NDArray[np.float64]:
@@ -196,7 +199,7 @@ class Recovery:
         """Send again what has been owed for too long; rows are slots."""
         if now < self._next_try or not self._may_resend:
             return []
-        self._next_try = now + self._timeout_s / _TRIES_PER_TIMEOUT
+        self._next_try = now + self._retry_s
         late = np.flatnonzero(self._waited(now) >= self._patience_s)
         outgoing: list[Outgoing] = []
         for owner in late.tolist():
@@ -209,7 +212,7 @@ class Recovery:
         owes = np.zeros(self._dispatcher.nobody + 1, np.bool_)
         owes[owner] = True
         slots = join.owed_by(owes)
-        slots = slots[now - join.asked_at[slots] >= self._timeout_s]
+        slots = slots[now - join.asked_at[slots] >= self._patient_s]
         pairs = self._kept.pairs(slots)
         # An owner that has given an expert away since will never answer for it.
         holds = self._replicas.holds_pairs(owner, join.layer[slots], pairs.expert_ids)
