@@ -14,6 +14,7 @@ from amoe.server.cluster_flags import add_elastic_flags, elastic_config
 from amoe.server.engine_flags import HelpFormatter, add_engine_flags, engine_config
 from amoe.server.http_flags import add_server_flags, log_options, server_options
 from amoe.server.options import ServerOptions
+from amoe.server.parser import Parser
 from amoe.server.ray_flags import add_ray_flags, ray_options
 
 BUILTIN_NAME = "amoe-builtin"
@@ -27,13 +28,25 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Serve a Mixture-of-Experts model over an OpenAI-compatible HTTP API.",
         formatter_class=HelpFormatter,
     )
+    add_flags(parser)
+    parser.set_defaults(func=serve)
+
+
+def standalone_parser() -> Parser:
+    """The flags of `serve` alone, for settings that come from elsewhere than a command line."""
+    parser = Parser(prog="amoe serve")
+    add_flags(parser)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """All flags of `serve`."""
     add_engine_flags(parser)
     add_elastic_flags(parser)
     add_ray_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="base of the seeds of requests that bring none")
     add_server_flags(parser)
     add_chat_flags(parser)
-    parser.set_defaults(func=serve)
 
 
 def serve(args: argparse.Namespace) -> int:

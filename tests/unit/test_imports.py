@@ -26,6 +26,9 @@ LAYERS = (
 SIBLINGS = {("models", "kernels")} | {(above, below) for above in LAYERS[0] for below in LAYERS[0]}
 BUILTIN_READERS = ("server", "bench", "cli")  # `builtin` is data: it stands beside the layers
 
+# Modules that wire the layers, like the command line, though Ray Serve's users look for them elsewhere.
+ENTRY_POINTS = {"amoe.cluster.ray_serve": "cli"}
+
 # What the deterministic layers must not touch: they are told the time, and draw nothing.
 IMPURE = {"time", "random", "os", "asyncio", "ray", "torch", "socket", "subprocess", "threading", "multiprocessing"}
 PURE = ("policy", "core")
@@ -64,7 +67,7 @@ def is_in(module: str, prefix: str) -> bool:
 
 def part_of(module: str) -> str:
     """`amoe.core.join` is of `core`; the package itself is of no part."""
-    return module.partition(".")[2].partition(".")[0]
+    return ENTRY_POINTS.get(module) or module.partition(".")[2].partition(".")[0]
 
 
 def read_imports(source: str, importer: str, is_package: bool = False) -> Iterator[Import]:
@@ -180,6 +183,8 @@ def late():
         (against_purity, "amoe.types", "torch"),
         (against_confinement, "amoe.engine.worker", "asyncio"),
         (against_confinement, "amoe.cluster.local", "ray"),
+        (against_the_layers, "amoe.cluster.local", "amoe.cluster.ray_serve"),
+        (against_the_layers, "amoe.server.run", "amoe.cluster.ray_serve"),
         (against_confinement, "amoe.models.loader", "transformers"),
     ],
 )
@@ -195,6 +200,7 @@ def test_every_rule_catches_what_it_forbids(rule, importer, imported):
         ("amoe.types", "amoe.errors"),
         ("amoe.server.cli", "amoe.builtin"),
         ("amoe.cluster.ray_cluster", "ray"),
+        ("amoe.cluster.ray_serve", "amoe.server.embedded"),
         ("amoe.builtin.train.network", "transformers"),
     ],
 )

@@ -21,7 +21,7 @@ from amoe.cluster.local import ring_bytes_for
 from amoe.cluster.process import DEFAULT_ENTRY, LaunchSpec, title_of
 from amoe.cluster.ray_cluster.actor import Whereabouts, WorkerActor, software
 from amoe.cluster.ray_cluster.handle import RayWorker, describe_death, end_actor
-from amoe.cluster.ray_cluster.placement import Place, Room, needs_of, threads_on
+from amoe.cluster.ray_cluster.placement import Place, Room, needs_of, threads_for
 from amoe.cluster.ray_cluster.session import NAMESPACE, RaySession
 from amoe.config import EngineConfig
 from amoe.engine.assembly import role_of
@@ -77,7 +77,7 @@ class RayLauncher:
         local_cpus = max(os.cpu_count() or 1, placement.num_ranks * threads_per_worker(config))
         session = await RaySession.open(options.ray_address, local_cpus)
         try:
-            threads = threads_on(await session.nodes(), config)
+            threads = threads_for(await session.free_cpus(), config)
             return cls(session, replace(config, threads_per_worker=threads), options, entry, logs)
         except BaseException:
             await session.close()

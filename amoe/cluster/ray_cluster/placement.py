@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
@@ -38,16 +38,19 @@ def needs_of(config: EngineConfig, role: str, num_threads: int, is_pinned: bool)
     return needs | ({pin_of(role): PIN_AMOUNT} if is_pinned else {})
 
 
-def threads_on(nodes: Sequence[Mapping[str, Any]], config: EngineConfig) -> int:
-    """Threads of each worker: as configured, or the cluster's processors divided by the workers, and no more than the
-    smallest node has."""
+def threads_for(free_cpus: Sequence[float], config: EngineConfig) -> int:
+    """Threads of each worker: as configured, or as many as the nodes have processors free for all of them.
+
+    Args:
+        free_cpus: of each node.
+    """
     if config.threads_per_worker is not None:
         return config.threads_per_worker
-    if config.device.startswith("cuda"):
-        return 1
-    counts = [int(node["Resources"].get("CPU", 0)) for node in nodes]
-    usable = [count for count in counts if count > 0] or [1]
-    return max(1, min(sum(usable) // config.placement.num_workers, min(usable)))
+    count = config.placement.num_workers
+    threads = 1  # if there is no room even for that, Ray may start nodes, or will say so
+    while not config.device.startswith("cuda") and sum(cpus // (threads + 1) for cpus in free_cpus) >= count:
+        threads += 1
+    return threads
 
 
 class Place(NamedTuple):

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import, which reads it: a server calls nobody
 
 import ray
+from ray._private.state import available_resources_per_node  # its public sister adds the nodes up
 
 from amoe.errors import ConfigError
 
@@ -30,7 +31,7 @@ NAMESPACE = "amoe"
 CONNECT_TIMEOUT_S = 4.0
 INIT_TIMEOUT_S = 24.0  # a user hears within half a minute that it does not work
 START_TIMEOUT_S = 120.0  # of a new one, on a busy host
-CLOSE_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 10.0
 _LOG_LEVEL = "warning"
 
 
@@ -144,6 +145,11 @@ class RaySession:
     async def nodes(self) -> list[dict[str, Any]]:
         """Those that live, as `ray.nodes` tells them."""
         return [node for node in await self.thread.call(ray.nodes) if node["Alive"]]
+
+    async def free_cpus(self) -> list[float]:
+        """Logical processors of each node that nobody has reserved."""
+        free = await self.thread.call(available_resources_per_node)
+        return [resources.get("CPU", 0.0) for resources in free.values()]
 
     async def tidy(self, function: Callable[..., object], *args: Any) -> None:
         """Give something back, for so long as Ray answers: what a cluster that is gone has kept is gone with it."""
