@@ -17,7 +17,9 @@ every send of a living peer is received in the end, whatever goes the other way 
 one is sent right behind its record, and each direction has its own group. Locks are held while something is posted,
 never while something is waited for. The queues are bounded by the token slots, see `amoe.transport.tcp`.
 
-A cut link. gloo gives up when TCP does, after minutes; what has been cut for less goes on by itself, without loss.
+A cut link. gloo gives up when TCP does, after minutes; what has been cut for less goes on by itself, without loss. A
+peer that dies in the milliseconds in which its link is being set up costs this process some descriptors: gloo keeps
+them.
 """
 
 from __future__ import annotations
@@ -135,10 +137,11 @@ class DistributedTransport:
         self._links.clear()
         for thread in self._closing:
             thread.join(max(0.0, deadline - time.monotonic()))
-        self._delivered.clear()
         with self._bell_lock:
             self._is_closed = True
             os.close(self._doorbell)
+        self._delivered.clear()
+        self._arrived.clear()
 
     def _talks_to(self, rank: int) -> bool:
         """Every exchange has a home at one end."""
@@ -154,8 +157,9 @@ class DistributedTransport:
         self._closing.append(thread)
 
     def _on_arrival(self, arrived: Arrived) -> None:
-        self._arrived.append(arrived)
-        self._ring()
+        if not self._is_closed:
+            self._arrived.append(arrived)
+            self._ring()
 
     def _ring(self) -> None:
         with self._bell_lock:

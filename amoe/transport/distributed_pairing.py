@@ -87,6 +87,7 @@ class Pairing:
                 pause_s = _LONGEST_PAUSE_S
             self._stopped.wait(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        self._store = None
         return None
 
     def _agree(self) -> bool:
