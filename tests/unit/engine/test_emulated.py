@@ -102,7 +102,7 @@ def test_experts_take_the_time_of_their_pairs(fake: FakeTime, waiter: Waiter) ->
     ids = np.array([[4, -1], [4, 7], [-1, -1]], np.int16)
     rows = np.arange(3, dtype=np.int32)
     step = ExpertsStep(BlockId(BlockKind.EXPERTS, 5), rows, ids, np.ones(ids.shape, np.float32), [])
-    out = EmulatedExperts(SIZES, COSTS, 16, waiter).experts(step)
+    out = EmulatedExperts(SIZES, COSTS, 16, waiter, {}).experts(step)
     counts = np.zeros(SIZES.num_experts, np.int64)
     counts[[4, 7]] = 2, 1
     assert fake.now - 100.0 == pytest.approx(float(COSTS.experts(5, counts)))
