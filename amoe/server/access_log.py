@@ -16,7 +16,7 @@ from amoe.types import SamplingParams
 
 logger = logging.getLogger("amoe.request")
 
-PROBES = frozenset({"/health", "/ping", "/metrics", "/live"})
+PROBES = frozenset({"/health", "/ping", "/metrics", "/live", "/admin/cluster"})
 
 _SECRET_PARAMS = ("cache_salt",)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from amoe.clock import Clock, MonotonicClock
 from amoe.cluster.admin import ClusterStatus
-from amoe.errors import AmoeError
+from amoe.errors import AmoeError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ class Action:
         title: for a person: `scale to 3 expert workers`.
         began_at, ended_at: by the server's clock; None: it is still at it.
         error: why it failed; "" if it did not.
+        is_refused: it could not be done, and nothing is wrong with the server.
     """
 
     number: int
@@ -34,12 +35,15 @@ class Action:
     began_at: float
     ended_at: float | None = None
     error: str = ""
+    is_refused: bool = False
 
     @property
-    def state(self) -> Literal["running", "done", "failed"]:
+    def state(self) -> Literal["running", "done", "refused", "failed"]:
         if self.ended_at is None:
             return "running"
-        return "failed" if self.error else "done"
+        if self.error:
+            return "refused" if self.is_refused else "failed"
+        return "done"
 
 
 class AdminActions:
@@ -80,7 +84,7 @@ class AdminActions:
         try:
             await work
         except AmoeError as error:
-            action.error = str(error)
+            action.error, action.is_refused = str(error), isinstance(error, ConfigError)
             logger.warning("admin: %s: %s", action.title, error)
             raise
         except asyncio.CancelledError:

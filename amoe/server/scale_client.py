@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -55,6 +56,7 @@ class AdminClient:
         """Wait until an action has ended, and `show` what the server says that it is at.
 
         Raises:
+            ConfigError: it cannot be done.
             AmoeError: it has failed, or the server does not answer any more.
         """
         heard_at = time.monotonic()
@@ -69,6 +71,8 @@ class AdminClient:
                 action = next((action for action in cluster["actions"] if action["id"] == number), None)
                 if action is None:
                     raise AmoeError("the server knows nothing of it any more: has it been started anew?")
+                if action["state"] == "refused":
+                    raise ConfigError(action["error"])
                 if action["state"] == "failed":
                     raise AmoeError(action["error"])
                 if action["state"] == "done":
@@ -123,6 +127,7 @@ def run_order(
         ConfigError: what the user can mend; AmoeError: what failed.
     """
     setproctitle.setproctitle("amoe: scale")  # which also hides the key of the command line
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each look says nothing
     console = console or Console()
     try:
         headers = {b"authorization": f"Bearer {key}".encode()}
@@ -174,8 +179,7 @@ def show_workers(console: Console, before: Cluster, after: Cluster) -> None:
         table.add_column(title, justify="right" if title in ("rank", "lives") else "left")
     for rank in sorted(old | new):
         worker = new.get(rank) or old[rank]
-        was, now = _state(old.get(rank)), _state(new.get(rank))
-        state = now if was == now else f"{was} → {now}"
+        state = _history(old.get(rank), new.get(rank))
         cells = (worker["title"], str(rank), worker["role"], state, str(worker["incarnation"] + 1), worker["reason"])
         table.add_row(*map(Text, cells))
     console.print(table)
@@ -190,9 +194,17 @@ def show_workers(console: Console, before: Cluster, after: Cluster) -> None:
         console.print(Text(f"at work: {after['action']}"))
 
 
-def _state(worker: dict[str, Any] | None) -> str:
-    if worker is None:
-        return "gone"
+def _history(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+    if before is None and after is not None:
+        return f"added, {_state(after)}"
+    if after is None:
+        return "removed"
+    assert before is not None
+    was, now = _state(before), _state(after)
+    return now if was == now else f"{was} → {now}"
+
+
+def _state(worker: dict[str, Any]) -> str:
     if worker["state"] == "waiting":
         return f"waiting, started anew in {worker['retry_s']:.0f} s (died {worker['num_crashes']} times in a row)"
     return str(worker["state"])

@@ -200,7 +200,7 @@ class TestActions:
         cluster.failure = ConfigError("expert 2 could not start: no room")
         assert "no room" in assert_error(await http.post("/admin/scale", json={"expert_workers": 3}), 409)
         (action,) = (await http.get("/admin/cluster")).json()["actions"]
-        assert (action["state"], action["error"]) == ("failed", "expert 2 could not start: no room")
+        assert (action["state"], action["error"]) == ("refused", "expert 2 could not start: no room")
 
     async def test_a_server_that_is_dead_says_so(self, http: httpx.AsyncClient, cluster: FakeCluster):
         cluster.failure = EngineDeadError("worker 0 has gone")

@@ -25,12 +25,14 @@ class FakeAdmin:
 
     Attributes:
         failure: why it fails then; "" if it does not.
+        end: the state that it is in when it has failed.
         asked: path and body of what was asked for.
     """
 
     def __init__(self, turns: int = 2) -> None:
         self.turns = turns
         self.failure = ""
+        self.end = "failed"
         self.asked: list[tuple[str, Any]] = []
         self.status = 200
         self.is_lost = False
@@ -57,7 +59,7 @@ class FakeAdmin:
         workers += [
             WorkerStatus(rank=1 + i, title=f"expert {i}", role="experts", state="serving") for i in range(self.count)
         ]
-        state = "running" if self.turns > 0 else "failed" if self.failure else "done"
+        state = "running" if self.turns > 0 else self.end if self.failure else "done"
         actions = [{"id": 7, "action": "x", "state": state, "seconds": 1.0, "error": self.failure}]
         status = ClusterStatus(
             version=3, workers=workers, num_expert_workers=self.count, max_expert_workers=4, action="[moving] 3 of 12"
@@ -139,7 +141,7 @@ class TestRuns:
         status, shown = run(admin, SCALE)
         assert (status, admin.asked) == (0, [("/admin/scale", {"expert_workers": 2})])
         assert shown.count("[moving] 3 of 12") == 2, "each change once, then as what the cluster is at"
-        assert "gone → serving" in shown
+        assert "added, serving" in shown
         assert "expert workers 1 → 2 of at most 4" in shown
         assert "done after" in shown
 
@@ -147,11 +149,13 @@ class TestRuns:
         status, shown = run(FakeAdmin(turns=99), SCALE, wait=False)
         assert status == 0 and "action 7" in shown
 
-    def test_what_fails_says_why(self):
+    @pytest.mark.parametrize(("end", "kind"), [("failed", AmoeError), ("refused", ConfigError)])
+    def test_what_fails_says_why(self, end: str, kind: type[Exception]):
         admin = FakeAdmin(turns=1)
-        admin.failure = "expert 1 could not start"
-        with pytest.raises(AmoeError, match="expert 1 could not start"):
+        admin.failure, admin.end = "expert 1 could not start", end
+        with pytest.raises(AmoeError, match="expert 1 could not start") as caught:
             run(admin, SCALE)
+        assert type(caught.value) is kind
 
     def test_a_wrong_key(self):
         with pytest.raises(ConfigError, match="no admin key"):
