@@ -42,7 +42,9 @@ class Group:
         kind: `shm`, `tcp`, `distributed`; `split`: the same with payloads beside the records; or `inproc`.
     """
 
-    def __init__(self, kind: str, num_ranks: int, *, host: str = "127.0.0.1", num_homes: int = 0) -> None:
+    def __init__(
+        self, kind: str, num_ranks: int, *, host: str = "127.0.0.1", num_homes: int = 0, link_timeout_s: float = 2.0
+    ) -> None:
         self.kind = kind
         self.host = host
         self.ends: dict[int, Transport] = {}
@@ -55,7 +57,12 @@ class Group:
         if self._inproc is None:
             name = "distributed" if kind == "split" else kind
             self.fabric = create_fabric(
-                name, num_ranks=num_ranks, num_homes=num_homes, max_record_bytes=most_bytes, host=host
+                name,
+                num_ranks=num_ranks,
+                num_homes=num_homes,
+                max_record_bytes=most_bytes,
+                host=host,
+                link_timeout_s=link_timeout_s,
             )
 
     def __enter__(self) -> Group:
@@ -73,9 +80,9 @@ class Group:
         if self._inproc is not None:
             self._inproc.close()
 
-    def spec(self) -> TransportSpec:
+    def spec(self, host: str | None = None) -> TransportSpec:
         assert self.fabric is not None
-        spec = self.fabric.spec_for(self.host)
+        spec = self.fabric.spec_for(host or self.host)
         return msgspec.structs.replace(spec, splits_payloads=True) if self.kind == "split" else spec
 
     def open(self, rank: int, incarnation: int = 0) -> Transport:
@@ -95,13 +102,18 @@ class Group:
         self.tell()
         return [self.ends[rank] for rank in range(num_ranks)]
 
-    def start(self, count: int) -> list[Child]:
-        """Processes that answer what they are sent. Each opens its end when told to, see `Child.open`."""
+    def start(self, count: int, *, host: str | None = None, prefix: tuple[str, ...] = ()) -> list[Child]:
+        """Processes that answer what they are sent. Each opens its end when told to, see `Child.open`.
+
+        Args:
+            host: of theirs, if it is another one.
+            prefix: of the command that starts them.
+        """
         assert self.fabric is not None and self._children_process is None
         pairs = [socket.socketpair() for _ in range(count)]
         fds = [theirs.fileno() for _, theirs in pairs]
         self._children_process = subprocess.Popen(
-            [sys.executable, str(CHILD), msgspec.json.encode(self.spec()).decode(), *map(str, fds)],
+            [*prefix, sys.executable, str(CHILD), msgspec.json.encode(self.spec(host)).decode(), *map(str, fds)],
             pass_fds=[*fds, *self.fabric.fds()],
         )
         for ours, theirs in pairs:
