@@ -96,7 +96,8 @@ def wait_for_metric(url: str, name: str) -> None:
 
 
 def test_serves_and_drains(serve: Callable[..., Served]):
-    served = serve("--colocated", "2", "--served-model-name", "tiny", "other")
+    # A worker that stands still for a while is not replaced here.
+    served = serve("--colocated", "2", "--served-model-name", "tiny", "other", "--failure-timeout", "60")
     assert [model.id for model in served.client.models.list()] == ["tiny", "other"]
     assert "amoe: server" in psutil.Process(served.process.pid).cmdline()[0]
     whole = served.client.completions.create(model="tiny", **LONG)
@@ -117,8 +118,9 @@ def test_serves_and_drains(serve: Callable[..., Served]):
     assert not [line for line in served.output if "Traceback" in line]
 
 
-def test_dead_worker_is_told_at_once(serve: Callable[..., Served]):
-    served = serve("--expert-workers", "1", "--disable-uvicorn-access-log")
+def test_in_lockstep_a_dead_worker_is_told_at_once(serve: Callable[..., Served]):
+    """There nobody can go on without it; see test_supervision.py for the other schedules."""
+    served = serve("--expert-workers", "1", "--schedule", "lockstep", "--disable-uvicorn-access-log")
     assert len(served.workers) >= 2
     stream = served.client.completions.create(model=None, stream=True, **LONG)
     next(iter(stream))
@@ -136,7 +138,7 @@ def test_dead_worker_is_told_at_once(serve: Callable[..., Served]):
 
 
 def test_requests_that_outlast_the_drain_get_an_error(serve: Callable[..., Served]):
-    served = serve("--shutdown-timeout", "0.1")
+    served = serve("--shutdown-timeout", "0.1", "--failure-timeout", "60")
     stream = served.client.completions.create(model=None, stream=True, **LONG)
     next(iter(stream))
     served.workers[0].suspend()
