@@ -8,7 +8,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from amoe.cluster.launcher import Launcher, WorkerHandle
-from amoe.cluster.process import title_of
 from amoe.config import EngineConfig
 from amoe.engine.control import AsyncControlChannel
 from amoe.engine.emulated_device import Shape, emulated_device, served_shape
@@ -194,12 +193,12 @@ class WorkerCluster:
 
     def _check_checkpoints(self, ready: list[Ready]) -> None:
         """So would workers that have read different models: each reads what lies on its own host."""
-        placement, first = self.config.placement, ready[0].checkpoint_digest
-        others = [title_of(placement, rank) for rank, item in enumerate(ready) if item.checkpoint_digest != first]
+        first = ready[0].checkpoint_digest
+        others = [self.workers[rank].describe() for rank, item in enumerate(ready) if item.checkpoint_digest != first]
         if others:
             raise ConfigError(
-                f"{self.config.model} is another model at {', '.join(others)} than at {title_of(placement, 0)}: put "
-                "the same files on every host"
+                f"{self.config.model} is another model at {', '.join(others)} than at {self.workers[0].describe()}: "
+                "put the same files on every host"
             )
         self._checkpoint_digest = first
 

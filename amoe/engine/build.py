@@ -20,6 +20,7 @@ from amoe.engine.memory import KVPlan, free_bytes, longest_sequence, plan_kv_cac
 from amoe.engine.messages import ControlPort, Loading, Ready
 from amoe.engine.worker import Worker
 from amoe.kernels.attention import KVCache
+from amoe.models.checkpoint import checkpoint_digest
 from amoe.models.config import ModelConfig, load_model_config
 from amoe.models.loader import load_model, resolve_dtype
 from amoe.models.model import Blocks, Model
@@ -77,6 +78,7 @@ def build_worker(
         model.parameter_bytes,
         digest,
         transport.address,
+        checkpoint_digest(config.model),
     )
     control.send(ready)
     return worker
