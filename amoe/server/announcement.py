@@ -37,5 +37,7 @@ def placement_text(placement: PlacementConfig) -> str:
     if placement.colocated:
         return f"{placement.colocated} colocated worker{'s' if placement.colocated > 1 else ''}"
     if placement.expert_workers:
-        return f"{placement.attention_workers} attention and {placement.expert_workers} expert workers"
+        most = placement.max_expert_workers or placement.expert_workers
+        room = f" (up to {most})" if most > placement.expert_workers else ""
+        return f"{placement.attention_workers} attention and {placement.expert_workers} expert workers{room}"
     return "1 worker"

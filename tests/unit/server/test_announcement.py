@@ -35,6 +35,8 @@ def test_model_and_room(checkpoint_factory):
         (PlacementConfig(), "1 worker"),
         (PlacementConfig(colocated=1), "1 colocated worker"),
         (PlacementConfig(colocated=2), "2 colocated workers"),
+        (PlacementConfig(expert_workers=2, max_expert_workers=2), "1 attention and 2 expert workers"),
+        (PlacementConfig(expert_workers=2, max_expert_workers=6), "1 attention and 2 expert workers (up to 6)"),
     ],
 )
 def test_workers(placement, text):
