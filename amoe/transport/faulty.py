@@ -1,7 +1,8 @@
 """A transport that misbehaves on purpose: wraps any other and injects faults at the receiving end, for tests.
 
-All faults are off by default and drawn from one seeded generator, so that a failing run can be repeated. Batches to
-oneself never suffer: memory loses nothing.
+All faults are off by default. Those of a `FaultPlan` are drawn from one seeded generator, so that a failing run can be
+repeated; whole links are cut and slowed down at run time, by calls or by a file. Batches to oneself never suffer:
+memory loses nothing.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import contextlib
 import os
 import random
 import select
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from amoe.transport.base import Peer, Transport
+from amoe.transport.link_faults import LinkFaults, SteeringFile, Timer
 from amoe.types import Batch
 
 
@@ -56,19 +60,28 @@ class FaultCounts:
 
 
 class FaultyTransport:
-    """One worker's end over `inner`. See `amoe.transport.base.Transport`."""
+    """One worker's end over `inner`. See `amoe.transport.base.Transport`.
 
-    def __init__(self, inner: Transport, plan: FaultPlan | None = None) -> None:
+    Args:
+        steered_by: a file that says what is wrong with the links, see `SteeringFile`; all workers may share one.
+    """
+
+    def __init__(self, inner: Transport, plan: FaultPlan | None = None, *, steered_by: Path | None = None) -> None:
         self._inner = inner
         self._plan = plan or FaultPlan()
         self._random = random.Random(self._plan.seed)
         self._polls = 0
         self._held: dict[int, deque[tuple[int, Batch]]] = {}  # by source: the poll at which it is due, the batch
         self._cut: set[int] = set()
+        self._links = LinkFaults()
+        self._steering = None if steered_by is None else SteeringFile(steered_by)
+        self._late: dict[int, deque[tuple[float, Batch]]] = {}  # by source: when it is due, the batch
         self.counts = FaultCounts()
         # A held batch must wake its reader as an arriving one would: readable while anything is held.
         self._alarm = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._timer = Timer()
         self._epoll = select.epoll()
+        self._epoll.register(self._timer.fd, select.EPOLLIN)
         self._epoll.register(inner.fileno(), select.EPOLLIN)
         self._epoll.register(self._alarm, select.EPOLLIN)
 
@@ -84,6 +97,10 @@ class FaultyTransport:
         """Undo `cut`. What was lost stays lost."""
         self._cut.discard(peer)
 
+    def set_links(self, links: LinkFaults) -> None:
+        """From now on this is wrong with the links. What is late already stays late."""
+        self._links = links
+
     @property
     def address(self) -> str:
         return self._inner.address
@@ -92,19 +109,23 @@ class FaultyTransport:
         self._inner.update(peers)
 
     def send(self, batch: Batch) -> None:
-        if batch.dst in self._cut:
+        self._look(time.monotonic())
+        if self._is_cut(batch.dst):
             self.counts.cut += 1
             return
         self._inner.send(batch)
 
     def poll(self) -> list[Batch]:
         self._polls += 1
-        batches = []
+        now = time.monotonic()
+        self._look(now)
+        batches: list[Batch] = []
         for batch in self._inner.poll():
             if batch.src == self.rank:
                 batches.append(batch)
-            else:
+            elif not self._is_late(batch, now):
                 self._admit(batch, batches)
+        self._admit_late(now, batches)
         self._release(batches)
         self._set_alarm(any(self._held.values()))
         return batches
@@ -118,13 +139,37 @@ class FaultyTransport:
     def close(self) -> None:
         if not self._epoll.closed:
             self._epoll.close()
+            self._timer.close()
             os.close(self._alarm)
         self._inner.close()
+
+    def _look(self, now: float) -> None:
+        if self._steering is not None:
+            self._links = self._steering.read(now)
+
+    def _is_cut(self, peer: int) -> bool:
+        return peer in self._cut or (peer != self.rank and self._links.is_cut(self.rank, peer))
+
+    def _is_late(self, batch: Batch, now: float) -> bool:
+        """Keep `batch` if its link is slow, or if others of its link are late: order is kept."""
+        delay_s = self._links.delay_between(self.rank, batch.src)
+        late = self._late.get(batch.src)
+        if not delay_s and not late:
+            return False
+        self._late.setdefault(batch.src, deque()).append((now + delay_s, _copy(batch)))
+        return True
+
+    def _admit_late(self, now: float, batches: list[Batch]) -> None:
+        for late in self._late.values():
+            while late and late[0][0] <= now:
+                self._admit(late.popleft()[1], batches)
+        if self._late:
+            self._timer.set(min((late[0][0] for late in self._late.values() if late), default=None))
 
     def _admit(self, batch: Batch, batches: list[Batch]) -> None:
         """Decide what happens to `batch`, which has just arrived: deliver into `batches`, hold or lose it."""
         plan, draw = self._plan, self._random.random
-        if batch.src in self._cut:
+        if self._is_cut(batch.src):
             self.counts.cut += 1
             return
         if draw() < plan.drop:

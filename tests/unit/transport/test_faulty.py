@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import select
+import time
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from amoe.transport.faulty import FaultPlan, FaultyTransport
 from amoe.transport.inproc import InprocFabric
+from amoe.transport.link_faults import READ_INTERVAL_S, LinkFaults
 from amoe.types import Batch
 from tests.unit.transport.transport_batches import assert_same, make_batch
 
@@ -117,6 +121,53 @@ def test_batches_to_oneself_do_not_suffer() -> None:
     batch = make_batch(2, src=1, dst=1)
     pair.faulty.send(batch)
     assert pair.faulty.poll() == [batch]
+
+
+def test_links_that_a_file_cuts(tmp_path: Path) -> None:
+    """The rank in the list is cut off from all others, at both ends."""
+    path = tmp_path / "links.json"
+    fabric = InprocFabric(3)
+    ends = [FaultyTransport(fabric.endpoint(rank), steered_by=path) for rank in range(3)]
+
+    def exchange() -> list[list[int]]:
+        for src, end in enumerate(ends):
+            for dst in range(3):
+                end.send(make_batch(1, src=src, dst=dst))
+        return [sorted(batch.src for batch in end.poll()) for end in ends]
+
+    everybody = [[0, 1, 2]] * 3
+    assert exchange() == everybody
+    for content, expected in ((b'{"cut": [1]}', [[0, 2], [1], [0, 2]]), (b"{}", everybody)):
+        path.write_bytes(content)
+        time.sleep(2 * READ_INTERVAL_S)
+        assert exchange() == expected
+
+
+def test_slow_links_keep_order_and_wake_their_reader() -> None:
+    pair = Pair()
+    pair.faulty.set_links(LinkFaults(delay_s={0: 0.05}))
+    pair.send(3)
+    pair.send(2, src=2)
+    assert [batch.src for batch in pair.poll()] == [2, 2]
+    assert pair.poll() == []
+    assert not select.select([pair.faulty.fileno()], [], [], 0)[0]  # nobody is woken for nothing
+    pair.faulty.set_links(LinkFaults())
+    pair.send(1)  # behind those that are late
+    while len(pair.epochs) < 6:
+        assert select.select([pair.faulty.fileno()], [], [], 10)[0]
+        pair.poll()
+    assert pair.epochs == [0, 1, 0, 1, 2, 0]
+    pair.poll()
+    assert not select.select([pair.faulty.fileno()], [], [], 0)[0]
+    pair.send(1)
+    assert len(pair.poll()) == 1
+
+
+def test_a_wrong_file_is_not_taken_for_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "links.json"
+    path.write_text('{"cut": "all"}')
+    with pytest.raises(msgspec.ValidationError):
+        FaultyTransport(InprocFabric(1).endpoint(0), steered_by=path).poll()
 
 
 def test_close_is_idempotent() -> None:
