@@ -1,0 +1,190 @@
+"""The supervisor, over workers that are nothing but their handles."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from amoe.cluster.topology import NOBODY
+from amoe.config import FailureConfig
+from amoe.engine.messages import Applied, Failed, Heartbeat, Pulse, Topology, Unanswered
+from amoe.errors import ConfigError, EngineDeadError
+from amoe.stats import WorkerStats
+from tests.unit.cluster.fake_cluster import Fakes
+
+# Nobody is silent by accident, however slow the machine is.
+CALM = FailureConfig(timeout_s=600.0, backoff_s=0.01, max_backoff_s=600.0, max_crashes=3)
+
+
+def beat(fakes: Fakes, *ranks: int) -> None:
+    for rank in ranks:
+        fakes.engine.on_message(rank, Heartbeat(WorkerStats(rank, "experts", 0, 0.0, 0)))
+
+
+async def test_a_worker_that_dies_is_replaced_in_this_order():
+    async with Fakes(CALM) as fakes:
+        first = fakes.worker(1)
+        first.die("was killed by SIGKILL")
+        assert fakes.board.incarnations[1] == NOBODY  # at once: homes send elsewhere
+        assert fakes.engine.note == "expert 0 has died and is being replaced"
+        await fakes.until("back 1")
+        assert fakes.events == ["lost 1 exit", "lose 1", "close 1.0", "launch 1.1", "attach 1", "back 1"]
+        assert fakes.board.incarnations == [0, 1, 0, NOBODY]
+        first_words, then = fakes.worker(1).told
+        assert isinstance(first_words, Topology) and isinstance(then, Topology)
+        assert (first_words.incarnations[1], then.incarnations[1]) == (NOBODY, 1)
+        assert then.addresses[1] == "here"
+        assert (fakes.engine.note, fakes.engine.trouble) == ("", "")
+        assert [status.state for status in fakes.supervisor.statuses()] == ["serving"] * 3
+
+
+async def test_the_next_life_begins_only_when_the_last_is_over():
+    async with Fakes(CALM) as fakes:
+        fakes.worker(1).is_immortal = True
+        fakes.engine.on_gone(1, "worker 1 has gone")
+        await fakes.until("lose 1")
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+        assert "launch 1.1" not in fakes.events
+        fakes.worker(1).die("was killed at last")
+        await fakes.until("back 1")
+        assert fakes.events[0] == "kill 1.0"
+
+
+async def test_a_crash_loop_is_trouble_and_goes_on_slowly(monkeypatch):
+    async with Fakes(CALM) as fakes:
+        fakes.scripts[2].extend([ConfigError("model.safetensors is gone"), EngineDeadError("it failed")])
+        fakes.hold = asyncio.Event()
+        fakes.worker(2).die("was killed by SIGSEGV")
+        await fakes.until("launch 2.3")
+        assert fakes.events.count("lost 2 start") == 2
+        assert fakes.engine.trouble == ("expert 1 has died 3 times in a row, last: it failed; it is being started anew")
+        fakes.hold.set()
+        await fakes.until("back 2")
+        assert fakes.engine.trouble.endswith("it serves again, for now")
+        monkeypatch.setattr("amoe.cluster.places.TRUST_S", 0.0)
+        await fakes.until_holds(lambda: not fakes.engine.trouble)
+        assert fakes.supervisor.statuses()[2].num_crashes == 3  # still remembered: the next pause would be longer
+
+
+async def test_who_waits_for_its_next_life_says_for_how_long():
+    failure = FailureConfig(timeout_s=600.0, backoff_s=100.0, max_backoff_s=600.0, max_crashes=2)
+    async with Fakes(failure) as fakes:
+        fakes.scripts[1].append(ConfigError("no such file"))
+        fakes.worker(1).die("was killed by SIGKILL")
+        await fakes.until("lost 1 start")
+        await fakes.until_holds(lambda: fakes.supervisor.statuses()[1].state == "waiting")
+        status = fakes.supervisor.statuses()[1]
+        assert (status.num_crashes, status.reason) == (2, "no such file")
+        assert 0 < status.retry_s <= 100
+        assert "last: no such file; next attempt in " in fakes.engine.trouble
+
+
+@pytest.mark.parametrize("when", ["starting", "waiting"])
+async def test_stop_in_the_middle_leaves_nothing(when):
+    failure = FailureConfig(timeout_s=600.0, backoff_s=100.0, max_backoff_s=600.0)
+    async with Fakes(failure) as fakes:
+        fakes.hold = asyncio.Event()
+        if when == "waiting":
+            fakes.scripts[1].append(ConfigError("no such file"))
+        fakes.worker(1).die("was killed by SIGKILL")
+        await fakes.until("launch 1.1")
+    assert "back 1" not in fakes.events
+    assert {event for event in fakes.events if event.startswith("launch")} == {"launch 1.1"}
+    assert not fakes.cluster.workers
+
+
+async def test_who_is_silent_is_killed():
+    async with Fakes(FailureConfig(timeout_s=0.5, backoff_s=0.01)) as fakes:
+        beat(fakes, 0, 1, 2)
+        while "lost 2 silent" not in fakes.events:
+            beat(fakes, 0, 1)
+            await asyncio.sleep(0.01)
+        assert "kill 2.0" in fakes.events
+        assert "lost 1 silent" not in fakes.events
+        assert "has given no sign of life for" in fakes.supervisor.statuses()[2].reason
+
+
+async def test_who_hangs_in_a_step_is_killed():
+    async with Fakes(CALM) as fakes:
+        fakes.engine.on_message(1, Pulse(70.0, None))
+        await fakes.until("lost 1 hung")
+        await fakes.until("back 1")
+
+
+async def test_who_does_not_answer_and_has_nothing_to_do_is_killed():
+    async with Fakes(CALM) as fakes:
+        beat(fakes, 0, 1, 2)
+        for _ in range(3):
+            fakes.engine.on_message(0, Unanswered(1, 600.0))
+            beat(fakes, 0, 1, 2)
+        await fakes.until("lost 1 cut")
+        await fakes.until("back 1")
+
+
+async def test_what_a_worker_says_of_its_failure_is_told():
+    async with Fakes(CALM) as fakes:
+        fakes.engine.on_message(1, Failed("ZeroDivisionError: a bug", user_error=False))
+        fakes.worker(1).die("exited with status 1")
+        assert fakes.supervisor.statuses()[1].reason == "expert 0 exited with status 1: ZeroDivisionError: a bug"
+        await fakes.until("back 1")
+
+
+async def test_a_topology_that_was_applied_is_noted():
+    async with Fakes(CALM) as fakes:
+        waiting = asyncio.create_task(fakes.board.wait_applied(1))
+        for rank in range(3):
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            fakes.engine.on_message(rank, Applied(1))
+        await waiting
+
+
+async def test_add_and_remove():
+    async with Fakes(CALM) as fakes:
+        await fakes.supervisor.add(3)
+        assert fakes.supervisor.ranks == {0, 1, 2, 3}
+        assert fakes.board.incarnations == [0, 0, 0, 0]
+        await fakes.supervisor.drain(3)
+        assert fakes.supervisor.statuses()[3].state == "draining"
+        await fakes.supervisor.remove(3)
+        assert fakes.board.incarnations == [0, 0, 0, NOBODY]
+        assert "lost 3 exit" not in fakes.events
+        assert fakes.events[-3:] == ["lose 3", "close 3.0", "removed 3"]
+        await fakes.supervisor.add(3)
+        assert fakes.board.incarnations[3] == 1  # never the same life twice
+
+
+async def test_one_that_cannot_be_added_leaves_nothing():
+    async with Fakes(CALM) as fakes:
+        fakes.scripts[3].append(ConfigError("no room"))
+        with pytest.raises(ConfigError, match="expert 2 could not be started: no room"):
+            await fakes.supervisor.add(3)
+        assert fakes.supervisor.ranks == {0, 1, 2}
+        assert set(fakes.cluster.workers) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("dies", [False, True])
+async def test_who_was_draining_stays_after_all(dies):
+    async with Fakes(CALM) as fakes:
+        await fakes.supervisor.drain(2)
+        if dies:
+            fakes.worker(2).die("was killed")
+            assert fakes.board.incarnations[2] == NOBODY
+            assert "launch 2.1" not in fakes.events
+        fakes.supervisor.keep(2)
+        if dies:
+            await fakes.until("back 2")
+        assert fakes.supervisor.statuses()[2].state == "serving"
+
+
+async def test_who_is_being_replaced_may_be_removed():
+    async with Fakes(CALM) as fakes:
+        fakes.hold = asyncio.Event()
+        fakes.worker(2).die("was killed")
+        await fakes.until("launch 2.1")
+        await fakes.supervisor.drain(2)
+        await fakes.supervisor.remove(2)
+        assert fakes.supervisor.ranks == {0, 1}
+        assert set(fakes.cluster.workers) == {0, 1}
