@@ -25,6 +25,7 @@ from amoe.engine.messages import HoldExperts, Holding, Topology
 from amoe.engine.planning import considerate
 from amoe.errors import ConfigError
 from amoe.policy import rebalance as policy
+from amoe.policy.steering import says_enough
 from amoe.types import BoolArray, Int16Array
 
 logger = logging.getLogger(__name__)
@@ -242,7 +243,7 @@ class PlacementManager:
 
     async def _rebalance_if_worth_it(self) -> None:
         load, present = self._measured_load(), self._present
-        if load is None or self._lock.locked() or not present[self._members].all():
+        if load is None or not says_enough(load) or self._lock.locked() or not present[self._members].all():
             return
         planned = await self._plan(self._rebalanced, present & self._members)
         before, after = (policy.hottest(load, owners, present) for owners in (self._board.owners, planned))

@@ -55,12 +55,17 @@ class Measured:
     @property
     def knows_experts(self) -> bool:
         """There is enough to plan shares of replicas from."""
-        used = self.pairs[self.pairs.any(axis=1)]
-        return len(used) > 0 and float(used.mean(axis=1).min()) >= MIN_PAIRS
+        return says_enough(self.pairs)
 
     def batch_load(self) -> FloatArray:
         """[L, E] tokens of each expert in one batch of all homes together."""
         return self.pairs * (self.tokens_per_batch / max(1.0, float(self.tokens.sum())))
+
+
+def says_enough(pairs: FloatArray) -> bool:
+    """Pairs [L, E] are enough to tell hot experts from cold ones, in every layer that has been used."""
+    used = pairs[pairs.any(axis=1)]
+    return len(used) > 0 and float(used.mean(axis=1).min()) >= MIN_PAIRS
 
 
 def count_work(counts: npt.NDArray[np.integer], ridge_tokens: int) -> int:

@@ -363,9 +363,11 @@ async def test_the_background_moves_only_for_a_gain(monkeypatch: pytest.MonkeyPa
     cluster.load[:, 0] = 1.1
     background = asyncio.create_task(cluster.manager.run())
     version = cluster.board.version
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.02)
+    cluster.load[:, :3] = 10.0  # too few pairs to say so
+    await asyncio.sleep(0.02)
     assert cluster.board.version == version
-    cluster.load[:, :3] = 10.0
+    cluster.load *= 100
     while cluster.board.version == version:  # noqa: ASYNC110 - the event loop of a test has nothing else to do
         await asyncio.sleep(0.001)
     await asyncio.sleep(0.02)
