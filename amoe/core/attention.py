@@ -67,7 +67,7 @@ class AttentionCore:
         self._barrier = barrier
         self._waves = waves
         self.stepping = -1
-        self._dispatcher = Dispatcher(rank, owner_ranks, batcher)
+        self._dispatcher = Dispatcher(rank, owner_ranks, batcher, replicas.present)
         self.recovery = Recovery(
             self._dispatcher,
             batcher,

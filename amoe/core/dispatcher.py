@@ -32,14 +32,20 @@ class Dispatcher:
 
     Args:
         rank: of the home.
-        owner_ranks: [D] ranks of the expert workers; D itself stands for nobody.
+        owner_ranks: [D] ranks that expert workers may have; D itself stands for nobody.
+        present: [D] owners that are there.
     """
 
-    def __init__(self, rank: int, owner_ranks: Sequence[int], batcher: Batcher) -> None:
+    def __init__(self, rank: int, owner_ranks: Sequence[int], batcher: Batcher, present: BoolArray) -> None:
         self.owner_ranks = tuple(owner_ranks)
         self.nobody = len(owner_ranks)
+        self.on_roster(present)
         self._rank = rank
         self._batcher = batcher
+
+    def on_roster(self, present: BoolArray) -> None:
+        """Others are there: ranks may be laid out for many more workers than there are, which must not cost a step."""
+        self._there: list[int] = np.flatnonzero(present).tolist()
 
     def destinations(self, owners: Int16Array, *, may_be_nobody: bool) -> BoolArray:
         """[n, D + 1] whose answers tokens with pairs at `owners` [n, P] will wait for.
@@ -49,7 +55,7 @@ class Dispatcher:
                 nothing of it is sent before somebody is there.
         """
         dispatched = np.zeros((len(owners), self.nobody + 1), np.bool_)
-        for owner in range(self.nobody):
+        for owner in self._there:
             dispatched[:, owner] = (owners == owner).any(axis=1)
         if may_be_nobody and (parked := (owners == self.nobody).any(axis=1)).any():
             dispatched[parked] = False
@@ -75,7 +81,7 @@ class Dispatcher:
         iterations = self._batcher.tokens.iteration[slots]
         expert_ids = pairs.expert_ids.astype(np.int16)
         outgoing = []
-        for owner, destination in enumerate(self.owner_ranks):
+        for owner in self._there:
             chosen = np.flatnonzero(dispatched[:, owner])
             if len(chosen) == 0 and epoch is None:
                 continue
@@ -83,7 +89,7 @@ class Dispatcher:
             batch = Batch(
                 kind=BatchKind.DISPATCH,
                 src=self._rank,
-                dst=destination,
+                dst=self.owner_ranks[owner],
                 layer=block.layer,
                 wave=block.wave,
                 epoch=epoch or 0,

@@ -142,6 +142,7 @@ class Recovery:
         """Experts are at `owners` [L, E, R] from now on; `present` [D] of the owners are there, `changed` [D] are not
         whom they were. Returns what has to be sent again; rows are slots."""
         self._replicas.place(owners, present)
+        self._dispatcher.on_roster(present)
         self._heard_at[changed] = now
         self._patience_s[changed] = self._patient_s
         if self._waves is not None:

@@ -25,6 +25,7 @@ class ReplicaShares:
 
     Attributes:
         owners: [num_layers, num_experts, R] in force: those that are there, first.
+        present: [D] owners that are there.
         shape: of `owners`, and of shares.
         num_owners: D + 1, nobody included.
         shares: [num_layers, num_experts, R] in force.
@@ -41,6 +42,7 @@ class ReplicaShares:
     def place(self, owners: Int16Array, present: BoolArray) -> None:
         """Replicas are at `owners` [num_layers, num_experts, R] from now on, and `present` [D] of the owners are there.
         It begins with everything at the first replica that is there."""
+        self.present = present
         self.shape = owners.shape
         here: BoolArray = np.append(present, False)[owners]  # -1 finds the last one
         self._order = np.argsort(~here, axis=-1, kind="stable")

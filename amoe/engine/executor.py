@@ -17,8 +17,10 @@ from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, PromptTokens
 from amoe.engine.sampler import SampledTokens, sample, score
 from amoe.engine.sampling_table import SamplingTable
 from amoe.engine.token_masks import MaskArray
+from amoe.errors import CheckpointError
 from amoe.kernels.attention import AttentionBatch, ChunkSpan, KVCache
 from amoe.kernels.permute import plan_pairs
+from amoe.models.checkpoint import checkpoint_digest
 from amoe.models.loader import load_experts
 from amoe.models.model import ExpertWeights, Model
 from amoe.types import Batch, BoolArray, Float32Array, Int32Array, Int64Array
@@ -193,12 +195,12 @@ class AttentionExecutor:
             return residual
         dispatched = self._batcher.join.dispatched[host_slots]
         total: torch.Tensor | None = None
-        for owner, partials in enumerate(self._partials):
-            column = dispatched[:, owner]
+        for owner in np.flatnonzero(dispatched.any(axis=0)).tolist():  # there may be many more than answer now
+            partials, column = self._partials[owner], dispatched[:, owner]
             if column.all():
                 part = partials.index_select(0, slots).float()
                 total = part if total is None else total + part
-            elif column.any():
+            else:
                 if total is None:
                     total = torch.zeros(residual.shape, dtype=torch.float32, device=residual.device)
                 chosen = to_device(np.flatnonzero(column), residual.device)
@@ -241,6 +243,7 @@ class ExpertsExecutor:
     def __init__(self, model: Model, num_homes: int, slots_per_home: int, path: str) -> None:
         self._model = model
         self._path = path
+        self._digest = checkpoint_digest(path)
         self._local_index = {layer: model.local_index(layer) for layer in range(model.config.num_layers)}
         self.slab = torch.zeros(
             (num_homes * slots_per_home, model.config.hidden_size), dtype=model.dtype, device=model.device
@@ -258,6 +261,8 @@ class ExpertsExecutor:
     def prepare(self, layer: int, ids: tuple[int, ...]) -> ExpertWeights:
         """See `ExpertStore`."""
         model = self._model
+        if checkpoint_digest(self._path) != self._digest:
+            raise CheckpointError(f"{self._path} has changed since this worker has read it: restart the server")
         return load_experts(
             self._path,
             model.config,
