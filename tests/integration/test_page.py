@@ -411,8 +411,9 @@ def test_a_worker_dies_and_comes_back_and_another_one_joins(
     browser.driver.save_screenshot(str(tmp_path / "lost.png"))
     cluster.tell(expert(state="waiting", reason=killed, num_crashes=3, retry_s=4.0), num_expert_workers=1)
     browser.until(lambda: browser.text("status-text").startswith("expert 0 has died 3 times in a row"), "a pause")
-    cluster.tell(expert(state="starting", incarnation=3, reason=killed), num_expert_workers=1)
-    browser.until(lambda: browser.text("status-text") == "expert 0 is being started", "a new life")
+    cluster.tell(expert(state="starting", incarnation=3, reason=killed), num_expert_workers=1, missing=32)
+    shown = "expert 0 is being started; 32 experts are held by nobody"
+    browser.until(lambda: browser.text("status-text") == shown, "a new life")
     assert "life 4" in row(1) and state(1) == "worker changing"
     cluster.tell(
         expert(state="serving", incarnation=3, reason=killed),

@@ -169,7 +169,8 @@ def _life(place: WorkerStatus | None, silent_s: float) -> dict[str, Any]:
     silence = round(silent_s, 1) if is_expected and silent_s >= SILENT_S else None
     if place is None:
         return {"title": None, "state": None, "silent_s": silence}
-    return {
+    gone = {} if is_expected else {"busy_home": None, "busy_experts": None}  # what it was busy with is over
+    return gone | {
         "title": place.title,
         "state": place.state,
         "silent_s": silence,

@@ -167,6 +167,14 @@ class TestLives:
         assert (views[2]["crashes"], views[2]["retry_s"]) == (3, 2.0)
         assert (views[3]["queued"], views[3]["busy_home"], views[3]["running"]) == (0, None, None)
 
+    def test_the_lost_are_busy_with_nothing(self):
+        before, after = worker(1, 1.0, "experts"), worker(1, 3.0, "experts", experts_s=1.0)
+        lost = moment(2.0, after, cluster=self.CLUSTER)
+        views = live_view(moment(0.0, before), lost)["workers"]
+        assert [view["busy_experts"] for view in views if view["rank"] == 1] == [None]
+        (view,) = live_view(moment(0.0, before), moment(2.0, after))["workers"]
+        assert view["busy_experts"] == 0.5
+
     def test_without_a_supervisor(self):
         view = live_view(None, moment(0.0, worker(0, 1.0)))
         assert view["cluster"] is None

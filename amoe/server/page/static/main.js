@@ -57,6 +57,8 @@ function health(view) {
   const bad = view.workers.find(isBad);
   if (bad) return ["bad", trouble(bad)];
   const changing = view.workers.map(trouble).find((text) => text !== null);
+  const missing = view.cluster?.missing ?? 0;
+  if (changing && missing) return ["bad", `${changing}; ${missing} experts are held by nobody`];
   if (changing ?? view.word) return ["wait", changing ?? view.word];
   if (performance.now() - restartedAt < RESTART_MS) return ["good", "live: the server has restarted"];
   return ["good", "live"];
