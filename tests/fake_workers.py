@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from amoe.config import EngineConfig, PlacementConfig, SchedulerConfig, SchedulingPolicy
+from amoe.config import EngineConfig, FailureConfig, PlacementConfig, SchedulerConfig, SchedulingPolicy
 from amoe.engine.async_engine import AsyncEngine, ModelInfo
 from amoe.engine.messages import AbortRequests, AddRequest, Heartbeat, Outputs, ToServer, ToWorker
 from amoe.engine.tokenizer import Tokenizer
@@ -180,6 +180,7 @@ def make_engine(
     heartbeat_timeout_s: float = 1e6,  # they send no sign of life unless told
     stall_timeout_s: float = 1e5,
     supervised: bool = False,
+    max_crashes: int = 5,
 ) -> tuple[AsyncEngine, list[FakeWorker]]:
     """A running engine over fake workers, with the tokenizer in `directory`. To be called within an event loop."""
     workers = [FakeWorker(rank) for rank in range(num_workers)]
@@ -189,6 +190,7 @@ def make_engine(
         max_waiting_tokens=max_waiting_tokens,
         placement=PlacementConfig(colocated=num_workers),
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, scheduling_policy=scheduling_policy),
+        failure=FailureConfig(max_crashes=max_crashes),
     )
     model = ModelInfo(name="fake", max_model_len=max_model_len, vocab_size=300)
     timeouts = {"heartbeat_timeout_s": heartbeat_timeout_s, "stall_timeout_s": stall_timeout_s}

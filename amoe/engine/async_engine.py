@@ -16,10 +16,10 @@ from amoe.config import EngineConfig
 from amoe.engine.accounts import Accounts
 from amoe.engine.async_generation import Generation
 from amoe.engine.generation import GenerationDelta, GenerationState
-from amoe.engine.load import Choices, Front, OpenLoad, Refusal, first_choices
+from amoe.engine.load import Choices, Front, OpenLoad, Refusal, first_choices, validate
 from amoe.engine.messages import AbortRequests, AddRequest, Failed, Heartbeat, Outputs, Pulse, Topology, ToServer
 from amoe.engine.model_info import ModelInfo as ModelInfo
-from amoe.engine.readmission import families, resumed_request
+from amoe.engine.readmission import count_vain_lives, families, resumed_request
 from amoe.engine.roster import Roster, WorkerChannel
 from amoe.engine.shared_control import REQUESTS_PER_FRONT
 from amoe.engine.steering import Float64Array, Steering
@@ -28,7 +28,6 @@ from amoe.engine.vigil import Vigil
 from amoe.engine.watchdog import HEARTBEAT_TIMEOUT_S, STALL_TIMEOUT_S, Watchdog
 from amoe.errors import AmoeError, EngineDeadError, EngineOverloadedError, RequestError
 from amoe.metrics import EngineMetrics
-from amoe.policy import admission
 from amoe.types import FinishReason, Int16Array, SamplingParams, SequenceOutput
 
 logger = logging.getLogger(__name__)
@@ -188,13 +187,7 @@ class AsyncEngine:
             EngineDeadError: no room ever.
         """
         firsts = first_choices(requests)
-        num_prompt_tokens = 0
-        for index, (prompt_token_ids, params) in enumerate(requests):
-            if firsts[index] == index:
-                admission.validate_prompt(prompt_token_ids, self.model.vocab_size, param)
-                num_prompt_tokens += len(prompt_token_ids)
-            admission.validate_length(len(prompt_token_ids), params.max_tokens, self.model.max_model_len, param)
-            admission.validate_priority(params.priority, self.config.scheduler.scheduling_policy)
+        num_prompt_tokens = validate(requests, firsts, self.model, self.config.scheduler.scheduling_policy, param)
         self._check_room(len(requests), num_prompt_tokens)
         generations: list[Generation] = []
         try:
@@ -314,9 +307,15 @@ class AsyncEngine:
         if not await self._roster.detach(rank, LAST_WORDS_S):
             return
         self._watchdog.forget(rank)
-        self._parked |= {i: generation for i, generation in self._open.items() if generation.rank == rank}
-        count = self._readmit()
-        logger.warning("%s: %d sequences go on at other workers, %d wait for one", reason, count, len(self._parked))
+        lost = {i: generation for i, generation in self._open.items() if generation.rank == rank}
+        count_vain_lives(lost.values(), self.config.scheduler.max_num_seqs)
+        self._parked |= lost
+        self._give_up()
+        num_moved = self._readmit()
+        if num_moved or self._parked:
+            logger.warning(
+                "%s: open at other workers from now on: %d, waiting: %d", reason, num_moved, len(self._parked)
+            )
 
     def _readmit(self) -> int:
         """Let those whose worker is gone go on where somebody is. Returns how many do."""
@@ -329,6 +328,13 @@ class AsyncEngine:
                 self._accounts.move(generation, rank)
                 self._roster.send(rank, resumed_request(generation, family[0], self.model.routed_bytes))
         return len(lost)
+
+    def _give_up(self) -> None:
+        """End what would kill one worker after the other. Whoever gets tokens in between is only its neighbour."""
+        limit = self.config.failure.max_crashes
+        for generation in [item for item in self._parked.values() if item.num_vain_lives >= limit]:
+            self._forget(generation, "error")
+            generation.fail(AmoeError(f"{limit} workers in a row have died before they gave this request a token"))
 
     def _on_gone(self, rank: int, reason: str) -> None:
         if not self._supervised:

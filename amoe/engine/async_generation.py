@@ -22,6 +22,7 @@ class Generation:
         queue_s, prefill_s: seconds before it was first computed, and from there to its first token; None: not yet told.
         num_preemptions: times that it lost its KV to others, as far as is known.
         num_moves: times that its worker has died, and it has gone on at another one.
+        num_vain_lives: workers in a row that have died while they computed it, before they gave it a token.
         choices: it is one of them.
         num_waiting_tokens: of its prompt, until its first token: another choice computes them, if it is 0.
     """
@@ -45,10 +46,11 @@ class Generation:
         self.queue_s: float | None = None
         self.prefill_s: float | None = None
         self.num_preemptions = 0
-        self.num_moves = 0
+        self.num_moves = self.num_vain_lives = 0
         self._lost_s = 0.0  # before it came to its present worker, while it had no token
         self._preempted_before = 0
         self._had_begun = False
+        self._told_before = 0  # tokens, when it came to its present worker
         self.choices = choices
         self.num_waiting_tokens = 0
         self._on_close = on_close
@@ -74,8 +76,16 @@ class Generation:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
 
+    def lose_worker(self, *, has_run: bool) -> None:
+        """Engine only: its worker has died, where it was being computed, or it waited for its turn."""
+        if self.state.num_generated_tokens > self._told_before:
+            self.num_vain_lives = 0
+        elif has_run:
+            self.num_vain_lives += 1
+
     def move(self, rank: int, now: float) -> None:
-        """Engine only: its worker has died, and another one goes on with it."""
+        """Engine only: another worker goes on with it."""
+        self._told_before = self.state.num_generated_tokens
         self.rank = rank
         self.num_moves += 1
         self._preempted_before = self.num_preemptions

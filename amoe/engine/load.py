@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from amoe.config import EngineConfig
+from amoe.config import EngineConfig, SchedulingPolicy
+from amoe.engine.model_info import ModelInfo
 from amoe.errors import RequestError
 from amoe.policy import admission
 from amoe.types import SamplingParams
@@ -62,6 +63,32 @@ def first_choices(requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> l
         is_same = same_kv and (prompt is other or prompt == other)
         firsts.append(first if is_same else index)
     return firsts
+
+
+def validate(
+    requests: Sequence[tuple[Sequence[int], SamplingParams]],
+    firsts: Sequence[int],
+    model: ModelInfo,
+    policy: SchedulingPolicy,
+    param: str,
+) -> int:
+    """Refuse what can never be served. Returns the number of different prompts' tokens.
+
+    Args:
+        firsts: see `first_choices`.
+        param: the field of the user's request that the prompts come from.
+
+    Raises:
+        RequestError: naming the field that is wrong.
+    """
+    num_prompt_tokens = 0
+    for index, (prompt_token_ids, params) in enumerate(requests):
+        if firsts[index] == index:
+            admission.validate_prompt(prompt_token_ids, model.vocab_size, param)
+            num_prompt_tokens += len(prompt_token_ids)
+        admission.validate_length(len(prompt_token_ids), params.max_tokens, model.max_model_len, param)
+        admission.validate_priority(params.priority, policy)
+    return num_prompt_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,13 @@ from amoe.engine.async_generation import Generation
 from amoe.engine.messages import AddRequest
 
 
+def count_vain_lives(lost: Iterable[Generation], num_seats: int) -> None:
+    """Their worker, which computed `num_seats` sequences at a time, has died: those that had begun, and then those that
+    came first."""
+    for place, generation in enumerate(sorted(lost, key=lambda g: (not g.state.generated_token_ids, g.request_id))):
+        generation.lose_worker(has_run=place < num_seats)
+
+
 def families(lost: Iterable[Generation]) -> list[list[Generation]]:
     """Sequences that go to one worker together, because they share a prompt: whose first one computes it for all.
 

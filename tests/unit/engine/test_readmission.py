@@ -189,6 +189,37 @@ async def test_prompt_logprobs_come_once_and_whole(make, has_begun):
     assert total.token_ids == [5, 6, 7, 8]
 
 
+async def test_what_kills_every_worker_ends_and_its_neighbours_do_not(make):
+    engine, workers = make(max_num_seqs=8)
+    poison, neighbour = engine.start([([token], SamplingParams(max_tokens=50)) for token in (5, 6)])
+    workers[0].script = lambda request: [6] * 50 if request.prompt_token_ids == [6] else []
+    told: list[int] = []
+    for _ in range(engine.config.failure.max_crashes):
+        told += (await anext(neighbour)).token_ids
+        await kill(engine, workers[0])
+        replace(engine, workers, 0)
+        await settle()
+    with pytest.raises(AmoeError, match="5 workers in a row have died before they gave this request a token"):
+        await read(poison)
+    told += (await read(neighbour)).token_ids
+    assert told == [6] * 50
+    assert engine._load.is_empty
+
+
+async def test_who_waits_for_its_turn_is_not_to_blame(make):
+    engine, workers = make(max_num_seqs=1)
+    workers[0].runs.clear()
+    generations = engine.start([([token], SamplingParams(max_tokens=2)) for token in (5, 6)])
+    for _ in range(engine.config.failure.max_crashes):
+        await kill(engine, workers[0])
+        replace(engine, workers, 0).runs.clear()
+        await settle()
+    with pytest.raises(AmoeError, match="5 workers in a row"):
+        await read(generations[0])
+    workers[0].runs.set()
+    assert (await read(generations[1])).token_ids == [6, 6]
+
+
 async def test_prompt_logprobs_alone(make):
     engine, workers = make(num_workers=2)
     workers[0].script = lambda request: []
@@ -394,7 +425,7 @@ async def test_a_server_that_leaves_in_the_middle_of_a_loss_ends_everything(make
 async def test_any_interleaving_of_losses_gives_every_reader_the_undisturbed_tokens(make, seed):
     """Starts, readers, readers that leave, stop strings, and workers that die and come back, in random order."""
     rng = random.Random(seed)
-    engine, workers = make(num_workers=rng.randint(1, 3), max_num_seqs=4, max_waiting=6)
+    engine, workers = make(num_workers=rng.randint(1, 3), max_num_seqs=4, max_waiting=6, max_crashes=1000)
     prompt = engine.tokenizer.encode("bab")
     outcomes: list[str] = []
 

@@ -42,7 +42,7 @@ class LossyHarness(Harness):
 
 @pytest.fixture
 async def lossy(tokenizer_directory: Path) -> AsyncIterator[LossyHarness]:
-    engine, workers = make_engine(tokenizer_directory, num_workers=2, supervised=True, max_num_seqs=8)
+    engine, workers = make_engine(tokenizer_directory, num_workers=2, supervised=True, max_num_seqs=8, max_crashes=1000)
     app = create_app(ServerContext(engine=engine, model_names=("fake",), created=1))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
         harness = LossyHarness(app, engine, workers[0], http)
