@@ -10,6 +10,7 @@ import pytest
 
 from amoe.core.decisions import DecisionCounts
 from amoe.core.micro_queue import MicroQueues
+from amoe.core.recovery import Losses
 from amoe.core.steps import AttentionStep, ExpertsStep
 from amoe.engine.worker_stats import StatsKeeper
 from amoe.policy.decision import Reason
@@ -64,3 +65,24 @@ def test_sleep_is_told_by_reason(core: Any):
     keeper.slept(0.25, Reason.HELD)
     keeper.slept(0.25, Reason.HELD)
     assert keeper.snapshot(core, None, 9.0).wait_s == {"idle": 0.0, "away": 0.5, "held": 0.5}
+
+
+def test_what_lost_workers_cost_is_told(core: Any):
+    class Waiting(list[int]):
+        num_aside = 0
+
+    batcher = SimpleNamespace(
+        running=[],
+        waiting=Waiting(),
+        blocks=SimpleNamespace(num_used=0, num_blocks=0, num_queries=0, num_hits=0),
+        slots=SimpleNamespace(num_slots=4, num_free=4),
+        num_preemptions=0,
+    )
+    recovery = SimpleNamespace(losses=Losses(redone=7, resent=3), num_parked=2)
+    home: Any = SimpleNamespace(
+        core=SimpleNamespace(
+            batcher=batcher, recovery=recovery, capacity=None, join_waits=SimpleNamespace(snapshot=lambda _: [])
+        )
+    )
+    stats = StatsKeeper(0, "colocated", 2, 4).snapshot(core, home, 9.0)
+    assert (stats.redone_tokens, stats.resent_tokens, stats.parked_tokens) == (7, 3, 2)
