@@ -80,17 +80,17 @@ class Group:
         if self._inproc is not None:
             self._inproc.close()
 
-    def spec(self, host: str | None = None) -> TransportSpec:
+    def spec(self, host: str | None = None, device: str = "cpu") -> TransportSpec:
         assert self.fabric is not None
-        spec = self.fabric.spec_for(host or self.host)
+        spec = self.fabric.spec_for(host or self.host, device)
         return msgspec.structs.replace(spec, splits_payloads=True) if self.kind == "split" else spec
 
-    def open(self, rank: int, incarnation: int = 0) -> Transport:
+    def open(self, rank: int, incarnation: int = 0, device: str = "cpu") -> Transport:
         """An end in this process; nobody knows of it before `tell`."""
         if self._inproc is not None:
             end: Transport = self._inproc.endpoint(rank)
         else:
-            end = open_transport(self.spec(), rank, incarnation)
+            end = open_transport(self.spec(device=device), rank, incarnation)
         self.ends[rank] = end
         self.peers[rank] = Peer(incarnation, end.address)
         return end
@@ -102,18 +102,26 @@ class Group:
         self.tell()
         return [self.ends[rank] for rank in range(num_ranks)]
 
-    def start(self, count: int, *, host: str | None = None, prefix: tuple[str, ...] = ()) -> list[Child]:
+    def start(
+        self, count: int, *, host: str | None = None, device: str = "cpu", prefix: tuple[str, ...] = ()
+    ) -> list[Child]:
         """Processes that answer what they are sent. Each opens its end when told to, see `Child.open`.
 
         Args:
-            host: of theirs, if it is another one.
+            host, device: of theirs.
             prefix: of the command that starts them.
         """
         assert self.fabric is not None and self._children_process is None
         pairs = [socket.socketpair() for _ in range(count)]
         fds = [theirs.fileno() for _, theirs in pairs]
         self._children_process = subprocess.Popen(
-            [*prefix, sys.executable, str(CHILD), msgspec.json.encode(self.spec(host)).decode(), *map(str, fds)],
+            [
+                *prefix,
+                sys.executable,
+                str(CHILD),
+                msgspec.json.encode(self.spec(host, device)).decode(),
+                *map(str, fds),
+            ],
             pass_fds=[*fds, *self.fabric.fds()],
         )
         for ours, theirs in pairs:

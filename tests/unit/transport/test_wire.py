@@ -14,8 +14,11 @@ from amoe.transport.wire import (
     HEADER_BYTES,
     WireBuffer,
     decode,
+    dtype_of,
     encode_into,
     encoded_size,
+    layout_at,
+    layout_of,
     max_record_bytes,
 )
 from amoe.types import Batch, BatchKind
@@ -120,6 +123,36 @@ def test_corrupt_header_is_an_error(position: int, name: str) -> None:
     buffer.octets[position] ^= 0x7F
     with pytest.raises(TransportError):
         decode(buffer)
+
+
+@given(batch=batches)
+def test_first_bytes_tell_the_layout(batch: Batch) -> None:
+    buffer = WireBuffer.allocate(encoded_size(batch))
+    encode_into(batch, buffer)
+    head = WireBuffer(bytearray(buffer.octets[:HEADER_BYTES]))
+    assert layout_at(head) == layout_of(batch)
+    if batch.payload is not None:
+        assert dtype_of(layout_at(head)) == batch.payload.dtype
+
+
+@given(batch=batches)
+def test_payload_that_travels_beside_its_record(batch: Batch) -> None:
+    layout = layout_of(batch)
+    nbytes = layout.payload if batch.payload is not None else layout.size
+    buffer = WireBuffer.allocate(nbytes)
+    encode_into(batch, buffer, with_payload=False)
+    assert_same(decode(buffer, 0, nbytes, batch.payload), batch)
+
+
+def test_record_without_its_payload_is_an_error_unless_that_is_given() -> None:
+    batch = make_batch(40)
+    nbytes = layout_of(batch).payload
+    buffer = WireBuffer.allocate(nbytes)
+    encode_into(batch, buffer, with_payload=False)
+    with pytest.raises(TransportError, match="contradicts"):
+        decode(buffer, 0, nbytes)
+    with pytest.raises(TransportError, match="contradicts"):
+        decode(buffer, 0, nbytes - ALIGNMENT, batch.payload)
 
 
 def test_truncated_record_is_an_error() -> None:
