@@ -10,6 +10,7 @@ import pytest
 from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
 from amoe.core.trace import Trace, decode_batch, encode_batch, record
 from amoe.core.worker import ModelShape, WorkerCore
+from amoe.sim.replay import new_request
 from amoe.types import Batch, BatchKind, SamplingParams
 
 CONFIG = EngineConfig(
@@ -119,3 +120,16 @@ def test_a_trace_survives_its_lines():
 def test_other_files_are_refused(lines, message):
     with pytest.raises(ValueError, match=message):
         Trace.from_lines(lines)
+
+
+def test_a_request_that_has_begun_elsewhere_is_given_as_such():
+    core = WorkerCore(CONFIG, SHAPE, 0, num_kv_blocks=20, max_model_len=40)
+    trace = record(core, CONFIG, SHAPE)
+    core.attention.batcher.add(4, np.array([1, 2, 3], np.int32), SamplingParams(max_tokens=4))
+    params = SamplingParams(max_tokens=4, prompt_logprobs=0, return_routed_experts=True)
+    sequence = core.attention.batcher.add(5, np.array([1, 2, 3, 7], np.int32), params, num_generated=1, num_routed=3)
+    assert (sequence.prompt_len, list(sequence.unscored), sequence.num_sparable) == (3, [], 3)
+    assert core.attention.batcher.waiting.first is sequence
+    request = new_request(trace.entries[1])
+    assert (request.request_id, request.num_generated, request.num_routed) == (5, 1, 3)
+    assert request.prompt_token_ids.tolist() == [1, 2, 3, 7]
