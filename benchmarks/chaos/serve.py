@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 
 from amoe import cli
-from amoe.cluster.local import LocalCluster
+from amoe.cluster.opening import open_cluster
 
 ENTRY = "benchmarks.chaos.worker:build_worker"
 
 if __name__ == "__main__":
-    defaults = LocalCluster.__init__.__kwdefaults__
+    defaults = open_cluster.__kwdefaults__
     assert defaults is not None
     defaults["entry"] = ENTRY
     sys.exit(cli.main())

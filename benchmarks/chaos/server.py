@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.chaos.worker import LINKS
+from benchmarks.chaos.worker import LINKS, STEERED
 
 ROOT = Path(__file__).parents[2]
 _TITLE = re.compile(r"amoe: ((?:attention|expert|worker) \d+)")
@@ -98,6 +98,8 @@ class ChaosServer:
             self.process.kill()
             self.process.wait()
             raise RuntimeError("the server did not start:\n" + self.printed())
+        if STEERED not in self.printed():
+            raise RuntimeError("its workers are not those of benchmarks.chaos.worker")
 
     def __enter__(self) -> ChaosServer:
         return self

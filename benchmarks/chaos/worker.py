@@ -14,8 +14,10 @@ from amoe.transport.base import Transport
 from amoe.transport.faulty import FaultyTransport
 
 LINKS = "AMOE_CHAOS_LINKS"
+STEERED = "links are steered"
 
 
 def build_worker(config: EngineConfig, rank: int, transport: Transport, control: ControlPort, **more: Any) -> Worker:
     """See `amoe.cluster.process.LaunchSpec`."""
+    print(f"{STEERED} at rank {rank}", flush=True)
     return build(config, rank, FaultyTransport(transport, steered_by=Path(os.environ[LINKS])), control, **more)
