@@ -18,6 +18,7 @@ import amoe
 from amoe.cluster.process import LaunchSpec
 
 _TORCH = "torch"
+_WIRE_CODE = ("config.py", "stats.py", "types.py", "cluster/process.py", "engine/messages.py", "transport/*.py")
 
 
 class Whereabouts(NamedTuple):
@@ -50,10 +51,10 @@ def software() -> dict[str, str]:
 
 
 def _code() -> str:
-    """Digest of amoe's own files: a checkout may differ where the version does not."""
+    """Digest of the code that says what travels between them: a checkout may differ where the version does not."""
     root, digest = Path(amoe.__file__).parent, 0
-    for path in sorted(root.rglob("*.py")):
-        digest = zlib.crc32(path.read_bytes(), zlib.crc32(str(path.relative_to(root)).encode(), digest))
+    for path in (file for pattern in _WIRE_CODE for file in sorted(root.glob(pattern))):
+        digest = zlib.crc32(path.read_bytes(), zlib.crc32(path.name.encode(), digest))
     return f"{digest:08x}"
 
 
