@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -278,15 +279,22 @@ def test_real_weights_come_and_go(checkpoint_factory: Any) -> None:
     loading.close()
 
 
-def test_a_checkpoint_that_is_gone_is_a_complaint(checkpoint_factory: Any, tmp_path: Any) -> None:
-    path = checkpoint_factory("qwen3_moe", 0)
+@pytest.mark.parametrize("change", ["other weights", "gone"])
+def test_a_checkpoint_that_has_changed_is_a_complaint(checkpoint_factory: Any, tmp_path: Any, change: str) -> None:
+    """Experts of two models would give neither's answers."""
+    path = tmp_path / "model"
+    shutil.copytree(checkpoint_factory("qwen3_moe", 0), path)
     config = load_model_config(path)
     model = load_model(path, config, Blocks(False, {0: (0,)}), dtype=torch.float32, device="cpu")
-    store = ExpertsExecutor(model, 1, 8, str(tmp_path))
+    store = ExpertsExecutor(model, 1, 8, str(path))
+    if change == "gone":
+        shutil.rmtree(path)
+    else:
+        shutil.copyfile(checkpoint_factory("qwen3_moe", 1) / "model.safetensors", path / "model.safetensors")
     loading = ExpertLoading(
         store, SimpleNamespace(awaits=lambda *_: False), config.sparse_layers, config.num_experts, is_late=False
     )
     loading.order(HoldExperts(1, [[0, 1]] + [[]] * (config.num_layers - 1)))
-    assert "no *.safetensors file" in carry_out(loading).complaint
+    assert "has changed since this worker has read it: restart the server" in carry_out(loading).complaint
     assert store.held() == {0: (0,)}
     loading.close()
