@@ -22,8 +22,8 @@ from amoe.transport.opening import DistributedSpec
 
 logger = logging.getLogger(__name__)
 
-_STORE_TIMEOUT = timedelta(seconds=3)
-_MAKE_TIMEOUT_S = 3.0
+_STORE_TIMEOUT = timedelta(seconds=10)
+_MAKE_TIMEOUT_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.1
 
 
