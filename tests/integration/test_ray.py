@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -12,14 +13,19 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import ray
+import yaml
 from ray.cluster_utils import Cluster
 
+from amoe.builtin import builtin_model_path
 from amoe.cluster.cluster import WorkerCluster
 from amoe.cluster.executor import ExecutorOptions
 from amoe.cluster.front import Front, serving
@@ -31,6 +37,8 @@ from amoe.engine.tokenizer import Tokenizer
 from amoe.errors import ConfigError
 from tests.integration.exactness import Case, assert_exact, checkpoint
 from tests.processes import generate
+
+SERVE_YAML = Path(__file__).parents[2] / "deploy" / "ray" / "serve.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +154,80 @@ async def test_too_little_room_is_told(cluster: Cluster, root: Path) -> None:
     assert not ray.is_initialized()
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+class Served:
+    """`deploy/ray/serve.yaml` as Ray Serve runs it, but for the model's path and the port."""
+
+    def __init__(self, address: str, directory: Path) -> None:
+        config = yaml.safe_load(SERVE_YAML.read_text(encoding="utf-8"))
+        self.url = f"http://127.0.0.1:{(port := free_port())}"
+        config["http_options"] |= {"host": "127.0.0.1", "port": port}
+        config["applications"][0]["args"] |= {"model": str(builtin_model_path()), "dtype": "float32"}
+        (file := directory / "serve.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", address, str(file)]
+        self._log = (directory / "serve.log").open("w+")
+        self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
+
+    def until_healthy(self) -> None:
+        while True:
+            assert self._process.poll() is None, self.output()
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            time.sleep(0.2)
+
+    def output(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+    def close(self) -> None:
+        """As Ctrl-C does: the application is deleted, and with it its workers."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(60)
+        self._log.close()
+
+
+@pytest.fixture
+def served(cluster: Cluster, tmp_path: Path) -> Iterator[Served]:
+    with contextlib.closing(Served(cluster.address, tmp_path)) as served:
+        served.until_healthy()
+        yield served
+
+
+def until(served: Served, *, num_requests_running: int) -> None:
+    """As `/load` tells it, which hears of the workers twice a second."""
+    while httpx.get(f"{served.url}/load").json()["num_requests_running"] != num_requests_running:
+        time.sleep(0.05)
+
+
+def stream(url: str, body: dict[str, Any]) -> Iterator[str]:
+    with httpx.stream("POST", f"{url}/v1/completions", json={**body, "stream": True}, timeout=60) as response:
+        assert response.status_code == 200
+        yield from (line.removeprefix("data: ") for line in response.iter_lines() if line)
+
+
+def test_an_application_of_ray_serve(served: Served) -> None:
+    """It streams; it says what is wrong with a request, and who it is; a client that goes frees what it had."""
+    body = {"prompt": "def add(a, b):", "max_tokens": 12, "temperature": 0}
+    *chunks, done = stream(served.url, body)
+    assert done == "[DONE]" and len(chunks) >= 12, "a chunk per token"
+    text = "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
+    whole = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).json()
+    assert whole["choices"][0]["text"] == text and whole["model"] == "model"
+    refused = httpx.post(f"{served.url}/v1/completions", json={"prompt": "a", "max_tokens": "x"})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "max_tokens"
+    endless = stream(served.url, {"prompt": "a", "max_tokens": 1900, "ignore_eos": True})
+    next(endless)
+    until(served, num_requests_running=1)
+    endless.close()
+    until(served, num_requests_running=0)
+    assert "amoe:generation_tokens_total" in httpx.get(f"{served.url}/metrics").text
+
+
 class Refused:
     """An `amoe serve` at an address where no Ray is, which says so while other tests run."""
 
@@ -178,18 +260,16 @@ class Refused:
 
 @pytest.fixture(scope="module", autouse=True)
 def at_nobodys_address() -> Iterator[Refused]:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    with contextlib.closing(Refused(f"127.0.0.1:{port}")) as refused:
+    with contextlib.closing(Refused(f"127.0.0.1:{free_port()}")) as refused:
         yield refused
 
 
 @pytest.fixture(scope="module", autouse=True)
 def at_a_strangers_address() -> Iterator[Refused]:
     """Who listens there takes connections, and says nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        with contextlib.closing(Refused(f"127.0.0.1:{silent.getsockname()[1]}")) as refused:
-            yield refused
+    silent = socket.create_server(("127.0.0.1", 0))
+    with silent, contextlib.closing(Refused(f"127.0.0.1:{silent.getsockname()[1]}")) as refused:
+        yield refused
 
 
 def test_an_address_where_nobody_listens(at_nobodys_address: Refused) -> None:

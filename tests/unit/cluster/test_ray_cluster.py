@@ -1,0 +1,117 @@
+"""What can be said of workers on Ray without a Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+from ray.exceptions import RayError
+
+from amoe.cluster import environment
+from amoe.cluster.ray_cluster import session
+from amoe.cluster.ray_cluster.actor import kill_process, software, started_at
+from amoe.cluster.ray_cluster.handle import describe_death
+from amoe.cluster.ray_cluster.placement import needs_of, threads_for
+from amoe.config import EngineConfig, PlacementConfig
+from amoe.errors import ConfigError
+
+
+def config(**options) -> EngineConfig:
+    placement = PlacementConfig(attention_workers=1, expert_workers=2)
+    return EngineConfig(model="m", transport="tcp", placement=placement, **options)
+
+
+@pytest.mark.parametrize(
+    ("free_cpus", "threads"),
+    [([12], 4), ([11], 3), ([6, 6], 3), ([5, 5, 5], 5), ([8, 1], 2), ([2], 1), ([], 1), ([4.5, 4.5], 2)],
+)
+def test_threads_are_as_many_as_the_nodes_have_room_for(free_cpus, threads):
+    assert threads_for(free_cpus, config()) == threads
+    assert threads_for(free_cpus, config(threads_per_worker=7)) == 7
+    assert threads_for(free_cpus, config(device="cuda")) == 1
+
+
+def test_resources_of_a_worker():
+    assert needs_of(config(), "experts", 3, is_pinned=False) == {"CPU": 3.0}
+    needs = needs_of(config(device="cuda"), "attention", 1, is_pinned=True)
+    assert needs == {"CPU": 1.0, "GPU": 1.0, "amoe_attention": 0.001}
+
+
+def test_variables_for_other_hosts():
+    """What is meant for workers goes along; secrets of the server, and what is of this host, do not."""
+    given = {
+        "NCCL_DEBUG": "INFO",
+        "HF_HOME": "/cache",
+        "AMOE_LOGGING_LEVEL": "debug",
+        "AMOE_API_KEY": "secret",
+        "AMOE_ADMIN_KEY": "secret",
+        "HF_TOKEN": "secret",
+        "OMP_NUM_THREADS": "64",
+        "OMP_WAIT_POLICY": "ACTIVE",
+        "PATH": "/bin",
+    }
+    found = environment.remote(3, given)
+    assert "secret" not in found.values() and "PATH" not in found
+    assert found["NCCL_DEBUG"] == "INFO" and found["HF_HOME"] == "/cache" and found["AMOE_LOGGING_LEVEL"] == "debug"
+    assert found["OMP_NUM_THREADS"] == found["MKL_NUM_THREADS"] == "3"
+    assert found["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("The actor died because its node has died. Node Id: 5", "is lost with its node"),
+        ("The actor is dead because it was killed by `ray.kill`.", "was killed"),
+        ("its worker process has died. Worker exit type: SYSTEM_ERROR", "died: it was killed, or crashed"),
+        ("Worker exit type: INTENDED_USER_EXIT", "was ended by Ray"),
+        ("Traceback\n  ...\nValueError: that is wrong", "failed: ValueError: that is wrong"),
+        ("", "failed: RayError"),
+    ],
+)
+def test_deaths_are_told_in_few_words(text, words):
+    assert describe_death(RayError(text)) == words
+
+
+def test_only_the_very_process_is_killed():
+    pid = os.getpid()
+    assert started_at(pid) is not None
+    assert kill_process(pid, "0") is False, "another process had that number before"
+    assert kill_process(2**22 + 1, "0") is False
+    assert started_at(2**22 + 1) is None
+
+
+def test_software_that_workers_must_share():
+    found = software()
+    assert set(found) == {"Python", "torch", "amoe"} and "missing" not in found.values()
+    assert found == software()
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("ray://10.0.0.1:10001", "a Ray client is no part of the cluster"),
+        ("10.0.0.1", "is not HOST:PORT"),
+        ("10.0.0.1:http", "is not HOST:PORT"),
+        (":6379", "is not HOST:PORT"),
+    ],
+)
+async def test_addresses_that_cannot_be(address, message):
+    with pytest.raises(ConfigError) as error:
+        await session._check_address(address)
+    assert message in str(error.value)
+
+
+async def test_calls_go_through_one_thread_and_their_errors_come_back():
+    thread = session.RayThread()
+    order: list[int] = []
+
+    def fail() -> None:
+        raise KeyError("x")
+
+    thread.post(fail)  # nobody waits for it
+    results = await asyncio.gather(*(thread.call(lambda i=i: order.append(i) or i) for i in range(5)))
+    assert results == order == [0, 1, 2, 3, 4]
+    with pytest.raises(KeyError):
+        await thread.call(fail)
+    thread.close()
