@@ -1,0 +1,92 @@
+"""Workers die, hang and are cut off while 200 streams run: nobody gets an error, or another token than undisturbed.
+
+`python -m benchmarks.chaos` does more of it, one fault at a time, and measures what users notice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from benchmarks.chaos.faults import Fault
+from benchmarks.chaos.run import Run, run
+from benchmarks.chaos.server import ChaosServer
+from benchmarks.chaos.streams import Answer, Load, make_load
+from benchmarks.chaos.ties import clear_requests
+
+QUIET = ("--uvicorn-log-level", "warning", "--disable-uvicorn-access-log")
+MAX_TOKENS = 40
+VOCAB_SIZE = 101
+
+kill = functools.partial(Fault, kind="kill")
+stop = functools.partial(Fault, kind="stop")
+cut = functools.partial(Fault, kind="cut")
+delay = functools.partial(Fault, kind="delay")
+
+
+async def undisturbed(server: ChaosServer, model: Path) -> tuple[Load, list[Answer]]:
+    """200 requests or more, and what they get."""
+    load = make_load(225, 25, MAX_TOKENS, VOCAB_SIZE)
+    load, answers = clear_requests(model, load, (await run(server, load)).answers)
+    assert len(load.bodies) >= 200
+    return load, answers
+
+
+def assert_unharmed(disturbed: Run, oracle: Sequence[Answer], load: Load) -> None:
+    """All ended as they were asked to, with the same tokens, and all workers serve again."""
+    complaints = [answer.complaint(load.max_tokens) for answer in disturbed.answers]
+    assert complaints == [""] * len(complaints)
+    others = [n for n, (a, o) in enumerate(zip(disturbed.answers, oracle, strict=True)) if a.token_ids != o.token_ids]
+    assert others == []
+    assert all(incident.healed is not None for incident in disturbed.incidents)
+
+
+async def suffer(server: ChaosServer, model: Path, faults: Sequence[Fault]) -> None:
+    load, oracle = await undisturbed(server, model)
+    before = server.residue()
+    disturbed = await run(server, load, faults)
+    assert_unharmed(disturbed, oracle, load)
+    assert server.residue().leaks(before) == []
+
+
+APART = ("--attention-workers", "2", "--expert-workers", "2")
+
+
+async def test_one_after_another(checkpoint_factory: Callable[..., Path], tmp_path: Path) -> None:
+    model = checkpoint_factory("qwen3_moe")
+    with ChaosServer(tmp_path, str(model), *APART, *QUIET) as server:
+        faults = [
+            kill(workers=("expert 0",), at=0.1),
+            stop(workers=("expert 1",), at=0.3),
+            kill(workers=("attention 0",), at=0.5),
+            cut(workers=("expert 0",), at=0.7),
+        ]
+        await suffer(server, model, faults)
+
+
+async def test_two_at_once(checkpoint_factory: Callable[..., Path], tmp_path: Path) -> None:
+    """With replicas of all experts: nobody has to wait for a worker that comes back."""
+    model = checkpoint_factory("qwen3_moe")
+    with ChaosServer(tmp_path, str(model), *APART, "--redundant-experts", "4", *QUIET) as server:
+        faults = [
+            delay(workers=("expert 1",), at=0.1, seconds=1.0),
+            kill(workers=("expert 0", "attention 1"), at=0.3),
+            stop(workers=("expert 1", "attention 0"), at=0.6),
+        ]
+        await suffer(server, model, faults)
+
+
+@pytest.mark.parametrize(
+    ("flags", "worker"),
+    [(("--attention-workers", "1", "--expert-workers", "2"), "attention 0"), (("--colocated", "2"), "worker 0")],
+    ids=["one attention worker", "colocated"],
+)
+async def test_the_only_home_and_one_that_is_both(
+    flags: tuple[str, ...], worker: str, checkpoint_factory: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = checkpoint_factory("qwen3_moe")
+    with ChaosServer(tmp_path, str(model), *flags, *QUIET) as server:
+        await suffer(server, model, [kill(workers=(worker,), at=0.4)])
