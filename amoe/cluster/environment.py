@@ -21,6 +21,8 @@ def tuned(num_threads: int, environment: Mapping[str, str]) -> dict[str, str]:
         # goes on growing for minutes. 64 are as fast.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": environment.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64"),
         "LRU_CACHE_CAPACITY": environment.get("LRU_CACHE_CAPACITY", "64"),
+        # Else torch.distributed prints a C++ stack trace whenever a peer goes away.
+        "TORCH_CPP_LOG_LEVEL": environment.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
 
 
