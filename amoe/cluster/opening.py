@@ -1,6 +1,11 @@
-"""A cluster of workers wherever they are to run."""
+"""A cluster of workers wherever they are to run, and what is told there of the server."""
 
 from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
 
 from amoe.cluster.cluster import WorkerCluster
 from amoe.cluster.executor import ExecutorOptions
@@ -38,3 +43,23 @@ async def open_cluster(
         raise ConfigError(f"--executor ray needs Ray ({error}): pip install 'amoe[ray]'") from error
     launcher = await RayLauncher.connect(config, executor, entry=entry, logs=logs or LogOptions())
     return WorkerCluster(config, launcher)
+
+
+@contextlib.asynccontextmanager
+async def told_metrics(executor: ExecutorOptions, collect: Callable[[], Iterable[Any]]) -> AsyncIterator[None]:
+    """Meanwhile, Ray has a copy of the server's metrics, if it has the workers.
+
+    Args:
+        collect: of a registry of prometheus_client's.
+    """
+    if executor.name == "local":
+        yield
+        return
+    from amoe.cluster.ray_cluster.metrics import copy_metrics
+
+    copying = asyncio.create_task(copy_metrics(collect), name="amoe-ray-metrics")
+    try:
+        yield
+    finally:
+        copying.cancel()
+        await asyncio.gather(copying, return_exceptions=True)

@@ -17,6 +17,8 @@ import msgspec
 
 import amoe
 from amoe.cluster.channel import ready_message
+from amoe.cluster.environment import tuned
+from amoe.cluster.environment import tuned
 from amoe.cluster.launcher import WorkerHandle
 from amoe.cluster.process import InheritedControl, LaunchSpec, title_of
 from amoe.config import EngineConfig
@@ -210,20 +212,11 @@ def _launch(spec: LaunchSpec, descriptors: tuple[int, ...]) -> subprocess.Popen[
 
 
 def _environment(config: EngineConfig) -> dict[str, str]:
-    """The child's environment: ours, the number of threads, and the path on which this very amoe was found."""
-    threads = str(threads_per_worker(config))
+    """The child's environment: ours, what is good for it, and the path on which this very amoe was found."""
     root = str(Path(amoe.__file__).parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {
-        "OMP_NUM_THREADS": threads,
-        # Spinning at the end of every parallel loop wins microseconds on an idle machine, and loses a time slice
-        # whenever a core is taken: by the server, if by nobody else.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-        "MKL_NUM_THREADS": threads,
-        # oneDNN keeps what it has compiled for each batch size, 1024 of them, up to hundreds of megabytes: memory that
-        # goes on growing for minutes. 64 are as fast.
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64"),
-        "LRU_CACHE_CAPACITY": os.environ.get("LRU_CACHE_CAPACITY", "64"),
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONUNBUFFERED": "1",
-    }
+    return (
+        os.environ
+        | tuned(threads_per_worker(config), os.environ)
+        | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    )

@@ -9,7 +9,7 @@ import contextlib
 from fastapi import FastAPI
 
 from amoe.cluster.front import serving
-from amoe.cluster.opening import open_cluster
+from amoe.cluster.opening import open_cluster, told_metrics
 from amoe.config import EngineConfig
 from amoe.engine.async_engine import AsyncEngine
 from amoe.engine.tokenizer import Tokenizer
@@ -74,6 +74,8 @@ class EmbeddedServer:
                 chat=options.chat,
                 admin=front.admin,
             )
+            collect = front.engine.metrics.registry.collect
+            await stack.enter_async_context(told_metrics(options.executor, collect))
             if options.log_stats:
                 status = asyncio.create_task(log_status(front.engine))
                 stack.callback(status.cancel)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 
 from amoe.cluster.admin import ClusterAdmin
+from amoe.cluster.opening import told_metrics
 from amoe.engine.async_engine import AsyncEngine
 from amoe.server.app import create_app
 from amoe.server.context import ServerContext
@@ -52,7 +53,10 @@ async def serve_engine(
                 chat=options.chat,
                 admin=admin,
             )
-            async with _helpers(context, options, tracer):
+            async with (
+                _helpers(context, options, tracer),
+                told_metrics(options.executor, engine.metrics.registry.collect),
+            ):
                 await _serve_http(context, options, tracer, listener, requested, on_listening)
         return 1 if engine.died.is_set() else 0
     finally:

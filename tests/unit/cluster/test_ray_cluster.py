@@ -6,10 +6,11 @@ import asyncio
 import os
 
 import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ray.exceptions import RayError
 
 from amoe.cluster import environment
-from amoe.cluster.ray_cluster import session
+from amoe.cluster.ray_cluster import metrics, session
 from amoe.cluster.ray_cluster.actor import kill_process, software, started_at
 from amoe.cluster.ray_cluster.handle import describe_death
 from amoe.cluster.ray_cluster.placement import needs_of, threads_for
@@ -115,3 +116,45 @@ async def test_calls_go_through_one_thread_and_their_errors_come_back():
     with pytest.raises(KeyError):
         await thread.call(fail)
     thread.close()
+
+
+class FakeMetric:
+    """What Ray would export, by its name there and the values of its labels."""
+
+    exported: dict[tuple[str, ...], float]
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+        assert ":" not in name and description
+        self.name, self.tag_keys = name, tag_keys
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        assert set(tags) == set(self.tag_keys)
+        self.exported[(f"ray_{self.name}", *tags.values())] = value
+
+    def inc(self, value: float, tags: dict[str, str]) -> None:
+        key = (f"ray_{self.name}_total", *tags.values())
+        self.exported[key] = self.exported.get(key, 0.0) + value
+
+
+def test_metrics_are_copied_to_rays(monkeypatch):
+    exported: dict[tuple[str, ...], float] = {}
+    monkeypatch.setattr(FakeMetric, "exported", exported, raising=False)
+    monkeypatch.setattr(metrics, "Gauge", FakeMetric)
+    monkeypatch.setattr(metrics, "Counter", FakeMetric)
+    registry = CollectorRegistry()
+    running = Gauge("amoe:running", "now", ["engine"], registry=registry)
+    tokens = Counter("amoe:tokens", "so far", ["engine"], registry=registry)
+    seconds = Histogram("amoe:seconds", "each", registry=registry)
+    Counter("amoe:pairs", "many", ["expert"], registry=registry).labels("3").inc()
+    copy = metrics.RayMetrics()
+    for value in (2, 0):
+        running.labels("0").set(value)
+        tokens.labels("0").inc(5)
+        seconds.observe(1.5)
+        copy.take(registry.collect())
+    assert exported == {
+        ("ray_amoe_running", "0"): 0.0,
+        ("ray_amoe_tokens_total", "0"): 10.0,
+        ("ray_amoe_seconds_count_total",): 2.0,
+        ("ray_amoe_seconds_sum_total",): 3.0,
+    }
