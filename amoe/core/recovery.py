@@ -10,7 +10,8 @@ token's pairs and its MoE input can ask anybody who holds its experts:
   is sent; the next roster redoes it. It holds up no wave: it marches alone.
 - *send again*: an owner that is there has owed an answer for too long: it may be slow, or the link has lost something.
   The very same dispatch goes out once more. Whatever is answered first counts; the other answer is a duplicate. The
-  time until the next attempt doubles, so that a slow worker is not drowned in copies.
+  time until the next attempt doubles, so that a slow worker is not drowned in copies. A single answer may be lost as
+  well, while the owner answers others all the time: what has been owed for much longer than that is asked for again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from amoe.types import BlockId, BlockKind, BoolArray, Float32Array, Int16Array, 
 _TRIES_PER_TIMEOUT = 4
 # Who is accused after the timeout is asked again before, lest a lost message cost a worker its life.
 _PATIENCE = 0.5
+# One that answers others has lost something, or has very much to do: it is asked again after so many timeouts.
+_OVERDUE = 4.0
 
 
 @dataclass(slots=True)
@@ -111,6 +114,7 @@ class Recovery:
         self._replicas = replicas
         self._retry_s = timeout_s / _TRIES_PER_TIMEOUT
         self._patient_s = timeout_s * _PATIENCE
+        self._overdue_s = timeout_s * _OVERDUE
         self._come_home = come_home
         self._waves = waves
         self._capacity = capacity if degrades else None
@@ -201,19 +205,27 @@ class Recovery:
         if now < self._next_try or not self._may_resend:
             return []
         self._next_try = now + self._retry_s
-        late = np.flatnonzero(self._waited(now) >= self._patience_s)
+        waited, join = self._waited(now), self._batcher.join
+        oldest = now - join.oldest_by_owner()[: self._dispatcher.nobody]
         outgoing: list[Outgoing] = []
-        for owner in late.tolist():
+        for owner in np.flatnonzero(waited >= self._patience_s).tolist():
             self._patience_s[owner] *= 2
-            outgoing += self._retry_owner(owner, now)
+            outgoing += self._ask_again(owner, self._owed(owner, self._patient_s, now), now)
+        for owner in np.flatnonzero((waited < self._patient_s) & (oldest >= self._overdue_s)).tolist():
+            slots = self._owed(owner, self._overdue_s, now)
+            join.asked_at[slots] = now
+            outgoing += self._ask_again(owner, slots, now)
         return outgoing
 
-    def _retry_owner(self, owner: int, now: float) -> list[Outgoing]:
-        join = self._batcher.join
+    def _owed(self, owner: int, seconds: float, now: float) -> Int32Array:
+        """Slots whose tokens have waited so long for this owner."""
         owes = np.zeros(self._dispatcher.nobody + 1, np.bool_)
         owes[owner] = True
-        slots = join.owed_by(owes)
-        slots = slots[now - join.asked_at[slots] >= self._patient_s]
+        slots = self._batcher.join.owed_by(owes)
+        return slots[now - self._batcher.join.asked_at[slots] >= seconds]
+
+    def _ask_again(self, owner: int, slots: Int32Array, now: float) -> list[Outgoing]:
+        join = self._batcher.join
         pairs = self._kept.pairs(slots)
         # An owner that has given an expert away since will never answer for it.
         holds = self._replicas.holds_pairs(owner, join.layer[slots], pairs.expert_ids)
