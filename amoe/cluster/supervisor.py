@@ -220,6 +220,13 @@ class Supervisor:
 
     def _begin_replacing(self, place: Place) -> None:
         place.successor = asyncio.create_task(self._replace(place), name=f"amoe-replace-{place.rank}")
+        place.successor.add_done_callback(self._end_if_failed)
+
+    def _end_if_failed(self, task: asyncio.Task[None]) -> None:
+        """A bug here must not leave a place empty for ever, and the server healthy."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("the supervisor has failed", exc_info=error)
+            self._engine.die("the supervisor has failed")
 
     async def _replace(self, place: Place) -> None:
         """Bury who was there, and start lives in that place until one serves."""

@@ -18,7 +18,6 @@ import msgspec
 import amoe
 from amoe.cluster.channel import ready_message
 from amoe.cluster.environment import tuned
-from amoe.cluster.environment import tuned
 from amoe.cluster.launcher import WorkerHandle
 from amoe.cluster.process import InheritedControl, LaunchSpec, title_of
 from amoe.config import EngineConfig
