@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from amoe.policy.replicas import choose_replicas, cumulative_shares, primary_shares
+from amoe.policy.replicas import choose_replicas, cumulative_shares, present_first, primary_shares
 from amoe.types import BoolArray, Int16Array
 
 _GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are as even as can be, wherever one stops
@@ -44,11 +44,9 @@ class ReplicaShares:
         It begins with everything at the first replica that is there."""
         self.present = present
         self.shape = owners.shape
-        here: BoolArray = np.append(present, False)[owners]  # -1 finds the last one
-        self._order = np.argsort(~here, axis=-1, kind="stable")
-        self._here: BoolArray = np.take_along_axis(here, self._order, axis=-1)
-        self.owners: Int16Array = np.where(self._here, np.take_along_axis(owners, self._order, axis=-1), np.int16(-1))
-        missing = ~np.any(here, axis=-1)
+        self._order, self.owners = present_first(owners, present)
+        self._here: BoolArray = self.owners >= 0
+        missing = ~np.any(self._here, axis=-1)
         self.owners[missing, 0] = self._nobody
         self.has_missing: BoolArray = np.any(missing, axis=1)
         self._put(primary_shares(self.owners))

@@ -141,3 +141,12 @@ def test_pool_follows_the_popularity() -> None:
     drawn = RouterPool(routing, np.random.default_rng(0)).draw(2, 20_000)[0]
     shares = np.bincount(drawn.ravel(), minlength=8) / drawn.size
     assert np.abs(shares - routing.popularity()[2]).max() < 0.02
+
+
+def test_weights_that_nobody_has_are_counted_as_they_come_and_go(waiter: Waiter) -> None:
+    experts = EmulatedExperts(SIZES, COSTS, 16, waiter, {0: (1, 2), 5: (3,)}, other_bytes=7.0)
+    assert experts.parameter_bytes == int(7 + 3 * SIZES.expert_bytes)
+    experts.install(5, experts.prepare(5, (3, 4)))
+    experts.install(0, experts.prepare(0, ()))
+    assert experts.held() == {0: (), 5: (3, 4)}
+    assert experts.parameter_bytes == int(7 + 2 * SIZES.expert_bytes)
