@@ -46,6 +46,8 @@ CONFINED = {
     "fastapi": ("amoe.server",),
     "uvicorn": ("amoe.server",),
     "safetensors": ("amoe.models", "amoe.builtin.train"),
+    "zmq": ("amoe.transport",),
+    "torch.distributed": ("amoe.transport",),
 }
 
 
