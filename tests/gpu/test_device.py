@@ -13,6 +13,7 @@ import torch
 
 from amoe.builtin import builtin_model_path
 from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.engine.messages import HoldExperts, Holding
 from amoe.engine.tokenizer import Tokenizer
 from amoe.models.config import load_model_config
 from amoe.models.loader import load_model
@@ -101,4 +102,37 @@ def test_nothing_leaks(device: str, prompts: list[list[int]]) -> None:
         module.synchronize()
         sizes.append(module.memory_allocated())
     assert sizes[1:] == sizes[1:2] * 3  # the first round fills caches
+    cluster.close()
+
+
+class HoldingCluster(InprocCluster):
+    """An `InprocCluster` whose workers may be told to hold other experts."""
+
+    def _collect(self, rank: int) -> None:
+        control = self.controls[rank]
+        self.held = self.held | {m.order for m in control.outbox if isinstance(m, Holding) and not m.complaint}
+        control.outbox = [message for message in control.outbox if not isinstance(message, Holding)]
+        super()._collect(rank)
+
+    held: frozenset[int] = frozenset()
+
+
+def test_weights_come_and_go_between_steps(device: str, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """Two experts more of each layer, read beside the loop, and gone again, while all others compute."""
+    cluster = HoldingCluster(engine_config(device, "2A2E"))
+    store = cluster.workers[2]._experts
+    before, num_bytes = store.held(), store.parameter_bytes
+    layers = range(len(cluster.workers[2]._loading._sparse))
+    usual = [list(before.get(layer, ())) for layer in layers]
+    more = [sorted({*ids, 14, 15}) if ids else [] for ids in usual]
+    for order in range(6):
+        ids = [cluster.add(prompt, params()) for prompt in prompts]
+        cluster.controls[2].inbox.append(HoldExperts(order, usual if order % 2 else more))
+        while order not in cluster.held:
+            cluster.turn()
+        assert (store.parameter_bytes > num_bytes) == (order % 2 == 0)
+        cluster.run()
+        assert [cluster.requests[request_id].token_ids for request_id in ids] == expected
+    assert (store.held(), store.parameter_bytes) == (before, num_bytes)
+    cluster.assert_nothing_left()
     cluster.close()
