@@ -349,6 +349,7 @@ class FailureConfig:
         backoff_s, max_backoff_s: wait before a worker that has died again is started anew: doubled each time that it
             dies before it has lived for `max_backoff_s`.
         max_crashes: after so many deaths in a row the server is unhealthy; it goes on trying.
+        warm_spare: keep a process that has imported everything and waits to take the place of a worker that dies.
     """
 
     timeout_s: float = 2.0
@@ -356,6 +357,7 @@ class FailureConfig:
     backoff_s: float = 0.5
     max_backoff_s: float = 30.0
     max_crashes: int = 5
+    warm_spare: bool = False
 
     def __post_init__(self) -> None:
         _require(0.2 <= self.timeout_s < float("inf"), "--failure-timeout must be at least 0.2 seconds")
@@ -441,6 +443,10 @@ class EngineConfig:
         _require(
             self.transport in TRANSPORTS,
             f"--transport must be one of {', '.join(TRANSPORTS)}, not {self.transport!r}",
+        )
+        _require(
+            not self.failure.warm_spare or self.survives_losses,
+            "--warm-spare is for schedules that go on without a worker: lockstep does not",
         )
         self._check_lockstep()
         self._check_autoscale()

@@ -7,14 +7,19 @@ has a name in the file system, so nothing can be left there.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
+import subprocess
 from collections.abc import Callable
 from typing import cast
 
 from amoe.cluster.cluster import WorkerCluster
 from amoe.cluster.launcher import WorkerHandle
-from amoe.cluster.process import DEFAULT_ENTRY, LaunchSpec
-from amoe.cluster.worker_process import WorkerProcess
+from amoe.cluster.process import DEFAULT_ENTRY, InheritedControl, LaunchSpec
+from amoe.cluster.spare import SpareProcess
+from amoe.cluster.worker_main import SPARE
+from amoe.cluster.worker_process import WorkerProcess, start_process
 from amoe.config import EngineConfig
 from amoe.engine.devices import resolve_device
 from amoe.engine.emulated_device import Shape, emulated_device
@@ -22,6 +27,7 @@ from amoe.logs import LogOptions
 from amoe.transport.opening import Fabric, create_fabric
 from amoe.transport.wire import max_record_bytes
 
+SPARE_DELAY_S = 5.0  # after a worker was started: until then the processor has better things to do
 _LARGEST_ITEM_BYTES = 4
 _EMULATED_ITEM_BYTES = 2  # they send bfloat16, and there may be hundreds of rings
 _HOST = "127.0.0.1"
@@ -58,6 +64,8 @@ class LocalLauncher:
         self._logs = logs
         self._num_fronts = num_fronts
         self._fabric: Fabric | None = None
+        self._spare: SpareProcess | None = None
+        self._spare_timer: asyncio.TimerHandle | None = None
 
     async def prepare(self, shape: Shape | None) -> None:
         ring_bytes = self._ring_bytes
@@ -77,8 +85,9 @@ class LocalLauncher:
     ) -> WorkerHandle:
         fabric = self._fabric
         assert fabric is not None, "prepare comes first"
-        return await WorkerProcess.spawn(
-            lambda control: LaunchSpec(
+
+        def make_spec(control: InheritedControl) -> LaunchSpec:
+            return LaunchSpec(
                 config=self._config,
                 rank=rank,
                 entry=self._entry,
@@ -87,13 +96,35 @@ class LocalLauncher:
                 incarnation=incarnation,
                 is_late=is_late,
                 logs=self._logs,
-            ),
-            fabric.fds(),
-            on_exit,
-            self._num_fronts,
-        )
+            )
+
+        self._plan_spare()
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            with contextlib.suppress(OSError):
+                return await WorkerProcess.adopt(spare, make_spec, on_exit)
+        return await WorkerProcess.spawn(make_spec, fabric.fds(), on_exit, self._num_fronts)
+
+    def _plan_spare(self) -> None:
+        """Have a spare process soon, but not while workers are being started."""
+        if self._config.failure.warm_spare:
+            if self._spare_timer is not None:
+                self._spare_timer.cancel()
+            self._spare_timer = asyncio.get_running_loop().call_later(SPARE_DELAY_S, self._start_spare)
+
+    def _start_spare(self) -> None:
+        config, fabric = self._config, self._fabric
+        if self._spare is None and fabric is not None:
+            self._spare = SpareProcess(
+                lambda fds: start_process(config, "spare", SPARE, (*fds, *fabric.fds()), subprocess.PIPE)
+            )
 
     async def close(self) -> None:
+        if self._spare_timer is not None:
+            self._spare_timer.cancel()
+        if self._spare is not None:
+            self._spare.close()
+            self._spare = None
         if self._fabric is not None:
             self._fabric.close()
 

@@ -1,5 +1,8 @@
 """The main of a worker process: `python -m amoe.cluster.worker_main TITLE PARENT_PID LAUNCH_SPEC`.
 
+For a *spare*, LAUNCH_SPEC is `-`: it imports all that a worker needs, which takes most of the time of a start, and
+waits for its launch spec on standard input; if that ends without one, nobody has needed it.
+
 It leaves when the server says `Stop` or goes away, or on SIGTERM; SIGINT is the server's to handle. Exit status 0: it
 was asked to leave; 2: it cannot start, and has told the server why in words for the user; 1: anything else, with a
 traceback on standard error.
@@ -15,6 +18,7 @@ import sys
 import setproctitle
 
 EXIT_FAILURE = 1
+SPARE = "-"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -30,11 +34,19 @@ def main(title: str, parent_pid: int, launch_spec: str) -> int:
 
     import msgspec
 
-    from amoe.cluster.process import LaunchSpec
+    from amoe.cluster.process import LaunchSpec, title_of
     from amoe.cluster.worker_run import run_worker
 
     faulthandler.enable()
-    return run_worker(msgspec.json.decode(launch_spec, type=LaunchSpec))
+    if launch_spec == SPARE:
+        import amoe.engine.build  # noqa: F401
+
+        launch_spec = sys.stdin.read()
+        if not launch_spec:
+            return 0
+    spec = msgspec.json.decode(launch_spec, type=LaunchSpec)
+    setproctitle.setproctitle(f"amoe: {title_of(spec.config.placement, spec.rank)}")
+    return run_worker(spec)
 
 
 def die_with_parent(parent_pid: int) -> None:

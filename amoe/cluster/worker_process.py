@@ -20,6 +20,7 @@ from amoe.cluster.channel import ready_message
 from amoe.cluster.environment import tuned
 from amoe.cluster.launcher import WorkerHandle
 from amoe.cluster.process import InheritedControl, LaunchSpec, title_of
+from amoe.cluster.spare import SpareProcess
 from amoe.config import EngineConfig
 from amoe.engine.control import AsyncControlChannel
 from amoe.engine.devices import threads_per_worker
@@ -87,12 +88,38 @@ class WorkerProcess:
             channel = await AsyncControlChannel.open(pairs[0][0])
             try:
                 spec = make_spec(InheritedControl(control_fd, tuple(front_fds)))
-                process = _launch(spec, (control_fd, *front_fds, *descriptors))
+                process = start_process(
+                    spec.config,
+                    title_of(spec.config.placement, spec.rank),
+                    msgspec.json.encode(spec).decode(),
+                    (control_fd, *front_fds, *descriptors),
+                )
             except BaseException:
                 await channel.close()
                 raise
             kept.pop_all()
         return cls(spec, process, channel, on_exit, front_sockets)
+
+    @classmethod
+    async def adopt(
+        cls,
+        spare: SpareProcess,
+        make_spec: Callable[[InheritedControl], LaunchSpec],
+        on_exit: Callable[[WorkerHandle], None],
+    ) -> WorkerProcess:
+        """Let a spare process be a worker.
+
+        Raises:
+            OSError: it has gone meanwhile; it is given back.
+        """
+        spec = make_spec(InheritedControl(spare.control_fd))
+        try:
+            channel = await AsyncControlChannel.open(spare.socket)
+            process = spare.release(msgspec.json.encode(spec))
+        except BaseException:
+            spare.close()
+            raise
+        return cls(spec, process, channel, on_exit, [])
 
     async def wait_ready(self, on_loading: Callable[[WorkerHandle, Loading], None]) -> Ready:
         """Listen until the worker is ready.
@@ -196,15 +223,18 @@ async def _read_line(reader: asyncio.StreamReader) -> bytes:
         return await reader.readexactly(error.consumed)
 
 
-def _launch(spec: LaunchSpec, descriptors: tuple[int, ...]) -> subprocess.Popen[bytes]:
+def start_process(
+    config: EngineConfig, title: str, launch_spec: str, descriptors: tuple[int, ...], stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
+    """A process that runs `amoe.cluster.worker_main`, and inherits `descriptors` under the same numbers."""
     # -P: a file of the user's working directory must not shadow a module.
     command = [sys.executable, "-P", "-m", "amoe.cluster.worker_main"]
     return subprocess.Popen(
-        [*command, title_of(spec.config.placement, spec.rank), str(os.getpid()), msgspec.json.encode(spec).decode()],
-        stdin=subprocess.DEVNULL,
+        [*command, title, str(os.getpid()), launch_spec],
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=_environment(spec.config),
+        env=_environment(config),
         pass_fds=descriptors,
         start_new_session=True,  # Ctrl-C in the terminal is for the server alone
     )

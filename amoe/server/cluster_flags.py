@@ -42,6 +42,12 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
         help="tokens whose expert nobody holds: wait until it is back, or reroute them to the best expert that is "
         "there, which the usage of the response tells",
     )
+    group.add_argument(
+        "--warm-spare",
+        action="store_true",
+        help="keep a process of this host that has imported everything, and takes the place of a worker that dies "
+        "about two seconds sooner",
+    )
 
 
 def add_elastic_flags(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +89,7 @@ def failure_config(args: argparse.Namespace) -> FailureConfig:
     Raises:
         ConfigError: naming the flag that cannot work.
     """
-    return FailureConfig(timeout_s=args.failure_timeout, on_expert_loss=args.on_expert_loss)
+    return FailureConfig(timeout_s=args.failure_timeout, on_expert_loss=args.on_expert_loss, warm_spare=args.warm_spare)
 
 
 def elastic_config(config: EngineConfig, args: argparse.Namespace, api_server_count: int = 1) -> EngineConfig:
@@ -100,6 +106,7 @@ def elastic_config(config: EngineConfig, args: argparse.Namespace, api_server_co
         "--max-expert-workers": args.max_expert_workers is not None,
         "--rebalance-interval": args.rebalance_interval != 0,
         "--autoscale-experts": args.autoscale_experts is not None,
+        "--warm-spare": config.failure.warm_spare,
     }
     if api_server_count > 1 and (flags := [flag for flag, is_asked in asked.items() if is_asked]):
         raise ConfigError(f"{flags[0]} goes with one API process: leave --api-server-count away")

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -123,6 +124,28 @@ async def test_a_crash_loop_is_told_and_ends_with_its_cause(model: Path, tmp_pat
         assert not front.engine.healthy
         aside.rename(weights)
         assert await waiting == expected
+
+
+async def test_a_spare_takes_the_place(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has imported everything, and waits; the next one waits afterwards, and none is left in the end."""
+    monkeypatch.setattr("amoe.cluster.local.SPARE_DELAY_S", 0.0)
+    config = cluster_of(model, PlacementConfig()).config
+    cluster = LocalCluster(replace(config, failure=replace(config.failure, warm_spare=True)))
+
+    def spares() -> set[int]:
+        children = psutil.Process().children()
+        return {child.pid for child in children if child.cmdline()[:1] == ["amoe: spare"]}
+
+    async with serve(cluster) as front:
+        expected = await outputs(front)
+        await until(lambda: len(spares()) == 1, "somebody waits")
+        first = spares()
+        assert await disturb(front, cluster, {0: signal.SIGKILL}) == expected
+        assert set(cluster.pids) == first
+        assert "amoe: worker 0" in " ".join(psutil.Process(cluster.pids[0]).cmdline())
+        await until(lambda: len(spares()) == 1, "the next one waits")
+        os.kill(spares().pop(), signal.SIGKILL)  # nobody notices: the next life is started as ever
+        assert await disturb(front, cluster, {0: signal.SIGKILL}) == expected
 
 
 async def test_stop_in_the_middle_of_a_start(model: Path) -> None:
