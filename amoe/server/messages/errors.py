@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from amoe.server.encoding import json_bytes
 from amoe.server.errors import describe
+from amoe.server.middleware.paths import route_path
 
 PREFIX = "/v1/messages"
 
@@ -43,7 +44,7 @@ class AnthropicErrors:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_ours = scope["type"] == "http" and scope["path"].startswith(PREFIX)
+        is_ours = scope["type"] == "http" and route_path(scope).startswith(PREFIX)
         await self._app(scope, receive, _Rewriter(send) if is_ours else send)
 
 

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from amoe.server.encoding import json_response
 from amoe.server.errors import error_body
+from amoe.server.middleware.paths import route_path
 
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version"})
 ADMIN_PATHS = "/admin/"
@@ -72,7 +73,7 @@ class ApiKeyGuard:
         self._digests = digests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _is_free(scope["path"]):
+        if scope["type"] == "http" and not _is_free(route_path(scope)):
             headers = dict(scope["headers"])
             key = presented_key(headers)
             if key is None or not is_known(key, self._digests):
@@ -92,7 +93,7 @@ class AdminKeyGuard:
         self._digests = digests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(ADMIN_PATHS):
+        if scope["type"] == "http" and route_path(scope).startswith(ADMIN_PATHS):
             refusal = self._refusal(dict(scope["headers"]))
             if refusal is not None:
                 await refusal(scope, receive, send)

@@ -85,9 +85,11 @@ def cluster() -> FakeCluster:
     return cluster
 
 
-def client_of(server: Harness, cluster: FakeCluster | None, options: HttpOptions = OPTIONS) -> httpx.AsyncClient:
+def client_of(
+    server: Harness, cluster: FakeCluster | None, options: HttpOptions = OPTIONS, root_path: str = ""
+) -> httpx.AsyncClient:
     context = ServerContext(engine=server.engine, model_names=("fake",), admin=cluster)
-    transport = httpx.ASGITransport(create_app(context, options), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(create_app(context, options), raise_app_exceptions=False, root_path=root_path)
     return httpx.AsyncClient(transport=transport, base_url="http://test", headers=ADMIN)
 
 
@@ -141,6 +143,18 @@ class TestKeys:
             message = assert_error(await http.post("/admin/rebalance", headers=headers), 403)
             assert "--admin-key" in message and "AMOE_ADMIN_KEY" in message
         assert cluster.done == []
+
+    async def test_a_prefix_opens_no_way_around_the_keys(self, server: Harness, cluster: FakeCluster):
+        """Ray Serve mounts the application at its `route_prefix`."""
+        async with client_of(server, cluster, root_path="/models/a") as http:
+            strangers = {"authorization": "Bearer user"}
+            for path, body in POSTS.items():
+                assert_error(await http.post(f"/models/a{path}", json=body, headers=strangers), 401)
+            assert cluster.done == []
+            assert (await http.get("/models/a/admin/cluster")).status_code == 200
+            assert (await http.get("/models/a/health", headers={"authorization": ""})).status_code == 200
+            error = (await http.post("/models/a/v1/messages", json={}, headers=strangers)).json()
+            assert error["type"] == "error"  # in Anthropic's shape there, too
 
     async def test_a_route_that_is_not_there_tells_strangers_nothing(self, http: httpx.AsyncClient):
         http.headers.pop("authorization")
