@@ -104,7 +104,7 @@ class RayWorker:
 
     def describe_output(self) -> str:
         """Ray keeps it."""
-        return f"\n  | its output: `ray logs worker --node-ip {self.where.host} --pid {self.where.pid}`"
+        return f"\n  | its output: `ray logs worker --node-ip {self.where.host} --pid {self.where.pid} --err`"
 
     async def close(self) -> None:
         self._watching.cancel()
