@@ -119,7 +119,7 @@ async def measure(scenario: Scenario, model: Path, wanted: Load, directory: Path
     """All runs of a scenario, on one server."""
     rows = []
     with ChaosServer(directory, str(model), *scenario.flags, *_QUIET) as server:
-        await run(server, wanted)  # warms up
+        await run(server, replace(wanted, bodies=wanted.bodies[:40]))  # warms up
         load, oracle = clear_requests(model, wanted, (await run(server, wanted)).answers)
         load, oracle = _at_most(load, oracle, 200, 40)
         before = server.residue()
@@ -152,11 +152,11 @@ def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="servers of which the name contains this")
-    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=192)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    wanted = make_load(260, 100, args.max_tokens, VOCAB_SIZE)
+    wanted = make_load(230, 70, args.max_tokens, VOCAB_SIZE)
     rows: list[tuple[Row, Run]] = []
     with tempfile.TemporaryDirectory() as directory:
         model = make_checkpoint(Path(directory) / "model", "qwen3_moe", vocab_size=VOCAB_SIZE, **_MODEL)
