@@ -79,14 +79,16 @@ async def test_two_at_once(checkpoint_factory: Callable[..., Path], tmp_path: Pa
         await suffer(server, model, faults)
 
 
-@pytest.mark.parametrize(
-    ("flags", "worker"),
-    [(("--attention-workers", "1", "--expert-workers", "2"), "attention 0"), (("--colocated", "2"), "worker 0")],
-    ids=["one attention worker", "colocated"],
-)
-async def test_the_only_home_and_one_that_is_both(
-    flags: tuple[str, ...], worker: str, checkpoint_factory: Callable[..., Path], tmp_path: Path
-) -> None:
+async def test_the_only_attention_worker(checkpoint_factory: Callable[..., Path], tmp_path: Path) -> None:
+    """Nobody else could go on with its sequences: they wait for its next life."""
     model = checkpoint_factory("qwen3_moe")
-    with ChaosServer(tmp_path, str(model), *flags, *QUIET) as server:
-        await suffer(server, model, [kill(workers=(worker,), at=0.4)])
+    with ChaosServer(tmp_path, str(model), "--expert-workers", "2", *QUIET) as server:
+        await suffer(server, model, [kill(workers=("attention 0",), at=0.4)])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("transport", ["shm", "tcp", "distributed"])
+async def test_a_worker_that_is_both(transport: str, checkpoint_factory: Callable[..., Path], tmp_path: Path) -> None:
+    model = checkpoint_factory("qwen3_moe")
+    with ChaosServer(tmp_path, str(model), "--colocated", "2", "--transport", transport, *QUIET) as server:
+        await suffer(server, model, [kill(workers=("worker 0",), at=0.3), stop(workers=("worker 1",), at=0.6)])

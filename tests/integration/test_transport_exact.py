@@ -43,9 +43,8 @@ def _cells() -> list[Case]:
 CELLS = _cells()
 MATRIX = make_cases(pairwise({**FACTORS, "placement": _BETWEEN}))
 PROCESSES = [
-    Case("waves", 0, "qwen3_moe", "2A2E", "cached+preempted", 0, 2),
-    Case("progress", 1, "olmoe", "colocated2", "plain", 1),
-    Case("lockstep", 2, "qwen2_moe", "1A1E", "cached", 2),
+    (Case("waves", 0, "qwen3_moe", "2A2E", "cached+preempted", 0, 2), "tcp"),
+    (Case("progress", 1, "olmoe", "colocated2", "plain", 1), "distributed"),
 ]
 
 
@@ -80,11 +79,7 @@ def test_every_schedule_and_placement(case: Case, transport: str, root: Path) ->
     run_wired(case, transport, root)
 
 
-@pytest.mark.parametrize(
-    ("case", "transport"),
-    [(PROCESSES[0], "tcp"), (PROCESSES[2], "tcp"), (PROCESSES[0], "distributed"), (PROCESSES[1], "distributed")],
-    ids=str,
-)
+@pytest.mark.parametrize(("case", "transport"), PROCESSES, ids=str)
 async def test_worker_processes(case: Case, transport: str, root: Path) -> None:
     await run_processes(case, transport, root)
 
