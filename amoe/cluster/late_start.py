@@ -11,7 +11,7 @@ from amoe.engine.messages import HoldExperts, Holding, Loading, Ready
 from amoe.errors import ConfigError, EngineDeadError
 from amoe.policy.placement import experts_of
 
-START_SILENCE_S = 120.0  # a worker that says nothing for so long while it starts will never be ready
+START_SILENCE_S = 60.0  # a worker that says nothing for so long while it starts will never be ready
 _CATCH_UP = 0  # the number of the order that this module gives: its answer comes before anybody else listens
 
 

@@ -81,6 +81,18 @@ async def test_who_waits_for_its_next_life_says_for_how_long():
         assert "last: no such file; next attempt in " in fakes.engine.trouble
 
 
+async def test_who_says_nothing_while_starting_is_given_up(monkeypatch):
+    monkeypatch.setattr("amoe.cluster.late_start.START_SILENCE_S", 0.05)
+    async with Fakes(CALM) as fakes:
+        fakes.hold = asyncio.Event()
+        fakes.worker(1).die("was killed by SIGKILL")
+        await fakes.until("lost 1 start")
+        assert "expert 0 has said nothing for 0.05 s while starting" in fakes.supervisor.statuses()[1].reason
+        fakes.hold.set()
+        await fakes.until("back 1")
+        assert "kill 1.1" in fakes.events
+
+
 @pytest.mark.parametrize("when", ["starting", "waiting"])
 async def test_stop_in_the_middle_leaves_nothing(when):
     failure = FailureConfig(timeout_s=600.0, backoff_s=100.0, max_backoff_s=600.0)
