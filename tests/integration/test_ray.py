@@ -30,6 +30,7 @@ from amoe.cluster.cluster import WorkerCluster
 from amoe.cluster.executor import ExecutorOptions
 from amoe.cluster.front import Front, serving
 from amoe.cluster.opening import open_cluster
+from amoe.cluster.ray_cluster import session
 from amoe.cluster.ray_cluster.actor import started_at
 from amoe.cluster.ray_cluster.handle import RayWorker
 from amoe.config import EngineConfig
@@ -275,6 +276,13 @@ def at_a_strangers_address() -> Iterator[Refused]:
 def test_an_address_where_nobody_listens(at_nobodys_address: Refused) -> None:
     words = at_nobodys_address.words()
     assert f"no Ray cluster answers at {at_nobodys_address.address}" in words and "ray start --head" in words
+
+
+async def test_a_cluster_that_ended_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray remembers the last one of this host, even if it was killed."""
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setattr(session, "canonicalize_bootstrap_address", lambda _: address)
+    assert await session._running_here() is None
 
 
 def test_an_address_that_is_no_rays(at_a_strangers_address: Refused) -> None:

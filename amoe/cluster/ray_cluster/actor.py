@@ -18,7 +18,7 @@ import amoe
 from amoe.cluster.process import LaunchSpec
 
 _TORCH = "torch"
-_WIRE_CODE = ("config.py", "stats.py", "types.py", "cluster/process.py", "engine/messages.py", "transport/*.py")
+_WIRE_CODE = ("config/*.py", "stats.py", "types.py", "cluster/process.py", "engine/messages.py", "transport/*.py")
 
 
 class Whereabouts(NamedTuple):

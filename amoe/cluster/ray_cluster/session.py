@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import, which reads it: a server calls nobody
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 from ray._private.state import available_resources_per_node  # its public sister adds the nodes up
 
 from amoe.errors import ConfigError
@@ -174,10 +175,11 @@ class RaySession:
 
 async def _connect(thread: RayThread, address: str | None, local_cpus: int) -> None:
     if address is None:
-        try:
-            await _init(thread, "auto")
-        except ConnectionError:  # none runs here
+        running = await _running_here()
+        if running is None:
             await _start(thread, local_cpus)
+        else:
+            await _init(thread, running)
     elif address == "local":
         await _start(thread, local_cpus)
     else:
@@ -190,6 +192,19 @@ async def _connect(thread: RayThread, address: str | None, local_cpus: int) -> N
                 f"Ray at {address} cannot be used from here: {error}. Start the server on a node of that cluster "
                 "(`ray start --address=HEAD:6379`), with the Python and Ray of the others"
             ) from error
+
+
+async def _running_here() -> str | None:
+    """The cluster that this host is part of, as Ray remembers it; what it remembers may have ended long ago."""
+    address = canonicalize_bootstrap_address("auto")
+    if address is None:
+        return None
+    try:
+        await _check_address(address)
+    except ConfigError:
+        logger.info("Ray remembers a cluster at %s, where nobody answers", address)
+        return None
+    return address
 
 
 async def _start(thread: RayThread, num_cpus: int) -> None:
