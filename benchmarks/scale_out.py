@@ -33,6 +33,7 @@ from benchmarks.chaos.streams import Answer, Traffic, make_load
 
 _SAMPLE_S = 0.5  # as often as workers tell of themselves
 _WINDOW_S = 1.0
+_PLOT_WINDOW_S = 4.0
 _VOCAB_SIZE = 4096
 _FLAGS = ("--attention-workers", "3", "--expert-workers", "1", "--max-expert-workers", "3")
 _QUIET = ("--uvicorn-log-level", "warning", "--disable-uvicorn-access-log")
@@ -231,8 +232,10 @@ def plot(path: Path, record: Record) -> None:
 
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 4.5), sharex=True, layout="constrained")
     times = np.array([at for answer in record.answers for at in answer.times]) - record.began
-    counts, edges = np.histogram(times, np.arange(0.0, times.max() + 0.5, 0.5))
-    top.fill_between(edges[:-1] + 0.25, counts / 0.5, step="mid", color="#4878a8", alpha=0.8, linewidth=0)
+    # Streams that march together get their tokens together: a second in which none came means nothing.
+    starts = np.arange(0.0, max(0.0, times.max() - _PLOT_WINDOW_S), 0.25)
+    counts = np.array([np.count_nonzero((times >= at) & (times < at + _PLOT_WINDOW_S)) for at in starts])
+    top.fill_between(starts + _PLOT_WINDOW_S / 2, counts / _PLOT_WINDOW_S, color="#4878a8", alpha=0.8, linewidth=0)
     top.set_ylabel("tokens per second", fontsize=8)
     waits = np.array(waits_of(record.samples))
     bottom.plot(waits[:, 0] - record.began, waits[:, 1] * 1e3, color="#a05020", linewidth=1.4)
