@@ -1,0 +1,34 @@
+"""Configuration: frozen, keyword-only, validated at construction. Every wrong value is a `ConfigError`."""
+
+from amoe.config.capacity import CAPACITY_METRICS as CAPACITY_METRICS
+from amoe.config.capacity import CAPACITY_MODES as CAPACITY_MODES
+from amoe.config.capacity import CAPACITY_PHASES as CAPACITY_PHASES
+from amoe.config.capacity import CAPACITY_SCOPES as CAPACITY_SCOPES
+from amoe.config.capacity import TELEMETRY_S as TELEMETRY_S
+from amoe.config.capacity import CapacityConfig as CapacityConfig
+from amoe.config.capacity import CapacityMetric as CapacityMetric
+from amoe.config.capacity import CapacityMode as CapacityMode
+from amoe.config.capacity import CapacityPhase as CapacityPhase
+from amoe.config.capacity import CapacityScope as CapacityScope
+from amoe.config.cluster import LOSS_CHOICES as LOSS_CHOICES
+from amoe.config.cluster import AutoscaleConfig as AutoscaleConfig
+from amoe.config.cluster import FailureConfig as FailureConfig
+from amoe.config.cluster import LossChoice as LossChoice
+from amoe.config.cluster import SteeringConfig as SteeringConfig
+from amoe.config.engine import CPU_RIDGE_TOKENS as CPU_RIDGE_TOKENS
+from amoe.config.engine import DTYPES as DTYPES
+from amoe.config.engine import GPU_RIDGE_TOKENS as GPU_RIDGE_TOKENS
+from amoe.config.engine import TRANSPORTS as TRANSPORTS
+from amoe.config.engine import DTypeName as DTypeName
+from amoe.config.engine import EngineConfig as EngineConfig
+from amoe.config.engine import TransportName as TransportName
+from amoe.config.placement import PlacementConfig as PlacementConfig
+from amoe.config.scheduling import MAX_BATCHED_TOKENS as MAX_BATCHED_TOKENS
+from amoe.config.scheduling import MAX_NUM_SEQS as MAX_NUM_SEQS
+from amoe.config.scheduling import MAX_WAVES as MAX_WAVES
+from amoe.config.scheduling import SCHEDULES as SCHEDULES
+from amoe.config.scheduling import SCHEDULING_POLICIES as SCHEDULING_POLICIES
+from amoe.config.scheduling import CacheConfig as CacheConfig
+from amoe.config.scheduling import ScheduleName as ScheduleName
+from amoe.config.scheduling import SchedulerConfig as SchedulerConfig
+from amoe.config.scheduling import SchedulingPolicy as SchedulingPolicy
