@@ -35,7 +35,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from amoe.errors import TransportError
+from amoe.errors import ConfigError, TransportError
 from amoe.transport.base import Peer
 from amoe.transport.loopback import Loopback
 from amoe.transport.ring import CONTROL_BYTES, RingReader, RingWriter, reset
@@ -85,6 +85,19 @@ class ShmSpec(msgspec.Struct, frozen=True, kw_only=True, tag="shm"):
         )
 
 
+def _owned(made: contextlib.ExitStack, descriptor: int) -> int:
+    """`descriptor`, which `made` closes."""
+    made.callback(os.close, descriptor)
+    return descriptor
+
+
+def _reset_rings(spec: ShmSpec) -> None:
+    with mmap.mmap(spec.memory_fd, spec.space_start) as region, memoryview(region).cast("Q") as words:
+        for src in range(spec.num_ranks):
+            for dst in range(spec.num_ranks):
+                reset(words, spec.ring(src, dst)[0])
+
+
 def _page_aligned(num_bytes: int) -> int:
     return -(-num_bytes // _PAGE) * _PAGE
 
@@ -98,17 +111,31 @@ class ShmFabric:
 
     @classmethod
     def create(cls, num_ranks: int, ring_bytes: int) -> ShmFabric:
-        """Rings of at least `ring_bytes` (rounded up to pages) between `num_ranks` workers."""
-        memory_fd = os.memfd_create("amoe-rings", os.MFD_CLOEXEC)
-        doorbells = tuple(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(num_ranks))
-        spec = ShmSpec(
-            num_ranks=num_ranks, ring_bytes=_page_aligned(ring_bytes), memory_fd=memory_fd, doorbell_fds=doorbells
-        )
-        os.ftruncate(memory_fd, spec.total_bytes)
-        with mmap.mmap(memory_fd, spec.space_start) as region, memoryview(region).cast("Q") as words:
-            for src in range(num_ranks):
-                for dst in range(num_ranks):
-                    reset(words, spec.ring(src, dst)[0])
+        """Rings of at least `ring_bytes` (rounded up to pages) between `num_ranks` workers.
+
+        Raises:
+            ConfigError: this host has no room for so many.
+        """
+        with contextlib.ExitStack() as made:
+            try:
+                memory_fd = _owned(made, os.memfd_create("amoe-rings", os.MFD_CLOEXEC))
+                doorbells = tuple(
+                    _owned(made, os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)) for _ in range(num_ranks)
+                )
+                spec = ShmSpec(
+                    num_ranks=num_ranks,
+                    ring_bytes=_page_aligned(ring_bytes),
+                    memory_fd=memory_fd,
+                    doorbell_fds=doorbells,
+                )
+                os.ftruncate(memory_fd, spec.total_bytes)
+                _reset_rings(spec)
+            except (OSError, OverflowError) as error:
+                raise ConfigError(
+                    f"no shared memory for {num_ranks} workers ({error}): ask for fewer workers (--max-expert-workers "
+                    "counts), or raise the limit of open files (`ulimit -n`)"
+                ) from error
+            made.pop_all()
         return cls(spec)
 
     def spec_for(self, host: str = "", device: str = "cpu") -> ShmSpec:

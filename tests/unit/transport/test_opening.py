@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import resource
+
 import msgspec
 import pytest
 
+from amoe.errors import ConfigError
 from amoe.transport.opening import DistributedSpec, TcpFabric, TcpSpec, TransportSpec, create_fabric
 from amoe.transport.shm import ShmFabric, ShmSpec, ShmTransport
 
@@ -37,6 +41,19 @@ def test_shared_memory_is_the_same_for_all_and_inherited() -> None:
     assert (transport.rank, transport.address) == (1, "")
     transport.close()
     fabric.close()
+
+
+def test_a_host_without_room_for_the_rings_is_told_and_keeps_nothing() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = os.listdir("/proc/self/fd")
+    most = max(map(int, before)) + 8
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"no shared memory for \d+ workers.*fewer workers.*ulimit"):
+            create_fabric("shm", num_ranks=most, num_homes=1, max_record_bytes=4096)
+        assert len(os.listdir("/proc/self/fd")) == len(before)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_tcp_workers_of_one_cluster_share_a_secret_and_nothing_is_inherited() -> None:
