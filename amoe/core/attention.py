@@ -74,6 +74,7 @@ class AttentionCore:
             replicas,
             timeout_s=failure.timeout_s,
             come_home=self._come_home,
+            routed=self._routed,
             waves=waves,
             capacity=capacity,
             degrades=failure.on_expert_loss == "reroute",

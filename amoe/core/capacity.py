@@ -55,6 +55,7 @@ class HomeCapacity:
         self._seed = seed
         self._renormalise = renormalise
         self._local_owner = local_owner
+        self._nobody = replicas.num_owners - 1
         num_layers, self._num_experts, _ = replicas.owners.shape
         self.ledger = CapacityLedger(num_layers, self._num_experts)
         self._backlog: OwnerBacklog | None = None
@@ -133,14 +134,13 @@ class HomeCapacity:
         Args:
             again: the tokens have passed this layer before, and are in the accounts.
         """
-        nobody = self._replicas.num_owners - 1
         is_exact = self._batcher.table.is_exact[self._batcher.tokens.row[slots]]
         topk_ids = wanted.expert_ids
         topk_scores = np.where(topk_ids >= 0, np.take_along_axis(scores, np.maximum(topk_ids, 0), axis=1), 0.0)
         batch = RoutedBatch(topk_ids, topk_scores.astype(np.float32), ~is_exact, np.zeros(len(slots), np.bool_), None)
-        lost = (wanted.owners == nobody) & ~is_exact[:, None]
+        lost = (wanted.owners == self._nobody) & ~is_exact[:, None]
         main_owner = self._replicas.main_owner(layer)
-        new = best_others(scores, topk_ids, main_owner != nobody, lost.sum(axis=1))
+        new = best_others(scores, topk_ids, main_owner != self._nobody, lost.sum(axis=1))
         selection = policy.replaced(batch, lost, new, scores)
         return self._selected(layer, slots, batch, wanted, selection, main_owner, again=again)
 
@@ -157,7 +157,15 @@ class HomeCapacity:
             selection = policy.drop(batch, groups, capacity, metric=config.metric, keep_best=config.keep_best)
         else:
             group_of_expert = main_owner if by_device else np.arange(self._num_experts)
-            selection = policy.reroute(batch, groups, capacity, scores, group_of_expert, keep_best=config.keep_best)
+            selection = policy.reroute(
+                batch,
+                groups,
+                capacity,
+                scores,
+                group_of_expert,
+                is_there=main_owner != self._nobody,
+                keep_best=config.keep_best,
+            )
         return self._selected(layer, slots, batch, wanted, selection, main_owner)
 
     def _capacity(self, layer: int, batch: RoutedBatch) -> npt.NDArray[np.int64]:
@@ -197,7 +205,7 @@ class HomeCapacity:
         else:
             reached = receivers(wanted.owners, self._replicas.num_owners)
         places = np.full((len(reached), self._num_experts), -1, np.int16)
-        for owner in range(self._replicas.num_owners):
+        for owner in range(self._nobody):
             free = reached[:, owner, None] & holds[:, owner] & (places < 0)
             places[free] = owner
         local = places >= 0

@@ -103,10 +103,9 @@ class Join:
 
     def part_with(self, leaders: Int32Array, loose: int, leader_of: Int32Array) -> None:
         """The groups of `leaders` [n] belong to the lane `loose` from now on; `leader_of` [S] of all slots."""
-        slots = np.flatnonzero(self._awaiting.any(axis=1) & np.isin(leader_of, leaders))
+        slots = np.flatnonzero(np.isin(leader_of, leaders))  # those whose answers are in go on with the others
         num_answers = self._awaiting[slots].sum(axis=1, dtype=np.int32)
         self._count(self.lane[slots], -num_answers)
-        self.lane[leaders] = loose
         self.lane[slots] = loose
         self._count(self.lane[slots], num_answers)
 

@@ -27,6 +27,7 @@ from amoe.core.capacity import HomeCapacity
 from amoe.core.dispatcher import Dispatcher, Pairs
 from amoe.core.home_waves import HomeWaves
 from amoe.core.replica_shares import ReplicaShares
+from amoe.core.routed_experts import RoutedExperts
 from amoe.core.steps import Outgoing
 from amoe.types import BlockId, BlockKind, BoolArray, Float32Array, Int16Array, Int32Array
 
@@ -65,7 +66,9 @@ class KeptPairs:
         self._scores: Float32Array | None = None
 
     def keep(self, slots: Int32Array, pairs: Pairs, scores: Float32Array | None) -> None:
-        """Tokens in `slots` [n] are dispatched with `pairs` [n, P]; P is always the same."""
+        """Tokens in `slots` [n] are dispatched with `pairs` [n, P]; P is always the same, but where n is 0."""
+        if len(slots) == 0:
+            return
         if self._ids.shape[1] != pairs.expert_ids.shape[1]:
             shape = (self._num_slots, pairs.expert_ids.shape[1])
             self._ids, self._owners = np.full(shape, -1, np.int64), np.full(shape, -1, np.int16)
@@ -91,6 +94,7 @@ class Recovery:
     Args:
         timeout_s: an answer that takes half as long is asked for again, and whoever owes it is named.
         come_home: called with layer, leaders of groups that wait for nothing any more, and `now`.
+        routed: is told of experts that compute in place of others.
         degrades: pairs of experts that nobody holds go the way of capacity, instead of waiting.
         may_resend: dispatches that come twice do no harm (in lockstep each would wait for another epoch).
     """
@@ -103,6 +107,7 @@ class Recovery:
         *,
         timeout_s: float,
         come_home: Callable[[int, Int32Array, float], None],
+        routed: RoutedExperts,
         waves: HomeWaves | None,
         capacity: HomeCapacity | None,
         degrades: bool,
@@ -116,6 +121,7 @@ class Recovery:
         self._patient_s = timeout_s * _PATIENCE
         self._overdue_s = timeout_s * _OVERDUE
         self._come_home = come_home
+        self._routed = routed
         self._waves = waves
         self._capacity = capacity if degrades else None
         self._may_resend = may_resend
@@ -171,6 +177,7 @@ class Recovery:
         may_be_nobody = bool(self._replicas.has_missing[layer])
         if may_be_nobody and self._capacity is not None and (scores := self._kept.scores(slots)) is not None:
             pairs = self._capacity.spare_missing(layer, slots, pairs, scores, again=True)
+            self._routed.amend(layer, slots, self._batcher.tokens, pairs.expert_ids)
         self._kept.keep(slots, pairs, None)
         dispatched = self._dispatcher.destinations(pairs.owners, may_be_nobody=may_be_nobody)
         if self._waves is not None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from amoe.core.sequence import Sequence, SequenceTable
 from amoe.core.steps import AttentionStep
+from amoe.core.token_slots import TokenTable
 from amoe.types import Int16Array, Int32Array
 
 
@@ -28,6 +29,7 @@ class RoutedExperts:
     def __init__(self, table: SequenceTable, num_slots: int, sparse_layers: SequenceOf[bool]) -> None:
         self._table = table
         self._num_slots = num_slots
+        self._last_layer = len(sparse_layers) - 1
         self._index = np.cumsum(sparse_layers) - 1  # of a sparse layer among the sparse ones
         self._num_sparse = int(self._index[-1]) + 1
         self._experts: Int16Array | None = None  # [S, L, P]; P is known when the first step has run
@@ -47,6 +49,28 @@ class RoutedExperts:
         wanted = self._table.tells_experts[rows]
         if wanted.any():
             self._experts[slots[wanted], self._index[layer], : expert_ids.shape[1]] = expert_ids[wanted]
+
+    def amend(self, layer: int, slots: Int32Array, tokens: TokenTable, expert_ids: npt.NDArray[np.int64]) -> None:
+        """Tokens in `slots` [n], recorded before, go to the experts `expert_ids` [n, P] of the layer instead."""
+        if self._table.num_telling == 0 or self._experts is None:
+            return
+        wanted = self._table.tells_experts[tokens.row[slots]]
+        for slot, ids in zip(slots[wanted].tolist(), expert_ids[wanted], strict=True):
+            if layer < self._last_layer:
+                self._experts[slot, self._index[layer]] = ids
+            elif (told := self._told(int(tokens.row[slot]), int(tokens.position[slot]))) is not None:
+                told[-1] = ids
+
+    def _told(self, row: int, position: int) -> Int16Array | None:
+        """[L, P] what its sequence has been given of a token; None: it is out of the house already."""
+        sequence = self._table.sequences[row]
+        assert sequence is not None, f"row {row} holds no sequence"
+        behind = sequence.num_routed - position  # its row, counted from the end
+        for experts in reversed(sequence.routed):
+            if behind <= len(experts):
+                return experts[-behind]
+            behind -= len(experts)
+        return None
 
     def passed(self, step: AttentionStep) -> None:
         """The tokens of a step have passed the last attention block, and those that go on to experts are recorded."""

@@ -134,6 +134,7 @@ def reroute(
     scores: Float32Array,
     group_of_expert: Int64Array,
     *,
+    is_there: BoolArray | None = None,
     keep_best: bool = True,
 ) -> Selection:
     """Token Reroute: what `drop` by score would drop goes to the best expert with room that the token does not have.
@@ -141,6 +142,7 @@ def reroute(
     Args:
         scores: [n, E] of all experts.
         group_of_expert: [E] whose capacity a new pair would use.
+        is_there: [E] experts to which a pair may go; None: all.
     """
     lost, over = _overflow(batch, groups, capacity, "score", keep_best)
     taken = np.bincount(groups[batch.is_pair & ~lost], minlength=len(capacity))
@@ -149,6 +151,8 @@ def reroute(
     if len(losers) == 0:
         return without(batch, lost, over)
     bids = scores[losers].astype(np.float64)
+    if is_there is not None:
+        bids[:, ~is_there] = -np.inf
     held = np.where(batch.is_pair[losers], batch.topk_ids[losers], 0)
     np.put_along_axis(bids, held, -np.inf, axis=1)
     assigned = match_best(bids, wanted[losers], np.maximum(0, capacity - taken), group_of_expert)

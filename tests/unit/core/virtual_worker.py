@@ -151,6 +151,10 @@ class VirtualWorker:
             self._score(step)
             self._run_head(step)
             return []
+        if step.num_tokens == 0:  # as the engine's home does: its router has seen nothing
+            nothing = np.empty((0, 1))
+            routed = nothing.astype(np.int64), nothing.astype(np.float32)
+            return [self._packed(out, None) for out in self.core.attention.on_attention(step, *routed, now)]
         hidden = self._combined(step.block.layer, step.slots, step.rows, step.positions)
         layer = step.block.layer
         if layer == 0:
