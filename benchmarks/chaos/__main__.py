@@ -95,6 +95,9 @@ SCENARIOS = (
             (_kill("expert 1", "attention 0"),),
         ),
     ),
+    Scenario(
+        name="2 attention, 2 expert, `--warm-spare`", flags=(*_APART, "--warm-spare"), runs=((_kill("expert 0"),),)
+    ),
     Scenario(name="1 attention, 2 expert", flags=_ONE_HOME, runs=((_kill("attention 0"),), (_kill("expert 1"),))),
     Scenario(name="2 colocated", flags=("--colocated", "2"), runs=((_kill("worker 0"),), (_stop("worker 1"),))),
     Scenario(

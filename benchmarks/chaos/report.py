@@ -38,9 +38,9 @@ class Row:
 
 
 _HEAD = (
-    "| workers | fault | failed | identical | all serve again after s | first token after s | no token for s "
+    "| workers | fault | failed | identical | all serve again after s | longest silence of all s (over after s) "
     "| longest gap of a stream s | ITL p99 ms before / during / after | left behind | resident MiB before / after |",
-    "|---|---|---|---|---|---|---|---|---|---|---|",
+    "|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -57,8 +57,8 @@ def _line(row: Row) -> str:
     p99 = " / ".join(f"{value:.0f}" for value in (f.p99_before_ms, f.p99_during_ms, f.p99_after_ms))
     memory = " / ".join(f"{value:.0f}" for value in row.memory_mib)
     return (
-        f"| {row.server} | {row.faults} | {f.num_failed} | {identical} | {serving} | {f.resumed_s:.1f} | "
-        f"{f.silence_s:.1f} | {f.longest_gap_s:.1f} | {p99} | {'; '.join(row.leaks) or 'nothing'} | {memory} |"
+        f"| {row.server} | {row.faults} | {f.num_failed} | {identical} | {serving} | "
+        f"{f.silence_s:.1f} ({f.resumed_s:.1f}) | {f.longest_gap_s:.1f} | {p99} | {'; '.join(row.leaks) or 'nothing'} | {memory} |"
     )
 
 
