@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from amoe.cluster.cluster import WorkerCluster
 from amoe.cluster.launcher import WorkerHandle
@@ -12,6 +13,7 @@ from amoe.errors import ConfigError, EngineDeadError
 from amoe.policy.placement import experts_of
 
 START_SILENCE_S = 60.0  # a worker that says nothing for so long while it starts will never be ready
+CANCEL_GRACE_S = 2.0
 _CATCH_UP = 0  # the number of the order that this module gives: its answer comes before anybody else listens
 
 
@@ -41,6 +43,8 @@ class LateStarter:
             return worker, ready
         except asyncio.CancelledError:
             worker.kill()
+            with contextlib.suppress(TimeoutError):  # whoever cancels does not wait for one that cannot be killed
+                await asyncio.wait_for(self._cluster.retire(worker), CANCEL_GRACE_S)
             raise
         except OSError as error:  # it has gone before it could be told anything
             await self._cluster.retire(worker)

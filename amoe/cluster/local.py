@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import subprocess
 from collections.abc import Callable
 from typing import cast
 
@@ -18,7 +17,6 @@ from amoe.cluster.cluster import WorkerCluster
 from amoe.cluster.launcher import WorkerHandle
 from amoe.cluster.process import DEFAULT_ENTRY, InheritedControl, LaunchSpec
 from amoe.cluster.spare import SpareProcess
-from amoe.cluster.worker_main import SPARE
 from amoe.cluster.worker_process import WorkerProcess, start_process
 from amoe.config import EngineConfig
 from amoe.engine.devices import resolve_device
@@ -115,9 +113,7 @@ class LocalLauncher:
     def _start_spare(self) -> None:
         config, fabric = self._config, self._fabric
         if self._spare is None and fabric is not None:
-            self._spare = SpareProcess(
-                lambda fds: start_process(config, "spare", SPARE, (*fds, *fabric.fds()), subprocess.PIPE)
-            )
+            self._spare = SpareProcess(lambda fds: start_process(config, "spare", (*fds, *fabric.fds())))
 
     async def close(self) -> None:
         if self._spare_timer is not None:

@@ -12,11 +12,22 @@ from collections.abc import Callable
 StartProcess = Callable[[tuple[int, ...]], "subprocess.Popen[bytes]"]
 
 
+def tell(process: subprocess.Popen[bytes], launch_spec: bytes) -> None:
+    """Tell a process that waits for it which worker it is. A spec fits into a pipe: this does not wait.
+
+    Raises:
+        OSError: it has gone.
+    """
+    assert process.stdin is not None
+    with process.stdin:
+        process.stdin.write(launch_spec)
+
+
 class SpareProcess:
     """See above. Either `release` or `close` ends it.
 
     Args:
-        start: starts the process with a pipe for its standard input; it is told what it has to inherit.
+        start: starts the process; it is told what that has to inherit.
 
     Attributes:
         socket: what will be the server's end of its control channel.
@@ -40,12 +51,9 @@ class SpareProcess:
         Raises:
             OSError: it has gone; `close` has to be called.
         """
-        stdin = self._process.stdin
-        assert stdin is not None
         if self._process.poll() is not None:
             raise ProcessLookupError("the spare process has gone")
-        stdin.write(launch_spec)
-        stdin.close()
+        tell(self._process, launch_spec)
         self._is_mine = False
         return self._process
 

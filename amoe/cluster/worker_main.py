@@ -1,7 +1,8 @@
-"""The main of a worker process: `python -m amoe.cluster.worker_main TITLE PARENT_PID LAUNCH_SPEC`.
+"""The main of a worker process: `python -m amoe.cluster.worker_main TITLE PARENT_PID`, with a `LaunchSpec` on stdin.
 
-For a *spare*, LAUNCH_SPEC is `-`: it imports all that a worker needs, which takes most of the time of a start, and
-waits for its launch spec on standard input; if that ends without one, nobody has needed it.
+Everybody on the machine can read a command line, and a launch spec may hold secrets. The heavy imports come before it
+is read, so that a *spare* process has them behind it when it is told which worker it is. If standard input ends without
+a spec, nobody has needed it.
 
 It leaves when the server says `Stop` or goes away, or on SIGTERM; SIGINT is the server's to handle. Exit status 0: it
 was asked to leave; 2: it cannot start, and has told the server why in words for the user; 1: anything else, with a
@@ -18,11 +19,10 @@ import sys
 import setproctitle
 
 EXIT_FAILURE = 1
-SPARE = "-"
 _PR_SET_PDEATHSIG = 1
 
 
-def main(title: str, parent_pid: int, launch_spec: str) -> int:
+def main(title: str, parent_pid: int) -> int:
     """Run the worker to its end; returns the exit status.
 
     The heavy imports take seconds, so the process first says who it is and ties its life to its parent's.
@@ -34,16 +34,14 @@ def main(title: str, parent_pid: int, launch_spec: str) -> int:
 
     import msgspec
 
+    import amoe.engine.build  # noqa: F401 - what nearly every worker is made by
     from amoe.cluster.process import LaunchSpec, title_of
     from amoe.cluster.worker_run import run_worker
 
     faulthandler.enable()
-    if launch_spec == SPARE:
-        import amoe.engine.build  # noqa: F401
-
-        launch_spec = sys.stdin.read()
-        if not launch_spec:
-            return 0
+    launch_spec = sys.stdin.buffer.read()
+    if not launch_spec:
+        return 0
     spec = msgspec.json.decode(launch_spec, type=LaunchSpec)
     setproctitle.setproctitle(f"amoe: {title_of(spec.config.placement, spec.rank)}")
     return run_worker(spec)
@@ -57,4 +55,4 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

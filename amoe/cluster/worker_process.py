@@ -20,7 +20,7 @@ from amoe.cluster.channel import ready_message
 from amoe.cluster.environment import tuned
 from amoe.cluster.launcher import WorkerHandle
 from amoe.cluster.process import InheritedControl, LaunchSpec, title_of
-from amoe.cluster.spare import SpareProcess
+from amoe.cluster.spare import SpareProcess, tell
 from amoe.config import EngineConfig
 from amoe.engine.control import AsyncControlChannel
 from amoe.engine.devices import threads_per_worker
@@ -88,12 +88,10 @@ class WorkerProcess:
             channel = await AsyncControlChannel.open(pairs[0][0])
             try:
                 spec = make_spec(InheritedControl(control_fd, tuple(front_fds)))
-                process = start_process(
-                    spec.config,
-                    title_of(spec.config.placement, spec.rank),
-                    msgspec.json.encode(spec).decode(),
-                    (control_fd, *front_fds, *descriptors),
-                )
+                title = title_of(spec.config.placement, spec.rank)
+                process = start_process(spec.config, title, (control_fd, *front_fds, *descriptors))
+                with contextlib.suppress(OSError):  # it has gone: whoever watches it will say so
+                    tell(process, msgspec.json.encode(spec))
             except BaseException:
                 await channel.close()
                 raise
@@ -223,15 +221,13 @@ async def _read_line(reader: asyncio.StreamReader) -> bytes:
         return await reader.readexactly(error.consumed)
 
 
-def start_process(
-    config: EngineConfig, title: str, launch_spec: str, descriptors: tuple[int, ...], stdin: int = subprocess.DEVNULL
-) -> subprocess.Popen[bytes]:
-    """A process that runs `amoe.cluster.worker_main`, and inherits `descriptors` under the same numbers."""
+def start_process(config: EngineConfig, title: str, descriptors: tuple[int, ...]) -> subprocess.Popen[bytes]:
+    """A process that runs `amoe.cluster.worker_main`, inherits `descriptors` under the same numbers, and waits for its
+    launch spec, see `spare.tell`."""
     # -P: a file of the user's working directory must not shadow a module.
-    command = [sys.executable, "-P", "-m", "amoe.cluster.worker_main"]
     return subprocess.Popen(
-        [*command, title, str(os.getpid()), launch_spec],
-        stdin=stdin,
+        [sys.executable, "-P", "-m", "amoe.cluster.worker_main", title, str(os.getpid())],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=_environment(config),

@@ -177,6 +177,19 @@ async def test_one_that_cannot_be_added_leaves_nothing():
         assert set(fakes.cluster.workers) == {0, 1, 2}
 
 
+async def test_one_whose_start_is_cancelled_leaves_its_rank_free():
+    async with Fakes(CALM) as fakes:
+        fakes.hold = asyncio.Event()
+        adding = asyncio.create_task(fakes.supervisor.add(3))
+        await fakes.until("launch 3.0")
+        adding.cancel()
+        await asyncio.gather(adding, return_exceptions=True)
+        assert set(fakes.cluster.workers) == {0, 1, 2}
+        fakes.hold.set()
+        await fakes.supervisor.add(3)
+        assert fakes.board.incarnations[3] == 1
+
+
 @pytest.mark.parametrize("dies", [False, True])
 async def test_who_was_draining_stays_after_all(dies):
     async with Fakes(CALM) as fakes:
