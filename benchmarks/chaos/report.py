@@ -56,9 +56,10 @@ def _line(row: Row) -> str:
     identical = f"{f.num_identical} of {f.num_streams}" + (f" (usage: {lost})" if lost else "")
     p99 = " / ".join(f"{value:.0f}" for value in (f.p99_before_ms, f.p99_during_ms, f.p99_after_ms))
     memory = " / ".join(f"{value:.0f}" for value in row.memory_mib)
+    left = "; ".join(row.leaks) or "nothing"
     return (
         f"| {row.server} | {row.faults} | {f.num_failed} | {identical} | {serving} | "
-        f"{f.silence_s:.1f} ({f.resumed_s:.1f}) | {f.longest_gap_s:.1f} | {p99} | {'; '.join(row.leaks) or 'nothing'} | {memory} |"
+        f"{f.silence_s:.1f} ({f.resumed_s:.1f}) | {f.longest_gap_s:.1f} | {p99} | {left} | {memory} |"
     )
 
 

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 _TITLE = re.compile(r"amoe: ((?:attention|expert|worker) \d+)")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 KEY = "chaos"
+SPARE = "amoe: spare"
 _START_TIMEOUT_S = 120.0
 _HELD = ("kv_cache_usage_perc", "token_slots_used", "num_requests_running", "num_requests_waiting")
 
@@ -210,12 +211,12 @@ class ChaosServer:
                 break
             time.sleep(0.1)
         server = psutil.Process(self.process.pid)
-        processes = {"server": server} | {_title(child): child for child in server.children(recursive=True)}
+        processes = [("server", server)] + [(_title(child), child) for child in server.children(recursive=True)]
         return Residue(
-            tuple(sorted(processes)),
-            {title: process.num_fds() for title, process in processes.items()},
+            tuple(sorted(title for title, _ in processes if title != SPARE)),  # which comes some time after the others
+            {title: process.num_fds() for title, process in processes},
             frozenset(os.listdir("/dev/shm")),
-            sum(process.memory_info().rss for process in processes.values()) / 2**20,
+            sum(process.memory_info().rss for _, process in processes) / 2**20,
             held,
         )
 
@@ -245,4 +246,4 @@ def _title(process: psutil.Process) -> str:
     """A name that the next life of a worker has as well."""
     command: Sequence[str] = process.cmdline()
     match = _TITLE.search(" ".join(command))
-    return match[1] if match is not None else " ".join(command)[:60] or process.name()
+    return match[1] if match is not None else " ".join(command)[:60].strip() or process.name()
