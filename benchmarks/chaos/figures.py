@@ -25,7 +25,7 @@ class Figures:
         num_identical: of the others, with the tokens of the undisturbed run.
         num_streams: in all.
         serving_s: from the first fault until all workers served again; None: they did not.
-        silence_s: longest time in which no stream at all got a token.
+        silence_s: longest time behind the last fault in which no stream at all got a token.
         resumed_s: from the last fault until the first token after the longest silence behind it.
         p99_before_ms, p99_during_ms, p99_after_ms: of inter-token latency: gaps that ended before the first fault,
             that overlap the time until all workers served again, and the rest; nan: there were none.
@@ -61,7 +61,7 @@ def figures(run: Run, oracle: Sequence[Answer], max_tokens: int) -> Figures:
     all_times = np.sort(np.array([time for answer in answers for time in answer.times]))
     before = gaps[:, 1] <= first
     during = ~before & (gaps[:, 0] < (np.inf if healed is None else healed))
-    silence_s, resumed = _longest_silence(all_times[all_times >= last])
+    silence_s, resumed = _longest_silence(np.append(last, all_times[all_times >= last]))
     return Figures(
         num_failed=sum(bool(complaint) for complaint in complaints),
         num_identical=sum(not bad and a.token_ids == o.token_ids for a, o, bad in pairs),

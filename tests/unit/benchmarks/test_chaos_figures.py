@@ -44,8 +44,8 @@ def test_figures() -> None:
     assert (result.num_failed, result.num_identical, result.num_streams) == (1, 1, 3)
     assert result.serving_s == 3.0
     assert result.longest_gap_s == 4.0
-    assert result.silence_s == 1.5  # of the times behind the fault: 6, 6.5, 8, 8.5
-    assert result.resumed_s == 4.0
+    assert result.silence_s == 2.0  # of the times from the fault on: 4, 6, 6.5, 8, 8.5
+    assert result.resumed_s == 2.0
     assert result.seconds == 8.0
     assert result.p99_before_ms == pytest.approx(1500, abs=6)
     assert result.p99_during_ms == pytest.approx(4000, abs=25)
