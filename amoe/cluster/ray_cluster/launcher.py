@@ -126,6 +126,7 @@ class RayLauncher:
             listener.forget(rank, incarnation)
             if actor is not None:
                 self._session.thread.post(lambda: end_actor(actor))
+            await self._room.leave(rank)
             raise
         title = title_of(self._config.placement, rank)
         return RayWorker(

@@ -93,7 +93,13 @@ class Room:
         by_role: dict[str, list[int]] = {}
         for rank in range(self._config.placement.num_workers):
             by_role.setdefault(role_of(self._config, rank), []).append(rank)
-        await asyncio.gather(*(self._reserve(role, ranks) for role, ranks in by_role.items()))
+        reserving = [asyncio.ensure_future(self._reserve(role, ranks)) for role, ranks in by_role.items()]
+        try:
+            await asyncio.gather(*reserving)
+        finally:
+            for each in reserving:
+                each.cancel()
+            await asyncio.gather(*reserving, return_exceptions=True)
 
     async def place_of(self, rank: int) -> Place:
         """Where a worker is to be; for one that is added: look for room first.
@@ -121,16 +127,30 @@ class Room:
     async def _reserve(self, role: str, ranks: list[int]) -> None:
         bundles = [self._needs[role]] * len(ranks)
         name = f"amoe/{self._deployment}/{role}" + ("" if len(ranks) > 1 or ranks[0] == 0 else f"-{ranks[0]}")
-        group = await self._session.thread.call(placement_group, bundles, STRATEGIES[role], name)
-        self._groups.append(group)
+        made: list[PlacementGroup] = []
+        try:
+            await self._session.thread.call(
+                lambda: made.append(placement_group(bundles, strategy=STRATEGIES[role], name=name))
+            )
+            await self._until_there(made[0], role, len(ranks))
+        except BaseException:
+            # After the call above, in the same thread: whoever is cancelled in it does not know of the group yet.
+            self._session.thread.post(lambda: [remove_placement_group(group) for group in made])
+            raise
+        self._groups.extend(made)
+        for bundle, rank in enumerate(ranks):
+            self._places[rank] = Place(made[0], bundle)
+
+    async def _until_there(self, group: PlacementGroup, role: str, count: int) -> None:
+        """Wait until Ray has found room.
+
+        Raises:
+            ConfigError: it has not within the timeout.
+        """
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         while not await self._session.thread.call(group.wait, _WAIT_STEP_S):
             if asyncio.get_running_loop().time() > deadline:
-                self._groups.remove(group)
-                await self._session.tidy(remove_placement_group, group)
-                raise ConfigError(await self._complaint(role, len(ranks)))
-        for bundle, rank in enumerate(ranks):
-            self._places[rank] = Place(group, bundle)
+                raise ConfigError(await self._complaint(role, count))
 
     async def _complaint(self, role: str, count: int) -> str:
         """What is needed, what there is, and what to do."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ray.exceptions import RayError
 
 from amoe.cluster import environment
-from amoe.cluster.ray_cluster import metrics, session
+from amoe.cluster.ray_cluster import metrics, placement, session
 from amoe.cluster.ray_cluster.actor import kill_process, software, started_at
 from amoe.cluster.ray_cluster.handle import describe_death
-from amoe.cluster.ray_cluster.placement import needs_of, threads_for
+from amoe.cluster.ray_cluster.placement import Room, needs_of, threads_for
 from amoe.config import EngineConfig, PlacementConfig
 from amoe.errors import ConfigError
 
@@ -116,6 +117,70 @@ async def test_calls_go_through_one_thread_and_their_errors_come_back():
     with pytest.raises(KeyError):
         await thread.call(fail)
     thread.close()
+
+
+class FakeGroups:
+    """Placement groups; those named in `full` never find room."""
+
+    def __init__(self, monkeypatch, full: set[str]) -> None:
+        self.made: list[str] = []
+        self.removed: list[str] = []
+        self._full = full
+        monkeypatch.setattr(placement, "placement_group", self._make)
+        monkeypatch.setattr(placement, "remove_placement_group", lambda group: self.removed.append(group.name))
+
+    def _make(self, bundles, strategy, name):
+        self.made.append(name)
+        return SimpleNamespace(name=name, wait=lambda seconds: name not in self._full)
+
+
+class TestRoom:
+    def room(self, monkeypatch, *full: str, timeout_s: float = 0.0) -> tuple[Room, FakeGroups, session.RaySession]:
+        ray_session = session.RaySession(session.RayThread(), "127.0.0.1", is_ours=False)
+        monkeypatch.setattr(Room, "_complaint", no_room)
+        groups = FakeGroups(monkeypatch, {f"amoe/d/{name}" for name in full})
+        needs = {"attention": {"CPU": 1.0}, "experts": {"CPU": 1.0}}
+        return Room(ray_session, config(), "d", needs, timeout_s), groups, ray_session
+
+    async def test_is_given_back(self, monkeypatch):
+        room, groups, ray_session = self.room(monkeypatch)
+        await room.reserve()
+        await room.place_of(3)
+        await room.leave(1)
+        assert groups.removed == [], "of the start: kept for the next life"
+        await room.leave(3)
+        assert groups.removed == ["amoe/d/experts-3"]
+        await room.close()
+        await ray_session.close()
+        assert sorted(groups.removed) == sorted(groups.made)
+
+    async def test_whoever_finds_too_little_keeps_none_of_it(self, monkeypatch):
+        room, groups, ray_session = self.room(monkeypatch, "experts")
+        with pytest.raises(ConfigError, match="no room"):
+            await room.reserve()
+        await room.close()
+        await ray_session.thread.call(lambda: None)
+        assert sorted(groups.removed) == sorted(groups.made) == ["amoe/d/attention", "amoe/d/experts"]
+
+    @pytest.mark.parametrize("turns", [0, 1, 20], ids=["not begun", "being made", "waiting"])
+    async def test_whoever_is_cancelled_leaves_none(self, monkeypatch, turns):
+        room, groups, ray_session = self.room(monkeypatch, "experts-3", timeout_s=60)
+        looking = asyncio.create_task(room.place_of(3))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        looking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await looking
+        await ray_session.thread.call(lambda: None)
+        assert groups.removed == groups.made
+        groups._full.clear()
+        await room.place_of(3)
+        await room.close()
+        assert groups.removed == groups.made
+
+
+async def no_room(*_args) -> str:
+    return "no room"
 
 
 class FakeMetric:
