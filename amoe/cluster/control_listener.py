@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 20.0
 HELLO_TIMEOUT_S = 5.0
 MAX_HELLO_BYTES = 1024
-MAX_STRANGERS = 64  # connections that have not said yet who they are
+MAX_STRANGERS = 64  # connections that have not said yet who they are: a worker says so at once
 _LENGTH = struct.Struct("<I")
 _STREAM_LIMIT = 1 << 20
 # A host that is cut off is noticed after some ten seconds by whoever waits, and by whoever has something to say.
@@ -88,7 +88,8 @@ class ControlListener:
         self.port = 0
         self._server: asyncio.Server | None = None
         self._seats: dict[tuple[int, int], _Seat] = {}
-        self._strangers: set[asyncio.StreamWriter] = set()
+        self._strangers: dict[asyncio.StreamWriter, None] = {}  # the oldest first
+        self._num_refused = 0
 
     @classmethod
     async def open(cls, host: str, port: int = 0, *, bind: str | None = None) -> ControlListener:
@@ -154,23 +155,28 @@ class ControlListener:
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Find out who has connected; it is cut off unless it is expected."""
         peer = writer.get_extra_info("peername")
-        if len(self._strangers) >= MAX_STRANGERS:
-            logger.warning("too many unknown connections: refused one from %s", peer)
-            writer.close()
-            return
-        self._strangers.add(writer)
+        if len(self._strangers) >= MAX_STRANGERS:  # the newcomer may be a worker; who has said nothing so far is none
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.close()
+        self._strangers[writer] = None
         is_known = False
         try:
             hello = await asyncio.wait_for(_read_hello(reader), HELLO_TIMEOUT_S)
             is_known = self._admit(hello, reader, writer)
             if not is_known:
-                logger.warning("refused a worker from %s: it is not expected, or its token is wrong", peer)
+                self._refuse(peer, "it is a worker's that is not expected, or its token is wrong")
         except (OSError, EOFError, TimeoutError, ValueError, msgspec.MsgspecError):
-            logger.warning("refused a connection from %s: it is no worker's", peer)
+            self._refuse(peer, "it is no worker's")
         finally:
-            self._strangers.discard(writer)
+            self._strangers.pop(writer, None)
             if not is_known:
                 writer.close()
+
+    def _refuse(self, peer: object, reason: str) -> None:
+        self._num_refused += 1
+        if self._num_refused & (self._num_refused - 1) == 0:  # 1, 2, 4, 8, ...: who floods the port floods no log
+            logger.warning("refused connection number %d, from %s: %s", self._num_refused, peer, reason)
 
     def _admit(self, hello: Hello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         seat = self._seats.get((hello.rank, hello.incarnation))

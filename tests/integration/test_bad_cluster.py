@@ -1,6 +1,7 @@
 """Clusters that cannot work, and strangers at their ports: a word that helps, soon, and no process that hangs.
 
-Ray's own are in `test_ray.py`, those of the transports in `test_transports.py`.
+Ray's own are in `test_ray.py`, those of the transports in `test_transports.py`, those at the control port in
+`test_control_listener.py`.
 """
 
 from __future__ import annotations
@@ -8,23 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import psutil
 import pytest
 
-from amoe.cluster import control_listener
-from amoe.cluster.control_listener import ControlListener, Hello, connect_control
 from amoe.cluster.local import LocalCluster
 from amoe.cluster.process import LaunchSpec, TcpControl
 from amoe.cluster.worker_run import run_worker
 from amoe.config import EngineConfig, PlacementConfig
-from amoe.engine.messages import AbortRequests
 from amoe.errors import ConfigError, EngineDeadError
 from amoe.transport.opening import TcpSpec
 from benchmarks.chaos.run import run
@@ -120,83 +116,3 @@ def test_a_worker_that_cannot_reach_its_server() -> None:
     )
     with pytest.raises(EngineDeadError, match=f"worker 1 cannot reach the server at {HOST}:{port}.*open that port"):
         run_worker(spec)
-
-
-@contextlib.asynccontextmanager
-async def listener_of() -> AsyncIterator[ControlListener]:
-    listener = await ControlListener.open(HOST)
-    try:
-        yield listener
-    finally:
-        await listener.close()
-
-
-async def say(port: int, words: bytes) -> bytes:
-    """What a stranger hears who says this: all until it is cut off."""
-    reader, writer = await asyncio.open_connection(HOST, port)
-    try:
-        writer.write(words)
-        return await reader.read()
-    except ConnectionResetError:
-        return b""
-    finally:
-        writer.close()
-
-
-def hello(token: str, rank: int, incarnation: int) -> bytes:
-    body = msgspec.msgpack.encode(Hello(token, rank, incarnation))
-    return struct.pack("<I", len(body)) + body
-
-
-async def test_who_is_expected_is_let_in_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_listener, "HELLO_TIMEOUT_S", 0.2)
-    async with listener_of() as listener:
-        control = listener.expect(1, 3)
-        waiting = asyncio.ensure_future(listener.channel(1, 3))
-        refused = [
-            hello("wrong", 1, 3),
-            hello("", 1, 3),
-            hello(control.token, 1, 2),  # a former life
-            hello(control.token, 2, 3),
-            struct.pack("<I", 1 << 30),
-            struct.pack("<I", 4) + b"\xc1\xc1\xc1\xc1",
-            *(words for words in GARBAGE if words),
-            b"\x08",  # and then nothing
-        ]
-        assert await asyncio.gather(*(say(listener.port, words) for words in refused)) == [b""] * len(refused)
-        assert not waiting.done()
-
-        worker = await asyncio.to_thread(connect_control, control, 1, 3)
-        with worker:
-            channel = await asyncio.wait_for(waiting, SOON_S)
-            assert await say(listener.port, hello(control.token, 1, 3)) == b"", "a token opens one channel"
-            channel.send(AbortRequests([7]))
-            worker.settimeout(SOON_S)
-            assert await asyncio.to_thread(worker.recv, 1), "the channel works"
-            await channel.close()
-
-
-async def test_silent_strangers_take_no_workers_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_listener, "HELLO_TIMEOUT_S", 0.5)
-    async with listener_of() as listener:
-        crowd = [await asyncio.open_connection(HOST, listener.port) for _ in range(control_listener.MAX_STRANGERS + 8)]
-        assert await asyncio.gather(*(reader.read() for reader, _ in crowd)) == [b""] * len(crowd), "all are cut off"
-        for _, writer in crowd:
-            writer.close()
-        control = listener.expect(0, 0)
-        waiting = asyncio.ensure_future(listener.channel(0, 0))
-        with await asyncio.to_thread(connect_control, control, 0, 0):
-            channel = await asyncio.wait_for(waiting, SOON_S)
-            await channel.close()
-
-
-async def test_a_worker_that_never_comes_is_forgotten() -> None:
-    async with listener_of() as listener:
-        listener.expect(0, 0)
-        waiting = asyncio.ensure_future(listener.channel(0, 0))
-        await asyncio.sleep(0)
-        listener.expect(0, 1)  # its next life is awaited instead
-        with pytest.raises(EngineDeadError, match="not expected any more"):
-            await waiting
-        with pytest.raises(EngineDeadError, match="is not expected"):
-            await listener.channel(0, 0)

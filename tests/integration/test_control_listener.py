@@ -99,11 +99,25 @@ async def test_strangers_are_refused_and_the_worker_still_comes_in(listener: Con
     port.close()
 
 
+async def test_a_crowd_that_says_nothing_keeps_no_worker_out(listener: ControlListener) -> None:
+    crowd = [await asyncio.open_connection("127.0.0.1", listener.port) for _ in range(MAX_STRANGERS + 5)]
+    control = listener.expect(0, 0)
+    port = await connected(control, 0, 0)
+    channel = await asyncio.wait_for(listener.channel(0, 0), 60)
+    assert await asyncio.wait_for(crowd[0][0].read(), 60) == b"", "who came first has made room"
+    port.send(Applied(7))
+    assert await anext(channel) == Applied(7)
+    await channel.close()
+    port.close()
+    for _, writer in crowd:
+        writer.close()
+
+
 async def test_who_says_nothing_holds_a_place_for_a_short_while_only(
     listener: ControlListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("amoe.cluster.control_listener.HELLO_TIMEOUT_S", 0.2)
-    mute = [await asyncio.open_connection("127.0.0.1", listener.port) for _ in range(MAX_STRANGERS + 5)]
+    mute = [await asyncio.open_connection("127.0.0.1", listener.port) for _ in range(3)]
     for reader, writer in mute:
         assert await asyncio.wait_for(reader.read(), 60) == b""
         writer.close()
@@ -117,9 +131,12 @@ async def test_who_is_forgotten_is_waited_for_no_more(listener: ControlListener)
     control = listener.expect(0, 0)
     waiting = asyncio.create_task(listener.channel(0, 0))
     await asyncio.sleep(0)
-    listener.forget(0, 0)
-    with pytest.raises(EngineDeadError, match="not expected"):
+    listener.expect(0, 1)  # its next life is awaited instead
+    with pytest.raises(EngineDeadError, match="not expected any more"):
         await waiting
+    listener.forget(0, 1)
+    with pytest.raises(EngineDeadError, match="not expected"):
+        await listener.channel(0, 1)
     assert await is_refused(listener, hello(control.token, 0, 0))
 
 
