@@ -41,7 +41,8 @@ class Batcher:
     """Owns the sequences of one attention worker, their rows, token slots and KV blocks.
 
     Args:
-        has_capacity: best-effort sequences may lose pairs, so that their KV is of no use to exact ones.
+        has_capacity: best-effort sequences may lose pairs at any time, so that their KV is of use to each other alone.
+            Without: only while nobody holds an expert, which must not outlast that in anybody's KV.
     """
 
     def __init__(
@@ -378,7 +379,7 @@ class Batcher:
     def _commit(self, sequence: Sequence) -> None:
         """Name the blocks of a sequence that have become full and are computed in every layer."""
         root = self._root_of(sequence)
-        if root is None:
+        if root is None or (not self._has_capacity and self.table.has_lost(sequence.row)):
             return
         size = self.blocks.block_size
         full = int(self.table.num_computed[sequence.row]) // size

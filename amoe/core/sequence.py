@@ -135,6 +135,10 @@ class SequenceTable:
     def num_free_rows(self) -> int:
         return len(self._free_rows)
 
+    def has_lost(self, row: int) -> bool:
+        """Some of its pairs have been dropped, or computed by other experts."""
+        return bool(self.usage[row, UsageColumn.DROPPED] or self.usage[row, UsageColumn.REROUTED])
+
     def enter(self, sequence: Sequence) -> None:
         """Give a waiting sequence, whose blocks are set, a row."""
         row = self._free_rows.pop()

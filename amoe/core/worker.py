@@ -130,7 +130,7 @@ class WorkerCore:
             num_kv_blocks,
             max_model_len,
             len(owner_ranks) + 1,  # the last one is nobody
-            has_capacity=config.may_degrade,
+            has_capacity=config.capacity.is_on,
         )
         if scheduler.schedule == "lockstep":
             in_march = config.placement.expert_ranks  # nobody joins it

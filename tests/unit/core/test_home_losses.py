@@ -13,7 +13,7 @@ from amoe.core.worker import ModelShape, WorkerCore
 from amoe.policy.capacity import RoutedBatch, reroute
 from amoe.types import Batch, BatchKind, SamplingParams
 
-NUM_EXPERTS, TOP_K = 4, 2
+NUM_EXPERTS, TOP_K, BLOCK = 4, 2, 16
 HOME, LEFT, RIGHT = 0, 1, 2  # ranks: experts 0 and 1 live at LEFT, 2 and 3 at RIGHT
 OWNERS = np.repeat(np.array([[[0], [0], [1], [1]]], np.int16), 2, axis=0)
 SCORES = np.array([0.4, 0.1, 0.3, 0.2], np.float32)  # by expert, of every token
@@ -130,6 +130,23 @@ def test_a_chunk_with_a_token_that_nobody_can_compute_marches_alone_as_a_whole()
     home.answer(again, incarnation=1)
     home.attend((0, 1), (2, 3))
     assert home.batcher.join.outstanding[0] == 0, "the wave waits for a token that has left it"
+
+
+@pytest.mark.parametrize("has_loss", [False, True])
+def test_what_a_lost_expert_has_spoiled_is_found_by_nobody_later(has_loss):
+    home = Home(on_expert_loss="reroute")
+    home.tell(left=0, right=NOBODY if has_loss else 0)
+    for _ in range(2):
+        pairs = [(0, 2)] * BLOCK + [(0, 1)]
+        home.add(len(home.batcher.table.sequences), num_tokens=BLOCK + 1, capacity="best_effort")
+        (sequence,) = home.batcher.running.values()
+        for _ in range(2):
+            for batch in home.attend(*pairs[sequence.num_cached_tokens :]):
+                home.answer(batch)
+        home.tell(left=0, right=0)
+        home.batcher.abort(sequence.request_id)
+        assert home.core.next_step(0.0).num_tokens == 0  # the head, of the one that is gone
+    assert sequence.num_cached_tokens == (0 if has_loss else BLOCK)
 
 
 @pytest.mark.parametrize("scope", ["expert", "device"])
