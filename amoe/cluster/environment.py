@@ -1,4 +1,4 @@
-"""The environment variables of a worker's process that are about speed and memory."""
+"""The environment variables of a worker's process: what it gets of the server's, and what is about speed and memory."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ def tuned(num_threads: int, environment: Mapping[str, str]) -> dict[str, str]:
         # Else torch.distributed prints a C++ stack trace whenever a peer goes away.
         "TORCH_CPP_LOG_LEVEL": environment.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
+
+
+def inherited(num_threads: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """What a worker on this host gets: all of `environment` but secrets, and `tuned`."""
+    return {name: value for name, value in environment.items() if name not in SECRETS} | tuned(num_threads, environment)
 
 
 def remote(num_threads: int, environment: Mapping[str, str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ import msgspec
 
 import amoe
 from amoe.cluster.channel import ready_message
-from amoe.cluster.environment import tuned
+from amoe.cluster.environment import inherited
 from amoe.cluster.launcher import WorkerHandle
 from amoe.cluster.process import InheritedControl, LaunchSpec, title_of
 from amoe.cluster.spare import SpareProcess, tell
@@ -237,11 +237,10 @@ def start_process(config: EngineConfig, title: str, descriptors: tuple[int, ...]
 
 
 def _environment(config: EngineConfig) -> dict[str, str]:
-    """The child's environment: ours, what is good for it, and the path on which this very amoe was found."""
+    """The child's environment: of ours what is good for it, and the path on which this very amoe was found."""
     root = str(Path(amoe.__file__).parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return (
-        os.environ
-        | tuned(threads_per_worker(config), os.environ)
-        | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-    )
+    return inherited(threads_per_worker(config), os.environ) | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+    }

@@ -60,6 +60,14 @@ def test_variables_for_other_hosts():
     assert found["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
+def test_variables_on_this_host():
+    """All but the server's secrets: whoever reads a worker's environment learns none."""
+    given = {"AMOE_API_KEY": "secret", "AMOE_ADMIN_KEY": "secret", "PATH": "/bin", "OMP_NUM_THREADS": "64"}
+    found = environment.inherited(3, given)
+    assert "secret" not in found.values()
+    assert found["PATH"] == "/bin" and found["OMP_NUM_THREADS"] == "3"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
