@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
+# Most of the tests wait for servers. A file's tests stay together: they share what it takes long to start.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help venv serve test test-all check format gpu study clean
@@ -33,7 +35,7 @@ serve: $(VENV)/installed  ## Serve the built-in model on port 8000 (PORT=..., AR
 	$(BIN)/amoe serve --port $(PORT) $(ARGS)
 
 test: $(VENV)/installed-dev  ## Run the tests
-	$(BIN)/python -m pytest -m "not matrix and not gpu"
+	$(BIN)/python -m pytest -m "not matrix and not gpu" $(SIDE_BY_SIDE)
 
 test-all: $(VENV)/installed-dev  ## Run the tests with the whole token-exactness matrix and more random examples
 	$(BIN)/python -m pytest -m "not gpu" --hypothesis-profile=thorough
