@@ -55,8 +55,8 @@ class Dispatcher:
                 nothing of it is sent before somebody is there.
         """
         dispatched = np.zeros((len(owners), self.nobody + 1), np.bool_)
-        for owner in self._there:
-            dispatched[:, owner] = (owners == owner).any(axis=1)
+        dispatched[np.arange(len(owners))[:, None], owners] = True
+        dispatched[:, self.nobody] = False  # where -1, no pair, has left a trace as well
         if may_be_nobody and (parked := (owners == self.nobody).any(axis=1)).any():
             dispatched[parked] = False
             dispatched[parked, self.nobody] = True
