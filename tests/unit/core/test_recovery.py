@@ -70,7 +70,7 @@ def run(scenario: Scenario) -> ChaosCluster:
     return cluster
 
 
-@clusters(40)
+@clusters(20)
 @given(broken(homes=False))
 def test_expert_workers_die_and_come_and_experts_move(scenario):
     run(scenario)
