@@ -5,6 +5,7 @@
     ├── CheckpointError        a checkpoint that cannot be served; the message names file, tensor or option
     ├── RequestError           a request that cannot be served (HTTP 400)
     │   └── QuotingError       ... whose message may quote the prompt
+    ├── UnfinishedError        a change of the cluster that began, and came to nothing or to half; it may be asked again
     ├── EngineOverloadedError  the waiting queue is full (HTTP 503 with Retry-After)
     ├── EngineDeadError        a worker died or hangs; nothing can be served any more (HTTP 503)
     └── TransportError         a peer broke the wire protocol or went away
@@ -36,6 +37,10 @@ class RequestError(AmoeError):
 class QuotingError(RequestError):
     """A request that cannot be served, for a reason that may quote the prompt: what follows the message's first colon.
     That is for the user, and not for logs."""
+
+
+class UnfinishedError(AmoeError):
+    """A change of the cluster that began, and came to nothing or to half. The message says what is true now."""
 
 
 class EngineOverloadedError(AmoeError):

@@ -19,7 +19,7 @@ from amoe.cluster.topology import TopologyBoard
 from amoe.engine.async_engine import AsyncEngine
 from amoe.engine.emulated_device import Shape
 from amoe.engine.messages import Heartbeat, HoldExperts, Holding, ToServer
-from amoe.errors import ConfigError
+from amoe.errors import ConfigError, UnfinishedError
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +100,14 @@ class ElasticCluster:
             members = self._members()
             if count > len(members):
                 spare = [rank for rank in self._placement.owner_ranks if rank not in self._supervisor.ranks]
-                await self._grow(spare[: count - len(members)])
+                await self._grow(spare[: count - len(members)], count)
             for rank in sorted(members, reverse=True)[: max(0, len(members) - count)]:
-                await self._shrink(rank)
+                try:
+                    await self._shrink(rank)
+                except ConfigError as error:
+                    raise UnfinishedError(
+                        f"{error}; {self._num_serving} expert workers serve, not {count}; ask again"
+                    ) from error
         return self.status()
 
     async def replicate(self, layer: int, expert: int, count: int) -> ClusterStatus:
@@ -118,6 +123,10 @@ class ElasticCluster:
     def _members(self) -> list[int]:
         """Ranks of workers that hold experts, or ought to."""
         return [p.rank for p in self._supervisor.places if p.role != "attention" and p.state != "draining"]
+
+    @property
+    def _num_serving(self) -> int:
+        return sum(p.role != "attention" and p.state == "serving" for p in self._supervisor.places)
 
     def _check_count(self, count: int) -> None:
         placement = self._placement
@@ -144,20 +153,27 @@ class ElasticCluster:
 
     # -- more, and fewer ---------------------------------------------------------------------------------------------
 
-    async def _grow(self, ranks: list[int]) -> None:
-        """Start workers side by side, then give each its share.
+    async def _grow(self, ranks: list[int], count: int) -> None:
+        """Start workers side by side, then give each its share; there shall be `count` then.
 
         Raises:
-            ConfigError: not all could be had; those that could serve.
+            UnfinishedError: not all could be had; those that could serve.
         """
         self._action = f"starting {', '.join(title_of(self._placement, rank) for rank in ranks)}"
         results = await asyncio.gather(*(self._supervisor.add(rank) for rank in ranks), return_exceptions=True)
+        failures = [result for result in results if result is not None]
         for rank, result in zip(ranks, results, strict=True):
             if result is None:
-                await self._take_in(rank)
-        for result in results:
-            if result is not None:
-                raise result
+                try:
+                    await self._take_in(rank)
+                except ConfigError as error:  # the next one may get its share all the same
+                    failures.append(error)
+        for failure in failures:
+            if not isinstance(failure, ConfigError):
+                raise failure
+        if failures:
+            reasons = "; ".join(map(str, failures))
+            raise UnfinishedError(f"{reasons}; {self._num_serving} of {count} expert workers serve; ask again")
 
     async def _take_in(self, rank: int) -> None:
         try:

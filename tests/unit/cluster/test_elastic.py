@@ -13,7 +13,7 @@ import pytest
 from amoe.cluster.elastic import ElasticCluster
 from amoe.config import FailureConfig, PlacementConfig
 from amoe.engine.messages import Applied, Heartbeat, HoldExperts, Holding, Topology, ToWorker
-from amoe.errors import ConfigError
+from amoe.errors import ConfigError, UnfinishedError
 from amoe.policy.placement import place_experts
 from amoe.stats import WorkerStats
 from tests.unit.cluster.fake_cluster import Fakes, FakeWorker
@@ -113,15 +113,26 @@ async def test_workers_that_hold_attention_too_stay(elastic: Elastic) -> None:
 
 async def test_one_that_cannot_start_is_told_and_leaves_nothing(elastic: Elastic) -> None:
     elastic.scripts[3].append(ConfigError("no room"))
-    with pytest.raises(ConfigError, match="expert 2 could not be started: no room"):
+    with pytest.raises(
+        UnfinishedError, match="expert 2 could not be started: no room; 2 of 3 expert workers serve; ask"
+    ):
         await elastic.admin.scale_experts(3)
     assert elastic.admin.status().num_expert_workers == 2
     assert (await elastic.admin.scale_experts(3)).num_expert_workers == 3  # it works the next time
 
 
+async def test_the_others_join_if_one_cannot_start(elastic: Elastic) -> None:
+    await elastic.admin.scale_experts(1)
+    elastic.scripts[3].append(ConfigError("killed by SIGKILL"))
+    with pytest.raises(UnfinishedError, match="expert 2 could not be started: killed by SIGKILL; 2 of 3") as caught:
+        await elastic.admin.scale_experts(3)
+    assert not isinstance(caught.value, ConfigError), "it is no mistake of whoever asked"
+    assert [len(experts) for experts in elastic.owned().values()] == [3, 3, 0]
+
+
 async def test_one_that_cannot_hold_its_share_leaves_again(elastic: Elastic) -> None:
     elastic.refuses.add(3)
-    with pytest.raises(ConfigError, match="expert 2 cannot hold its experts: no memory"):
+    with pytest.raises(UnfinishedError, match="expert 2 cannot hold its experts: no memory; 2 of 3"):
         await elastic.admin.scale_experts(3)
     assert elastic.supervisor.ranks == {0, 1, 2}
     assert elastic.owned()[3] == []
@@ -130,7 +141,9 @@ async def test_one_that_cannot_hold_its_share_leaves_again(elastic: Elastic) -> 
 async def test_one_whose_experts_nobody_can_take_stays(elastic: Elastic) -> None:
     elastic.refuses.add(1)
     before = elastic.owned()
-    with pytest.raises(ConfigError, match="expert 0 cannot hold its experts: no memory"):
+    with pytest.raises(
+        UnfinishedError, match="expert 0 cannot hold its experts: no memory; 2 expert workers serve, not 1"
+    ):
         await elastic.admin.scale_experts(1)
     assert elastic.owned() == before
     assert [worker.state for worker in elastic.admin.status().workers] == ["serving"] * 3
