@@ -24,6 +24,7 @@ class Totals:
 
     Attributes:
         expert_pairs: [num_layers, num_experts] over all workers; None before the first heartbeat.
+        expert_ranks: of the workers whose counts these are.
     """
 
     at_s: float
@@ -32,6 +33,7 @@ class Totals:
     prefix_queries: int
     prefix_hits: int
     expert_pairs: npt.NDArray[np.int64] | None
+    expert_ranks: frozenset[int]
 
 
 def totals_of(flow: FlowSample, workers: Sequence[WorkerStats]) -> Totals:
@@ -44,16 +46,21 @@ def totals_of(flow: FlowSample, workers: Sequence[WorkerStats]) -> Totals:
         sum(worker.prefix_queries for worker in workers),
         sum(worker.prefix_hits for worker in workers),
         np.sum(pairs, axis=0) if pairs else None,
+        frozenset(worker.rank for worker in workers if worker.expert_pairs),
     )
 
 
 def hottest_layer(before: Totals, now: Totals) -> tuple[int, float] | None:
-    """The layer whose busiest expert took most, and its pairs divided by the mean expert's; None: nothing ran."""
-    if now.expert_pairs is None:
+    """The layer whose busiest expert took most, and its pairs divided by the mean expert's; None: nobody can say.
+
+    The counts are of workers that are present. One that has left, or begins anew, takes its counts along, and no
+    difference says anything then.
+    """
+    if now.expert_pairs is None or not before.expert_ranks <= now.expert_ranks:
         return None
     pairs = now.expert_pairs if before.expert_pairs is None else now.expert_pairs - before.expert_pairs
     means = pairs.mean(axis=1)
-    if not means.any():
+    if not means.any() or pairs.min() < 0:
         return None
     imbalance = np.divide(pairs.max(axis=1), means, out=np.zeros_like(means), where=means > 0)
     layer = int(imbalance.argmax())
@@ -73,7 +80,7 @@ def status_line(before: Totals, now: Totals, workers: Sequence[WorkerStats]) -> 
         f"KV cache usage: {usage:.1%}",
     ]
     queries = now.prefix_queries - before.prefix_queries
-    if queries:
+    if queries > 0:
         parts.append(f"prefix cache hit rate: {(now.prefix_hits - before.prefix_hits) / queries:.1%}")
     hottest = hottest_layer(before, now)
     if hottest is not None:

@@ -44,6 +44,18 @@ def test_the_hottest_layer_before_any_word_of_the_workers():
     assert hottest_layer(nothing, some) == (0, pytest.approx(1.5))
 
 
+def test_the_hottest_layer_is_unknown_when_a_worker_has_left():
+    all_of_them = workers([[10, 10], [0, 50]], 10)
+    before = totals_of(RequestFlow().now(0.0), all_of_them)
+    now = totals_of(RequestFlow().now(10.0), all_of_them[:-1])
+    assert hottest_layer(before, now) is None
+    assert "hottest" not in status_line(before, now, all_of_them[:-1])
+    busy_since = totals_of(RequestFlow().now(10.0), workers([[90, 90], [90, 90]], 10)[:-1])
+    assert hottest_layer(before, busy_since) is None, "no count has gone down, and they are wrong all the same"
+    anew = totals_of(RequestFlow().now(10.0), workers([[2, 0], [0, 0]], 10))
+    assert hottest_layer(before, anew) is None, "the next life of a worker counts from nothing"
+
+
 async def test_it_is_logged_while_there_is_traffic_and_once_more(server: Harness, caplog):
     caplog.set_level(logging.INFO, "amoe.status")
     engine: AsyncEngine = server.engine
