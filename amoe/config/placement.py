@@ -54,9 +54,14 @@ class PlacementConfig:
             "--expert-load says where --redundant-experts N go: give both",
         )
         require(
-            self.max_expert_workers is None or self.max_expert_workers >= self.expert_workers > 0,
-            "--max-expert-workers must be at least --expert-workers, and goes with --expert-workers: a worker that "
-            "holds attention as well is not added or removed while others serve",
+            self.max_expert_workers is None or self.expert_workers > 0,
+            "--max-expert-workers goes with --expert-workers N: a worker that holds attention as well is not added or "
+            "removed while others serve",
+        )
+        require(
+            self.max_expert_workers is None or self.max_expert_workers >= self.expert_workers,
+            f"--max-expert-workers must be at least --expert-workers: {self.max_expert_workers} is less than "
+            f"{self.expert_workers}",
         )
         require(
             self.num_ranks <= MAX_RANKS,

@@ -128,7 +128,7 @@ class TestElasticity:
             ("--schedule lockstep --rebalance-interval 9", "--rebalance-interval needs workers that do not wait"),
             ("--colocated 2 --max-expert-workers 3", "goes with --expert-workers"),
             ("--max-expert-workers 3", "goes with --expert-workers"),
-            ("--expert-workers 3 --max-expert-workers 2", "must be at least --expert-workers"),
+            ("--expert-workers 3 --max-expert-workers 2", "must be at least --expert-workers: 2 is less than 3"),
             ("--expert-workers 3 --max-expert-workers 100000", "at most 1024 workers"),
             ("--rebalance-interval -1", "--rebalance-interval must be 0"),
             ("--rebalance-interval 0.5", "--rebalance-interval must be 0"),
