@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,6 +12,26 @@ from amoe.errors import ConfigError
 
 ExecutorName = Literal["local", "ray"]
 EXECUTORS: tuple[str, ...] = get_args(ExecutorName)
+RAY_KEYWORDS = ("auto", "local")  # addresses that Ray itself makes something of
+
+
+def split_ray_address(address: str) -> tuple[str, int]:
+    """Host and port of a Ray head.
+
+    Raises:
+        ConfigError: it can be no such address.
+    """
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"--ray-address (RAY_ADDRESS) {address}: a Ray client is no part of the cluster, and workers could not "
+            "reach the server: start it on a node of the cluster, with HOST:PORT of the head (usually port 6379)"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"--ray-address (RAY_ADDRESS) {address!r} is not HOST:PORT of a Ray head, as in 10.0.0.1:6379"
+        )
+    return host.strip("[]"), int(port)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,3 +80,13 @@ class ExecutorOptions:
             raise ConfigError("--warm-spare keeps a process of this host, and --executor ray starts workers elsewhere")
         if api_server_count > 1:
             raise ConfigError("--executor ray goes with one API process: leave --api-server-count away")
+
+    def check_address(self, environment: Mapping[str, str]) -> None:
+        """Refuse an address that can be none, before the seconds that importing Ray takes.
+
+        Raises:
+            ConfigError: it can be none.
+        """
+        address = self.ray_address or environment.get("RAY_ADDRESS")
+        if self.name == "ray" and address and address not in RAY_KEYWORDS:
+            split_ray_address(address)

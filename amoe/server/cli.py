@@ -51,9 +51,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def serve(args: argparse.Namespace) -> int:
     """Run the server. Returns the exit status."""
-    from amoe.server.run import run_server  # late: `amoe --help` needs none of it
+    config, options, logs = settings_of(args, os.environ)
+    options.executor.check_address(os.environ)
+    from amoe.server.run import run_server  # late: `amoe --help` and what is refused need none of it
 
-    return run_server(*settings_of(args, os.environ))
+    return run_server(config, options, logs)
 
 
 def settings_of(

@@ -278,11 +278,20 @@ def test_an_address_where_nobody_listens(at_nobodys_address: Refused) -> None:
     assert f"no Ray cluster answers at {at_nobodys_address.address}" in words and "ray start --head" in words
 
 
-async def test_a_cluster_that_ended_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray remembers the last one of this host, even if it was killed."""
-    address = f"127.0.0.1:{free_port()}"
-    monkeypatch.setattr(session, "canonicalize_bootstrap_address", lambda _: address)
-    assert await session._running_here() is None
+async def test_without_an_announced_ray_one_is_started(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That of the other tests runs here, and is left alone."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with tempfile.TemporaryDirectory(prefix="amoe-ray-", ignore_cleanup_errors=True) as directory:
+        monkeypatch.setenv("RAY_TMPDIR", directory)
+        with caplog.at_level("INFO", "amoe"):
+            opened = await session.RaySession.open(None, 1)
+        try:
+            assert [node["Resources"]["CPU"] for node in await opened.nodes()] == [1]
+        finally:
+            await opened.close()
+    assert "starting a Ray of our own on this host" in caplog.text and "SIGTERM" not in caplog.text
 
 
 def test_an_address_that_is_no_rays(at_a_strangers_address: Refused) -> None:

@@ -12,7 +12,6 @@ import atexit
 import logging
 import os
 import queue
-import socket
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -20,9 +19,10 @@ from typing import Any, TypeVar
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import, which reads it: a server calls nobody
 
 import ray
-from ray._private.services import canonicalize_bootstrap_address
+from ray._private.services import find_bootstrap_address
 from ray._private.state import available_resources_per_node  # its public sister adds the nodes up
 
+from amoe.cluster.executor import split_ray_address
 from amoe.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -173,12 +173,18 @@ class RaySession:
         self.thread.close()
 
 
+def _is_worth_telling(record: logging.LogRecord) -> bool:
+    """Ray's calls are not made in the main thread on purpose, see above."""
+    return not record.getMessage().startswith("SIGTERM handler is not set")
+
+
 async def _connect(thread: RayThread, address: str | None, local_cpus: int) -> None:
     if address is None:
         running = await _running_here()
         if running is None:
             await _start(thread, local_cpus)
         else:
+            logger.info("using Ray at %s (found on this host)", running)
             await _init(thread, running)
     elif address == "local":
         await _start(thread, local_cpus)
@@ -195,20 +201,31 @@ async def _connect(thread: RayThread, address: str | None, local_cpus: int) -> N
 
 
 async def _running_here() -> str | None:
-    """The cluster that this host is part of, as Ray remembers it; what it remembers may have ended long ago."""
-    address = canonicalize_bootstrap_address("auto")
-    if address is None:
+    """The cluster that `ray start` has made this host part of, as Ray remembers it; it may have ended long ago.
+
+    Not any that runs on this host: `auto` would join those of other programs, and raises an error if there is none.
+    """
+    try:
+        address = find_bootstrap_address(None)
+    except OSError as error:
+        logger.info("which Ray runs on this host cannot be read: %s", error)
+        return None
+    if not address:
         return None
     try:
         await _check_address(address)
     except ConfigError:
         logger.info("Ray remembers a cluster at %s, where nobody answers", address)
         return None
-    return address
+    return str(address)
 
 
 async def _start(thread: RayThread, num_cpus: int) -> None:
-    logger.info("starting a Ray of our own on this host")
+    logger.info(
+        "starting a Ray of our own on this host, which takes it for one of %d CPU (it has %d)",
+        num_cpus,
+        os.cpu_count() or 1,
+    )
     await _init(thread, "local", START_TIMEOUT_S, num_cpus=num_cpus, include_dashboard=False)
 
 
@@ -218,6 +235,7 @@ async def _init(thread: RayThread, address: str, timeout_s: float = INIT_TIMEOUT
     Raises:
         ConfigError: it has not answered.
     """
+    logging.getLogger("ray._private.worker").addFilter(_is_worth_telling)
     call = thread.call(ray.init, address, namespace=NAMESPACE, logging_level=_LOG_LEVEL, **options)
     try:
         await asyncio.wait_for(call, timeout_s)
@@ -232,21 +250,12 @@ async def _check_address(address: str) -> None:
     """Ray itself would try for minutes, and then end the process.
 
     Raises:
-        ConfigError: nobody listens there.
+        ConfigError: nobody listens there, or it can be no address.
     """
-    if address.startswith("ray://"):
-        raise ConfigError(
-            f"--ray-address (RAY_ADDRESS) {address}: a Ray client is no part of the cluster, and workers could not "
-            "reach the server: start it on a node of the cluster, with HOST:PORT of the head (usually port 6379)"
-        )
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ConfigError(
-            f"--ray-address (RAY_ADDRESS) {address!r} is not HOST:PORT of a Ray head, as in 10.0.0.1:6379"
-        )
+    host, port = split_ray_address(address)
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), int(port)), CONNECT_TIMEOUT_S)
-    except (OSError, OverflowError, TimeoutError, socket.gaierror) as error:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), CONNECT_TIMEOUT_S)
+    except (OSError, TimeoutError) as error:
         reason = str(error) or f"no answer within {CONNECT_TIMEOUT_S:g} s"
         raise ConfigError(
             f"no Ray cluster answers at {address} ({reason}): is the head running (`ray start --head`), and is "

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ray.exceptions import RayError
 
 from amoe.cluster import environment
+from amoe.cluster.executor import ExecutorOptions
 from amoe.cluster.ray_cluster import metrics, placement, session
 from amoe.cluster.ray_cluster.actor import kill_process, software, started_at
 from amoe.cluster.ray_cluster.handle import describe_death
@@ -110,6 +116,72 @@ async def test_addresses_that_cannot_be(address, message):
     with pytest.raises(ConfigError) as error:
         await session._check_address(address)
     assert message in str(error.value)
+
+
+@pytest.fixture
+def ray_directory(monkeypatch, tmp_path: Path) -> Path:
+    """Where `ray start` announces itself; nothing is there."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (directory := tmp_path / "ray").mkdir()
+    return directory
+
+
+async def test_without_a_ray_none_is_found(ray_directory):
+    assert await session._running_here() is None
+    (ray_directory / "ray_current_cluster").write_text("", encoding="utf-8")
+    assert await session._running_here() is None
+    (ray_directory / "ray_current_cluster").write_text("nonsense", encoding="utf-8")
+    assert await session._running_here() is None
+
+
+async def test_what_ray_start_announces_is_found(ray_directory):
+    """Until it has ended, even if it was killed."""
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        (ray_directory / "ray_current_cluster").write_text(address, encoding="utf-8")
+        assert await session._running_here() == address
+    assert await session._running_here() is None
+
+
+async def test_a_ray_that_is_not_announced_is_not_joined(ray_directory, monkeypatch):
+    """Its process may be another program's."""
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        found = {f"127.0.0.1:{head.getsockname()[1]}"}
+        monkeypatch.setattr("ray._private.services.find_gcs_addresses", lambda: found)
+        assert await session._running_here() is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable"), [("ray://h:10001", ""), ("nonsense", "10.0.0.1:6379"), (None, "h:99999")]
+)
+def test_an_address_is_refused_before_ray_is_imported(flag, variable):
+    with pytest.raises(ConfigError, match="--ray-address"):
+        ExecutorOptions(name="ray", ray_address=flag).check_address({"RAY_ADDRESS": variable})
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "10.0.0.1:6379", "[::1]:6379", "", None])
+def test_addresses_that_can_be(address):
+    ExecutorOptions(name="ray", ray_address=address).check_address({})
+    ExecutorOptions(name="ray").check_address({"RAY_ADDRESS": address or ""})
+    ExecutorOptions().check_address({"RAY_ADDRESS": "nonsense"})
+
+
+def test_what_is_refused_imports_neither_ray_nor_torch():
+    flags = ["serve", "--executor", "ray"]
+    for more in (["--transport", "shm"], ["--ray-address", "nonsense"]):
+        code = (
+            "import sys; from amoe.cli import main\n"
+            f"status = main({flags + more!r})\n"
+            "print(status, sorted({'ray', 'torch'} & set(sys.modules)))"
+        )
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert ran.stdout == "2 []\n", ran.stderr
+
+
+def test_ray_says_nothing_of_a_signal_handler():
+    told = logging.LogRecord("r", logging.WARNING, "", 0, "SIGTERM handler is not set because", None, None)
+    other = logging.LogRecord("r", logging.WARNING, "", 0, "%s is full", ("the disk",), None)
+    assert not session._is_worth_telling(told) and session._is_worth_telling(other)
 
 
 async def test_calls_go_through_one_thread_and_their_errors_come_back():
