@@ -35,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server")
     parser.add_argument("--admin-key", metavar="KEY", help="default: AMOE_ADMIN_KEY of the environment")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--status", action="store_true", help="show the workers")
+    what.add_argument("--status", action="store_true", help="show the workers, and what was asked for lately")
     what.add_argument("--expert-workers", type=int, metavar="N", help="let there be N of them")
     what.add_argument(
         "--replicas", type=int, metavar="N", help="let N workers hold the expert of --layer L and --expert E"

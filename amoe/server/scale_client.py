@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -19,6 +21,7 @@ from amoe.server.scale_cli import Order
 
 POLL_S = 0.3
 TIMEOUT_S = 10.0
+NUM_ACTIONS = 3  # that --status shows
 PATIENCE_S = 15.0  # a server under load may be slow to answer once
 
 Cluster = dict[str, Any]
@@ -57,7 +60,8 @@ class AdminClient:
 
         Raises:
             ConfigError: it cannot be done.
-            AmoeError: it has failed, or the server does not answer any more.
+            ActionFailedError: it has failed.
+            AmoeError: the server does not answer any more.
         """
         heard_at = time.monotonic()
         while True:
@@ -74,7 +78,7 @@ class AdminClient:
                 if action["state"] == "refused":
                     raise ConfigError(action["error"])
                 if action["state"] == "failed":
-                    raise AmoeError(action["error"])
+                    raise ActionFailedError(action["error"], cluster)
                 if action["state"] == "done":
                     return cluster
                 show(cluster["action"] or "waiting for its turn")
@@ -91,9 +95,23 @@ class AdminClient:
             with contextlib.suppress(ValueError):
                 if isinstance(body := response.json(), dict) and "workers" in body:
                     return body
-            raise ConfigError(f"{self._http.base_url} is not an amoe server, or another version of it")
+            raise ConfigError(f"{self._http.base_url} is not an amoe server, or another version of it{self._hint()}")
         message = _message(response)
-        raise (ConfigError if response.status_code < 500 else AmoeError)(message)
+        if response.status_code >= 500:
+            raise AmoeError(message)
+        raise ConfigError(f"{message}{self._hint()}")
+
+    def _hint(self) -> str:
+        """Clients of the API for models are given an address with /v1; this is another API."""
+        return "; --url ends with /v1: leave that away" if self._http.base_url.path.endswith("/v1/") else ""
+
+
+class ActionFailedError(AmoeError):
+    """An action began, and has failed. `cluster`: how it is now."""
+
+    def __init__(self, message: str, cluster: Cluster) -> None:
+        super().__init__(message)
+        self.cluster = cluster
 
 
 class _Unreachable(AmoeError):
@@ -134,22 +152,47 @@ def run_order(
         http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=TIMEOUT_S, transport=transport)
     except (httpx.InvalidURL, ValueError) as error:
         raise ConfigError(f"--url or --admin-key: {error}") from error
-    with http:
+    with http, _interruptions() as interruptions:
         client = AdminClient(http)
         before = client.cluster()
         if order.path is None:
             show_workers(console, before, before)
+            show_actions(console, before)
             return 0
+        interruptions.means = "the server may have begun; see `amoe scale --status`"
         number = client.begin(order)
+        interruptions.means = "the server goes on with it; see `amoe scale --status`"
         if not wait:
             console.print(f"begun: action {number}; `amoe scale --status` tells how it goes")
             return 0
         began_at = time.monotonic()
-        with _progress(console) as show:
-            after = client.follow(number, show)
+        try:
+            with _progress(console) as show:
+                after = client.follow(number, show)
+        except ActionFailedError as error:
+            show_workers(console, before, error.cluster)
+            raise
         console.print(f"done after {time.monotonic() - began_at:.1f} s", highlight=False)
         show_workers(console, before, after)
     return 0
+
+
+@dataclass
+class _Interruptions:
+    """`means`: what becomes of the order if the user interrupts now."""
+
+    means: str = "nothing was asked"
+
+
+@contextlib.contextmanager
+def _interruptions() -> Iterator[_Interruptions]:
+    """Whoever interrupts is told what that means."""
+    interruptions = _Interruptions()
+    try:
+        yield interruptions
+    except KeyboardInterrupt:
+        print(f"amoe: interrupted: {interruptions.means}", file=sys.stderr)
+        raise
 
 
 @contextlib.contextmanager
@@ -192,6 +235,14 @@ def show_workers(console: Console, before: Cluster, after: Cluster) -> None:
         console.print(f"{after['missing']} (layer, expert) pairs are held by nobody now", style="bold red")
     if after["action"]:
         console.print(Text(f"at work: {after['action']}"))
+
+
+def show_actions(console: Console, cluster: Cluster) -> None:
+    """What has been asked for lately, and what became of it."""
+    for action in cluster["actions"][-NUM_ACTIONS:]:
+        error = f": {action['error']}" if action["error"] else ""
+        text = f"action {action['id']}: {action['action']}: {action['state']} after {action['seconds']:.1f} s{error}"
+        console.print(Text(text, style="bold red" if error else ""))
 
 
 def _history(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:

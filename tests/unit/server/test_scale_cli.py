@@ -67,9 +67,11 @@ class FakeAdmin:
         return asdict(status) | {"actions": actions if self.asked else []}
 
 
-def run(admin: FakeAdmin, order: Order, *, wait: bool = True, key: str = "boss") -> tuple[int, str]:
+def run(
+    admin: FakeAdmin, order: Order, *, wait: bool = True, key: str = "boss", console: Console | None = None
+) -> tuple[int, str]:
     """Exit status, and what is shown."""
-    console = Console(file=io.StringIO(), width=160)
+    console = console or Console(file=io.StringIO(), width=160)
     transport = httpx.MockTransport(admin)
     status = scale_client.run_order("http://server:1", key, order, wait=wait, console=console, transport=transport)
     assert isinstance(console.file, io.StringIO)
@@ -155,7 +157,50 @@ class TestRuns:
         admin.failure, admin.end = "expert 1 could not start", end
         with pytest.raises(AmoeError, match="expert 1 could not start") as caught:
             run(admin, SCALE)
-        assert type(caught.value) is kind
+        assert isinstance(caught.value, kind) and isinstance(caught.value, ConfigError) == (end == "refused")
+
+    def test_what_fails_half_way_shows_what_has_become_of_it(self):
+        admin = FakeAdmin(turns=1)
+        admin.failure = "expert 2 could not be started; 2 of 3 expert workers serve; ask again"
+        console = Console(file=io.StringIO(), width=160)
+        with pytest.raises(scale_client.ActionFailedError, match="2 of 3 expert workers serve; ask again"):
+            run(admin, SCALE, console=console)
+        shown = console.file.getvalue()
+        assert "added, serving" in shown and "expert workers 1 → 2 of at most 4" in shown
+        assert "done after" not in shown
+
+    def test_the_status_tells_what_has_failed(self):
+        admin = FakeAdmin(turns=1)
+        run(admin, SCALE, wait=False)
+        admin.failure = "expert 1 could not [start]"
+        status, shown = run(admin, Order())
+        assert status == 0
+        assert "action 7: x: failed after 1.0 s: expert 1 could not [start]" in shown
+
+    @pytest.mark.parametrize(
+        ("name", "means"),
+        [
+            ("cluster", "nothing was asked"),
+            ("begin", "the server may have begun; see `amoe scale --status`"),
+            ("follow", "the server goes on with it; see `amoe scale --status`"),
+        ],
+    )
+    def test_an_interruption_says_what_becomes_of_it(
+        self, name: str, means: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ):
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(scale_client.AdminClient, name, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(FakeAdmin(), SCALE)
+        assert capsys.readouterr().err == f"amoe: interrupted: {means}\n"
+
+    @pytest.mark.parametrize("status", [200, 401, 404])
+    def test_the_address_of_the_other_api(self, status: int):
+        transport = httpx.MockTransport(lambda _: httpx.Response(status))
+        with pytest.raises(ConfigError, match="--url ends with /v1: leave that away"):
+            scale_client.run_order("http://x:1/v1/", "k", Order(), wait=True, transport=transport)
 
     def test_a_wrong_key(self):
         with pytest.raises(ConfigError, match="no admin key"):
