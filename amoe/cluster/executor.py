@@ -40,7 +40,7 @@ class ExecutorOptions:
 
     Attributes:
         name: `local` or `ray`.
-        ray_address: of the Ray cluster; None: `RAY_ADDRESS` says it, or the one that runs here, or a new local one.
+        ray_address: of the Ray cluster; None: `RAY_ADDRESS` says it, or `ray start` here, or a new local one.
         deployment: part of the actors' names, `amoe/<deployment>/<role>-<rank>`: unique in a Ray cluster.
         ray_pin_roles: workers go only to nodes that declare the custom resource `amoe_attention`, `amoe_experts` or
             `amoe_colocated`.

@@ -20,7 +20,7 @@ def add_ray_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ray-address",
         metavar="HOST:PORT",
-        help="of the head; default: RAY_ADDRESS, or the Ray that runs on this host, or a new one",
+        help="of the head; default: RAY_ADDRESS, or what `ray start` has started on this host, or a new one",
     )
     group.add_argument(
         "--deployment-name",

@@ -126,8 +126,8 @@ class RaySession:
         """Connect; inside of an actor, that is done already.
 
         Args:
-            address: `HOST:PORT` of the head; None: what RAY_ADDRESS says, or else what runs on this host, or else a new
-                cluster on this host, which ends with the session.
+            address: `HOST:PORT` of the head; None: what RAY_ADDRESS says, or else what `ray start` made here, or else a
+                new cluster on this host, which ends with the session.
             local_cpus: logical processors of a new one.
 
         Raises:
