@@ -17,6 +17,8 @@ import contextlib
 import logging
 from collections.abc import Callable
 
+import numpy as np
+
 from amoe.clock import Clock, MonotonicClock
 from amoe.cluster.admin import WorkerStatus
 from amoe.cluster.cluster import WorkerCluster
@@ -24,13 +26,14 @@ from amoe.cluster.late_start import LateStarter
 from amoe.cluster.launcher import WorkerHandle
 from amoe.cluster.places import Place
 from amoe.cluster.process import title_of
-from amoe.cluster.topology import TopologyBoard
+from amoe.cluster.topology import NOBODY, TopologyBoard
 from amoe.engine.assembly import role_of
 from amoe.engine.async_engine import AsyncEngine
 from amoe.engine.messages import Applied, Failed, Heartbeat, Pulse, ToServer, Unanswered
 from amoe.engine.watchdog import STALL_TIMEOUT_S, step_limit_s
 from amoe.errors import AmoeError, ConfigError
 from amoe.metrics.cluster import LossKind
+from amoe.policy.rebalance import are_held_elsewhere
 from amoe.policy.supervision import Crashes, LifeSigns
 from amoe.stats import WorkerStats
 
@@ -207,14 +210,24 @@ class Supervisor:
         self._changed()
 
     def _consequence(self, place: Place) -> str:
-        """For the log."""
+        """For the log, once it has left the board."""
         waits = {
             "attention": "its sequences go on at others, or at its next life",
             "experts": "tokens for experts that it alone holds wait for its next life",
         }
         if self._config.failure.on_expert_loss == "reroute":
             waits["experts"] = "tokens go on without the experts that it alone holds"
+        if place.role != "attention" and self._is_replicated(place.rank):
+            waits["experts"] = "replicas of its experts take over"
         return waits.get(place.role, f"{waits['attention']}; {waits['experts']}")
+
+    def _is_replicated(self, rank: int) -> bool:
+        """Whether others who serve hold every expert that it holds."""
+        shape, ranks = self._cluster.shape, self._config.placement.owner_ranks
+        if shape is None or rank not in ranks:
+            return False
+        present = np.array([self._board.incarnations[owner_rank] != NOBODY for owner_rank in ranks])
+        return are_held_elsewhere(self._board.owners, ranks.index(rank), present, shape.sparse_layers)
 
     # -- the next life -----------------------------------------------------------------------------------------------
 

@@ -182,6 +182,13 @@ def missing(owners: Int16Array, present: BoolArray, sparse_layers: Sequence[bool
     return int((num_holders[np.asarray(sparse_layers, np.bool_)] == 0).sum())
 
 
+def are_held_elsewhere(owners: Int16Array, owner: int, present: BoolArray, sparse_layers: Sequence[bool]) -> bool:
+    """Whether somebody else who is present holds each expert that this owner holds."""
+    copies = copies_at(owners, len(present))[np.asarray(sparse_layers, np.bool_)]
+    others = present & (np.arange(len(present)) != owner)
+    return bool((copies & others).any(axis=-1)[copies[..., owner]].all())
+
+
 def num_replicas(owners: Int16Array, sparse_layers: Sequence[bool]) -> int:
     """Copies beyond one of each expert."""
     copies = (owners >= 0).sum(axis=-1)[np.asarray(sparse_layers, np.bool_)]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from amoe.cluster.topology import NOBODY
@@ -37,6 +40,21 @@ async def test_a_worker_that_dies_is_replaced_in_this_order():
         assert then.addresses[1] == "here"
         assert (fakes.engine.note, fakes.engine.trouble) == ("", "")
         assert [status.state for status in fakes.supervisor.statuses()] == ["serving"] * 3
+
+
+async def test_the_log_says_whether_replicas_take_over(caplog):
+    caplog.set_level(logging.ERROR, "amoe.cluster.supervisor")
+    async with Fakes(CALM) as fakes:
+        fakes.cluster.shape = SimpleNamespace(sparse_layers=(True,))
+        fakes.board.owners = np.array([[[0, 1], [1, 0]]], np.int16)
+        fakes.worker(1).die("was killed by SIGKILL")
+        assert "was killed by SIGKILL: replicas of its experts take over" in caplog.text
+        caplog.clear()
+        fakes.worker(2).die("was killed by SIGKILL")  # while the other one is not there
+        assert "tokens for experts that it alone holds wait for its next life" in caplog.text
+        fakes.cluster.shape = None  # fake workers hold nothing
+        await fakes.until("back 1")
+        await fakes.until("back 2")
 
 
 async def test_the_next_life_begins_only_when_the_last_is_over():

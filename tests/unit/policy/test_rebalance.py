@@ -13,6 +13,7 @@ from amoe.errors import ConfigError
 from amoe.policy.placement import experts_of, place_experts, replicate_experts
 from amoe.policy.rebalance import (
     Room,
+    are_held_elsewhere,
     copies_at,
     hottest,
     missing,
@@ -210,6 +211,16 @@ def test_what_a_transition_holds_in_between(case: Case) -> None:
         gained = moves(case.owners, new, case.num_owners, sparse)
         assert set(np.flatnonzero(gained[0, :, owner]).tolist()) == set(parts[1]) - set(parts[0])
         assert not gained[1].any()
+
+
+def test_what_others_hold_too() -> None:
+    owners = np.array([[[0, -1], [0, -1]], [[0, 1], [1, 2]]], np.int16)
+    everybody, dense_first = np.array([True, True, True]), [False, True]
+    assert are_held_elsewhere(owners, 0, everybody, dense_first)
+    assert are_held_elsewhere(owners, 0, np.array([False, True, False]), dense_first), "whether it is there or not"
+    assert not are_held_elsewhere(owners, 0, np.array([True, False, True]), dense_first), "the other one has gone"
+    assert not are_held_elsewhere(owners, 0, everybody, [True, True])
+    assert are_held_elsewhere(owners, 1, everybody, dense_first)
 
 
 def test_what_is_missing_and_what_is_there_twice() -> None:
