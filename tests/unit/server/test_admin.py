@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from amoe.cluster.admin import ClusterStatus, WorkerStatus
-from amoe.errors import ConfigError, EngineDeadError
+from amoe.errors import ConfigError, EngineDeadError, UnfinishedError
 from amoe.server.app import create_app
 from amoe.server.context import ServerContext
 from amoe.server.options import HttpOptions, digest_keys
@@ -215,6 +215,12 @@ class TestActions:
         assert "no room" in assert_error(await http.post("/admin/scale", json={"expert_workers": 3}), 409)
         (action,) = (await http.get("/admin/cluster")).json()["actions"]
         assert (action["state"], action["error"]) == ("refused", "expert 2 could not start: no room")
+
+    async def test_one_that_came_to_half_has_failed(self, http: httpx.AsyncClient, cluster: FakeCluster):
+        cluster.failure = UnfinishedError("expert 3 could not be started; 3 of 4 expert workers serve; ask again")
+        assert "3 of 4" in assert_error(await http.post("/admin/scale", json={"expert_workers": 4}), 500)
+        (action,) = (await http.get("/admin/cluster")).json()["actions"]
+        assert (action["state"], action["error"]) == ("failed", str(cluster.failure))
 
     async def test_a_server_that_is_dead_says_so(self, http: httpx.AsyncClient, cluster: FakeCluster):
         cluster.failure = EngineDeadError("worker 0 has gone")
