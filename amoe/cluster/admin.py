@@ -61,6 +61,7 @@ class ClusterAdmin(Protocol):
 
     Raises:
         ConfigError: it cannot be done; the message says why, and what to do.
+        UnfinishedError: it began, and came to nothing or to half; the message says what is true now.
     """
 
     def status(self) -> ClusterStatus:
