@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import, which reads it: a server calls nobody
 
 import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.services import find_bootstrap_address
 from ray._private.state import available_resources_per_node  # its public sister adds the nodes up
 
@@ -185,19 +186,35 @@ async def _connect(thread: RayThread, address: str | None, local_cpus: int) -> N
             await _start(thread, local_cpus)
         else:
             logger.info("using Ray at %s (found on this host)", running)
-            await _init(thread, running)
+            await _join(thread, running)
     elif address == "local":
         await _start(thread, local_cpus)
     else:
         if address != "auto":
             await _check_address(address)
-        try:
-            await _init(thread, address)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"Ray at {address} cannot be used from here: {error}. Start the server on a node of that cluster "
-                "(`ray start --address=HEAD:6379`), with the Python and Ray of the others"
-            ) from error
+        await _join(thread, address)
+
+
+async def _join(thread: RayThread, address: str) -> None:
+    """Become a driver of a cluster that runs.
+
+    Raises:
+        ConfigError: it will not have us.
+    """
+
+    def show_token() -> None:
+        # As `ray start` does. `ray.init` does it only where it has found the cluster by itself.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+    await thread.call(show_token)
+    try:
+        await _init(thread, address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"Ray at {address} cannot be used from here: {error}. Start the server on a node of that cluster "
+            "(`ray start --address=HEAD:6379`), with the Python and Ray of the others, and with the same token "
+            "(~/.ray/auth_token, or RAY_AUTH_TOKEN)"
+        ) from error
 
 
 async def _running_here() -> str | None:
