@@ -14,6 +14,7 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from amoe.cluster.process import DEFAULT_ENTRY
 from amoe.config import EngineConfig
 from amoe.engine.async_engine import AsyncEngine
 from amoe.errors import ConfigError
@@ -153,7 +154,7 @@ async def test_a_wrong_endpoint_is_found_before_the_model_is_looked_at(tmp_path:
     (tmp_path / "config.json").write_text("no JSON")
     options = ServerOptions(model_names=("m",), port=0, otlp_traces_endpoint="collector:4318")
     with pytest.raises(ConfigError, match="--otlp-traces-endpoint"):
-        await _serve(EngineConfig(model=str(tmp_path)), options, LogOptions())
+        await _serve(EngineConfig(model=str(tmp_path)), options, LogOptions(), DEFAULT_ENTRY)
 
 
 async def test_spans_have_few_names(collector: Collector, engine: AsyncEngine):
