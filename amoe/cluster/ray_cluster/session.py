@@ -186,6 +186,8 @@ async def _connect(thread: RayThread, address: str | None, local_cpus: int) -> N
             await _start(thread, local_cpus)
         else:
             logger.info("using Ray at %s (found on this host)", running)
+            # As Ray does for one that it has found by itself, and for no other: a cluster without tokens bears none.
+            await thread.call(maybe_enable_token_auth_if_token_available, False)
             await _join(thread, running)
     elif address == "local":
         await _start(thread, local_cpus)
@@ -201,19 +203,13 @@ async def _join(thread: RayThread, address: str) -> None:
     Raises:
         ConfigError: it will not have us.
     """
-
-    def show_token() -> None:
-        # As `ray start` does. `ray.init` does it only where it has found the cluster by itself.
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-
-    await thread.call(show_token)
     try:
         await _init(thread, address)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"Ray at {address} cannot be used from here: {error}. Start the server on a node of that cluster "
-            "(`ray start --address=HEAD:6379`), with the Python and Ray of the others, and with the same token "
-            "(~/.ray/auth_token, or RAY_AUTH_TOKEN)"
+            "(`ray start --address=HEAD:6379`), with the Python and Ray of the others; and if it asks for a "
+            "token, with that in ~/.ray/auth_token (or RAY_AUTH_TOKEN) and RAY_AUTH_MODE=token"
         ) from error
 
 
