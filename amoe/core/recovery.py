@@ -123,7 +123,7 @@ class Recovery:
         self._come_home = come_home
         self._routed = routed
         self._waves = waves
-        self._capacity = capacity if degrades else None
+        self._capacity = capacity
         self._may_resend = may_resend
         self._kept = KeptPairs(batcher.slots.num_slots, with_scores=degrades)
         num_owners = dispatcher.nobody

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from amoe.config import EngineConfig, FailureConfig, PlacementConfig, SchedulerConfig
+from amoe.config import CapacityConfig, EngineConfig, FailureConfig, PlacementConfig, SchedulerConfig
 from amoe.core.members import NOBODY, Roster
 from amoe.core.routed_experts import take_routed
 from amoe.core.steps import AttentionStep, Outgoing
@@ -22,12 +22,15 @@ SCORES = np.array([0.4, 0.1, 0.3, 0.2], np.float32)  # by expert, of every token
 class Home:
     """A home with two layers of experts at two workers, without a cluster: it is told what they say."""
 
-    def __init__(self, schedule: str = "fcfs", on_expert_loss: str = "wait") -> None:
+    def __init__(
+        self, schedule: str = "fcfs", on_expert_loss: str = "wait", capacity: CapacityConfig | None = None
+    ) -> None:
         config = EngineConfig(
             model="fake",
             placement=PlacementConfig(attention_workers=1, expert_workers=2),
             scheduler=SchedulerConfig(schedule=schedule, num_waves=1 if schedule == "waves" else None),
             failure=FailureConfig(on_expert_loss=on_expert_loss),
+            capacity=capacity or CapacityConfig(),
         )
         shape = ModelShape((True, True), NUM_EXPERTS)
         self.core = WorkerCore(config, shape, HOME, num_kv_blocks=64, max_model_len=64, owners=OWNERS)
@@ -163,3 +166,12 @@ def test_nothing_is_rerouted_to_an_expert_that_nobody_holds(scope):
     selection = reroute(batch, group[ids], capacity, scores, group, is_there=there, keep_best=False)
     assert not (selection.expert_ids == 2).any()
     assert (selection.expert_ids == 3).any()
+
+
+def test_what_is_sent_anew_counts_in_the_backlog_of_who_gets_it():
+    home = Home(capacity=CapacityConfig(slack_s=1.0))
+    home.add(1)
+    home.attend((0, 2))
+    home.tell(left=1, right=0)
+    backlog = home.attention.capacity._backlog
+    assert backlog._num_sent[:2].tolist() == [2, 2]
