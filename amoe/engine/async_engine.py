@@ -15,12 +15,12 @@ from amoe.clock import Clock, MonotonicClock
 from amoe.config import EngineConfig
 from amoe.engine.accounts import Accounts
 from amoe.engine.async_generation import Generation
+from amoe.engine.channels import Channels, WorkerChannel
 from amoe.engine.generation import GenerationDelta, GenerationState
 from amoe.engine.load import Choices, Front, OpenLoad, Refusal, first_choices, validate
 from amoe.engine.messages import AbortRequests, AddRequest, Failed, Heartbeat, Outputs, Pulse, Topology, ToServer
 from amoe.engine.model_info import ModelInfo as ModelInfo
 from amoe.engine.readmission import count_vain_lives, families, resumed_request
-from amoe.engine.roster import Roster, WorkerChannel
 from amoe.engine.shared_control import REQUESTS_PER_FRONT
 from amoe.engine.steering import Float64Array, Steering
 from amoe.engine.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ class AsyncEngine:
         self.on_gone: Callable[[int, str], None] | None = None
         self.trouble = self.note = ""
         self._supervised = supervised
-        self._roster = Roster(channels, self._on_message, self._on_gone)
+        self._channels = Channels(channels, self._on_message, self._on_gone)
         self._clock = clock or MonotonicClock()
         self._open: dict[int, Generation] = {}
         self._parked: dict[int, Generation] = {}  # of those, whose worker is gone: they wait for another one
@@ -100,13 +100,13 @@ class AsyncEngine:
         self._watchdog = Watchdog(range(len(channels)), heartbeat_timeout_s, stall_timeout_s)
         self.metrics.prepare(config.placement.attention_ranks)
         steered = owners if front.index == 0 else None
-        self._steering = Steering(config, steered, self._clock, send=self._roster.send, tell=self.metrics.steered)
+        self._steering = Steering(config, steered, self._clock, send=self._channels.send, tell=self.metrics.steered)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Start to listen to the workers. Call it once, in the event loop that serves the requests."""
-        self._roster.run()
+        self._channels.run()
         self._tasks = [
             asyncio.create_task(self._watch(), name="amoe-watchdog"),
             asyncio.create_task(self._steering.run(), name="amoe-steering"),
@@ -126,7 +126,7 @@ class AsyncEngine:
         self.refuse_new()
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, self._roster.close(), return_exceptions=True)
+        await asyncio.gather(*self._tasks, self._channels.close(), return_exceptions=True)
         self._end("the server has stopped")
 
     @property
@@ -221,7 +221,7 @@ class AsyncEngine:
         """Free the sequence now. Nothing happens if it has ended."""
         if generation.request_id not in self._open:
             return
-        self._roster.send(generation.rank, AbortRequests([generation.request_id]))
+        self._channels.send(generation.rank, AbortRequests([generation.request_id]))
         self._forget(generation, "abort")
         generation.fail(None)
 
@@ -257,9 +257,9 @@ class AsyncEngine:
         self._next_id += 1
         sibling_of = None if sibling is None else sibling.request_id
         # First of all: what cannot be sent raises here, and must not stay open for ever.
-        self._roster.send(rank, AddRequest(generation.request_id, list(prompt_token_ids), params, sibling_of))
+        self._channels.send(rank, AddRequest(generation.request_id, list(prompt_token_ids), params, sibling_of))
         self._open[generation.request_id] = generation
-        if not self._roster.is_attached(rank):
+        if not self._channels.is_attached(rank):
             self._parked[generation.request_id] = generation
         self._accounts.open(generation, is_first=sibling is None)
         self._all_closed.clear()
@@ -269,7 +269,7 @@ class AsyncEngine:
         """Rank of the attention worker for the next sequence. If nobody is there, one that is awaited: what is sent to
         it is sent again when it, or any other, comes."""
         shares = self._steering.state.home_share
-        return self._load.choose({r: share for r, share in shares.items() if self._roster.answers(r)} or shares)
+        return self._load.choose({r: share for r, share in shares.items() if self._channels.answers(r)} or shares)
 
     def _forget(self, generation: Generation, reason: FinishReason) -> None:
         """Take a sequence, which ends now, out of all tables."""
@@ -297,14 +297,14 @@ class AsyncEngine:
         Raises:
             ValueError: the former one of this rank has not been lost.
         """
-        self._roster.attach(rank, channel)
+        self._channels.attach(rank, channel)
         self._watchdog.expect(rank)
         asyncio.get_running_loop().call_soon(self._readmit)
 
     async def lose(self, rank: int, reason: str) -> None:
         """A worker is gone for good, and can say nothing more: what it has said still counts, up to a second from now.
         Its open sequences go on at other workers, or wait for one to come. Nothing happens if it is lost already."""
-        if not await self._roster.detach(rank, LAST_WORDS_S):
+        if not await self._channels.detach(rank, LAST_WORDS_S):
             return
         self._watchdog.forget(rank)
         lost = {i: generation for i, generation in self._open.items() if generation.rank == rank}
@@ -319,14 +319,14 @@ class AsyncEngine:
 
     def _readmit(self) -> int:
         """Let those whose worker is gone go on where somebody is. Returns how many do."""
-        if not any(map(self._roster.answers, self.config.placement.attention_ranks)):
+        if not any(map(self._channels.answers, self.config.placement.attention_ranks)):
             return 0
         lost, self._parked = self._parked, {}
         for family in families(lost.values()):
             rank = self._choose_home()
             for generation in family:
                 self._accounts.move(generation, rank)
-                self._roster.send(rank, resumed_request(generation, family[0], self.model.routed_bytes))
+                self._channels.send(rank, resumed_request(generation, family[0], self.model.routed_bytes))
         return len(lost)
 
     def _give_up(self) -> None:
@@ -370,7 +370,7 @@ class AsyncEngine:
         if delta.finish_reason is not None:
             self._forget(generation, delta.finish_reason)
             if output.finish_reason is None:  # a stop string, which the worker does not know of
-                self._roster.send(rank, AbortRequests([generation.request_id]))
+                self._channels.send(rank, AbortRequests([generation.request_id]))
         if delta.finish_reason == "error":
             blame = RequestError(output.error) if output.error else AmoeError("the worker could not serve the request")
             generation.fail(blame)

@@ -36,7 +36,7 @@ PURE = ("policy", "core")
 # Where each of these may be imported: prefixes of module names.
 CONFINED = {
     "asyncio": (
-        *("amoe.engine.async_engine", "amoe.engine.async_generation", "amoe.engine.control", "amoe.engine.roster"),
+        *("amoe.engine.async_engine", "amoe.engine.async_generation", "amoe.engine.control", "amoe.engine.channels"),
         *("amoe.engine.steering", "amoe.engine.vigil"),
         *("amoe.server", "amoe.cluster", "amoe.bench"),
     ),

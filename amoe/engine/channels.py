@@ -31,7 +31,7 @@ class WorkerChannel(Protocol):
 
 
 class _Line:
-    """One channel, and the task that listens to it once the roster runs."""
+    """One channel, and the task that listens to it once `Channels.run` has been called."""
 
     def __init__(self, channel: WorkerChannel) -> None:
         self.channel = channel
@@ -39,7 +39,7 @@ class _Line:
         self.listener: asyncio.Task[None] | None = None
 
 
-class Roster:
+class Channels:
     """Channels by rank.
 
     Args:
