@@ -74,5 +74,5 @@ async def test_it_is_logged_while_there_is_traffic_and_once_more(server: Harness
 
 
 def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the status line's own logger said: the log of requests is captured too if a test before this one set it up."""
+    """What the status line itself has said: what other loggers say is captured too once a test has set them up."""
     return [record.getMessage() for record in caplog.records if record.name == "amoe.status"]
