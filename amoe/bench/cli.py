@@ -36,6 +36,7 @@ from amoe.engine.tokenizer import Tokenizer
 from amoe.errors import ConfigError
 from amoe.models.config import load_model_config
 from amoe.server.engine_flags import add_engine_flags, engine_config
+from amoe.server.placement_flags import settled
 from amoe.types import SamplingParams
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
@@ -195,6 +196,7 @@ async def _serve(args: argparse.Namespace) -> int:
 
 async def _offline(args: argparse.Namespace) -> int:
     clock = MonotonicClock()
+    args, where = settled(args)
     config = engine_config(args)
     vocab_size = load_model_config(config.model).vocab_size
     tokenizer = Tokenizer(config.model)
@@ -219,6 +221,8 @@ async def _offline(args: argparse.Namespace) -> int:
     if args.save_expert_load and measured:
         write_expert_load(args.save_expert_load, sum(measured, np.zeros((1, 1))))
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    if where:
+        console.print(f"host: {where}")
     if len(rounds) == 1:
         print_figures(console, f"{config.model}, {rounds[0].variant}", rounds[0].figures)
     comparisons = compare(rounds) if rounds else []

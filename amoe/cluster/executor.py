@@ -78,6 +78,8 @@ class ExecutorOptions:
             raise ConfigError("--executor ray: workers may be on different hosts: --transport tcp or distributed")
         if config.failure.warm_spare:
             raise ConfigError("--warm-spare keeps a process of this host, and --executor ray starts workers elsewhere")
+        if config.cpu_sets:
+            raise ConfigError("--cpu-bind names CPUs of this host, and --executor ray starts workers elsewhere")
         if api_server_count > 1:
             raise ConfigError("--executor ray goes with one API process: leave --api-server-count away")
 

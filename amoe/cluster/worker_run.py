@@ -13,6 +13,7 @@ from typing import Any
 from amoe.cluster.control_listener import connect_control
 from amoe.cluster.process import LaunchSpec, TcpControl, title_of
 from amoe.engine.control import SocketControlPort
+from amoe.engine.devices import cpu_set, keep_to_cpus
 from amoe.engine.messages import Failed, Stop, Topology
 from amoe.engine.shared_control import SharedControlPort, control_port
 from amoe.errors import AmoeError, EngineDeadError
@@ -38,6 +39,8 @@ def run_worker(spec: LaunchSpec) -> int:
     is_built = False
     transport: Transport | None = None
     try:
+        if cpus := cpu_set(spec.config, spec.rank):
+            keep_to_cpus(cpus)  # before there is memory worth having near
         topology = _first_topology(control) if spec.is_late else None
         if spec.is_late and topology is None:
             return 0

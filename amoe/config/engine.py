@@ -29,6 +29,7 @@ class EngineConfig:
             `emulated:...` has no kernels, see `amoe.engine.emulated_device`.
         max_model_len: prompt + generated tokens of a sequence; None: what the model was trained for.
         threads_per_worker: intra-op threads; None: the cores divided by the workers, at least one.
+        cpu_sets: the CPUs that each worker keeps to, by rank; those that are not named run on any.
         max_waiting: requests that may wait beside the running ones before the engine refuses.
         max_waiting_tokens: prompt tokens that may wait for their first answer; None: any number.
         max_queue_s: who would probably wait longer than this to be computed is refused; 0: nobody is for that.
@@ -43,6 +44,7 @@ class EngineConfig:
     device: str = "cpu"
     max_model_len: int | None = None
     threads_per_worker: int | None = None
+    cpu_sets: tuple[tuple[int, ...], ...] = ()
     max_waiting: int = 1024
     max_waiting_tokens: int | None = None
     max_queue_s: float = 60.0

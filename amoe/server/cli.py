@@ -15,6 +15,7 @@ from amoe.server.engine_flags import HelpFormatter, add_engine_flags, engine_con
 from amoe.server.http_flags import add_server_flags, log_options, server_options
 from amoe.server.options import ServerOptions
 from amoe.server.parser import Parser
+from amoe.server.placement_flags import settled
 from amoe.server.ray_flags import add_ray_flags, ray_options
 
 BUILTIN_NAME = "amoe-builtin"
@@ -51,11 +52,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def serve(args: argparse.Namespace) -> int:
     """Run the server. Returns the exit status."""
+    args, where = settled(args) if args.executor == "local" else (args, "")
     config, options, logs = settings_of(args, os.environ)
     options.executor.check_address(os.environ)
     from amoe.server.run import run_server  # late: `amoe --help` and what is refused need none of it
 
-    return run_server(config, options, logs)
+    return run_server(config, options, logs, where=where)
 
 
 def settings_of(

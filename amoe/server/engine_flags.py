@@ -22,11 +22,11 @@ from amoe.config import (
     CacheConfig,
     CapacityConfig,
     EngineConfig,
-    PlacementConfig,
     SchedulerConfig,
     SteeringConfig,
 )
 from amoe.server.cluster_flags import add_cluster_flags, failure_config
+from amoe.server.placement_flags import add_placement_flags, cpu_sets, placement_config
 
 _UNITS = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2, "g": 1000**3, "G": 1024**3}
 
@@ -49,7 +49,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """MODEL and the flags of `EngineConfig`, in groups; but `--seed`, which each command explains its own way."""
     _add_model_flags(parser)
-    _add_placement_flags(parser)
+    add_placement_flags(parser)
     _add_scheduler_flags(parser)
     _add_cache_flags(parser)
     _add_steering_flags(parser)
@@ -76,41 +76,6 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of prompt and answer together; default: what the model was trained for",
     )
-
-
-def _add_placement_flags(parser: argparse.ArgumentParser) -> None:
-    placement = PlacementConfig()
-    group = parser.add_argument_group("placement", "which worker processes there are")
-    group.add_argument(
-        "--attention-workers", type=int, default=placement.attention_workers, metavar="N", help="hold KV cache and head"
-    )
-    group.add_argument(
-        "--expert-workers",
-        type=int,
-        default=placement.expert_workers,
-        metavar="N",
-        help="share the experts; 0: the attention worker holds them too",
-    )
-    group.add_argument(
-        "--colocated",
-        type=int,
-        default=placement.colocated,
-        metavar="N",
-        help="instead: N workers that hold attention and a share of the experts each; 0 is off",
-    )
-    group.add_argument(
-        "--redundant-experts",
-        type=int,
-        default=placement.redundant_experts,
-        metavar="N",
-        help="replicas of hot experts that each of them holds besides, per layer",
-    )
-    group.add_argument(
-        "--expert-load",
-        metavar="FILE",
-        help="which are hot, as `amoe bench offline --save-expert-load FILE` has measured it; default: all the same",
-    )
-    group.add_argument("--threads-per-worker", type=int, metavar="N", help="default: the cores divided by the workers")
 
 
 def _num_waves(text: str) -> int | None:
@@ -333,13 +298,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         max_waiting_tokens=args.max_waiting_tokens,
         max_queue_s=args.max_queue_time,
         seed=args.seed,
-        placement=PlacementConfig(
-            attention_workers=args.attention_workers,
-            expert_workers=args.expert_workers,
-            colocated=args.colocated,
-            redundant_experts=args.redundant_experts,
-            expert_load=args.expert_load,
-        ),
+        cpu_sets=cpu_sets(args),
+        placement=placement_config(args),
         scheduler=SchedulerConfig(
             schedule=args.schedule,
             defrag_decay=args.defrag_decay,

@@ -47,12 +47,18 @@ class _Interrupted(Exception):
 
 
 def run_server(
-    config: EngineConfig, options: ServerOptions, logs: LogOptions | None = None, *, entry: str = DEFAULT_ENTRY
+    config: EngineConfig,
+    options: ServerOptions,
+    logs: LogOptions | None = None,
+    *,
+    entry: str = DEFAULT_ENTRY,
+    where: str = "",
 ) -> int:
     """Serve until a signal says stop. Returns the exit status.
 
     Args:
         entry: what makes a worker, see `amoe.cluster.process.LaunchSpec`.
+        where: on which CPUs of the host the workers run, for the user.
 
     Raises:
         AmoeError: the server cannot start; the message is for the user.
@@ -62,13 +68,13 @@ def run_server(
     configure(logs, "server")
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(config, options, logs, entry))
+            return runner.run(_serve(config, options, logs, entry, where))
     except _Interrupted:
         say("interrupted while loading")
         return 130
 
 
-async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions, entry: str) -> int:
+async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions, entry: str, where: str = "") -> int:
     check_model_directory(config.model)
     check_certificate(options)
     if options.otlp_traces_endpoint is not None:
@@ -93,7 +99,8 @@ async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions,
             _warn_of_short_cache(info.max_model_len, config.max_model_len, model.max_position_embeddings)
 
             def on_listening() -> None:
-                _announce(summary(config, info, ready), options, defaults, listener)
+                lines = summary(config, info, ready) + ([f"host: {where}"] if where else [])
+                _announce(lines, options, defaults, listener)
 
             if num_fronts:
                 assert isinstance(cluster, LocalCluster), "checked with the flags"
