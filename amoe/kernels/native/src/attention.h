@@ -1,0 +1,346 @@
+// Attention over the paged cache: decodes and prefill chunks of one batch in one parallel region.
+//
+// A context is cut into segments of 512 keys at fixed positions. In a segment a row's softmax is taken at once; the segments
+// are then joined in their order. Decodes and prompts run the same code on the same cuts, every score and every sum of
+// weighted values has one accumulator that runs in order: the bits of a row depend neither on the batch, nor on the number of
+// threads, nor on the chunk in which its token came.
+//
+// bf16: products in bf16 pairs, weights of the values rounded to bf16; softmax and all sums in float32.
+#pragma once
+
+#include <atomic>
+
+#include "kv_cache.h"
+#include "norm.h"
+
+namespace amoe::AMOE_ISA {
+
+// A tile of rows and columns whose accumulators fill the registers.
+constexpr int kTileRows = kMaxRows >= 8 ? 8 : 2;
+constexpr int kTileAccumulators = 2 * kTileRows;
+constexpr int columns_of(int rows) { return std::min(8, kTileAccumulators / rows); }
+
+constexpr int64_t kScoreStride = kSegment + 16;  // rows of a tile must not share a set of the cache
+
+// ---- products
+
+// Scores of kRows queries [padded_dim] and kGroups groups of keys, to s (rows kScoreStride apart). Fetches the values of these
+// groups and the keys of the next ones, if any.
+template <class T, int kRows, int kGroups>
+__attribute__((noinline)) void score(
+    const T* q, int64_t padded_dim, const T* const* keys, const T* const* values, bool has_next, float* s) {
+    constexpr int64_t kDepth = Step<T>::kDepth;
+    f32x16 acc[kRows][kGroups] = {};
+    const T* ahead[kGroups];
+    for (int group = 0; group < kGroups; ++group) ahead[group] = has_next ? keys[kGroups + group] : keys[group];
+    for (int64_t d = 0; d < padded_dim; d += kDepth) {
+        f32x16 k[kGroups];
+#pragma GCC unroll 8
+        for (int group = 0; group < kGroups; ++group) {
+            k[group] = load<f32x16>(keys[group] + d * kGroup);
+            __builtin_prefetch(values[group] + d * kGroup, 0, 2);
+            __builtin_prefetch(ahead[group] + d * kGroup, 0, 2);
+        }
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) {
+            const auto lane = load<typename Step<T>::Lane>(q + row * padded_dim + d);
+#pragma GCC unroll 8
+            for (int group = 0; group < kGroups; ++group) acc[row][group] = multiply_add<T>(acc[row][group], lane, k[group]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 8
+        for (int group = 0; group < kGroups; ++group) store(s + row * kScoreStride + group * kGroup, acc[row][group]);
+    }
+}
+
+template <class T, int kRows, int kGroups = columns_of(kRows)>
+AMOE_INLINE void score_all(const T* q, int64_t padded_dim, const Segment<T>& segment, int64_t done, int64_t num_groups, float* s) {
+    for (; done + kGroups <= num_groups; done += kGroups) {
+        const bool has_next = done + 2 * kGroups <= num_groups;
+        score<T, kRows, kGroups>(q, padded_dim, segment.keys + done, segment.values + done, has_next, s + done * kGroup);
+    }
+    if constexpr (kGroups > 1) score_all<T, kRows, kGroups / 2>(q, padded_dim, segment, done, num_groups, s);
+}
+
+// acc [kRows, padded_dim] of kVectors * 16 dimensions from `d`: values weighted by p (rows kScoreStride apart).
+template <class T, int kRows, int kVectors>
+__attribute__((noinline)) void weigh(
+    const T* p, const T* const* values, int64_t num_groups, int64_t padded_dim, int64_t d, float* out) {
+    constexpr int64_t kDepth = Step<T>::kDepth;
+    f32x16 acc[kRows][kVectors] = {};
+    for (int64_t group = 0; group < num_groups; ++group) {
+        const T* v = values[group] + d * kDepth;
+        for (int64_t key = 0; key < kGroup; key += kDepth, v += padded_dim * kDepth) {
+            f32x16 lanes[kVectors];
+#pragma GCC unroll 8
+            for (int i = 0; i < kVectors; ++i) lanes[i] = load<f32x16>(v + i * 16 * kDepth);
+#pragma GCC unroll 8
+            for (int row = 0; row < kRows; ++row) {
+                const auto weight = load<typename Step<T>::Lane>(p + row * kScoreStride + group * kGroup + key);
+#pragma GCC unroll 8
+                for (int i = 0; i < kVectors; ++i) acc[row][i] = multiply_add<T>(acc[row][i], weight, lanes[i]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kVectors; ++i) store(out + row * padded_dim + d + i * 16, acc[row][i]);
+    }
+}
+
+template <class T, int kRows, int kVectors = columns_of(kRows)>
+AMOE_INLINE void weigh_all(const T* p, const Segment<T>& segment, int64_t num_groups, int64_t padded_dim, int64_t d, float* out) {
+    for (; d + 16 * kVectors <= padded_dim; d += 16 * kVectors) {
+        weigh<T, kRows, kVectors>(p, segment.values, num_groups, padded_dim, d, out);
+    }
+    if constexpr (kVectors > 1) weigh_all<T, kRows, kVectors / 2>(p, segment, num_groups, padded_dim, d, out);
+}
+
+// ---- softmax
+
+// What a row has seen of its context: largest score, sum of e^(score - largest), values weighted alike.
+struct Part {
+    float top, total;
+    float* acc;  // [padded_dim]
+};
+
+// e^(s * scale - largest) of the first `visible` scores of a row, zeros up to num_groups groups; gives largest and sum.
+template <class T>
+__attribute__((noinline)) Part soften(float* s, int64_t visible, int64_t num_groups, float scale, T* p) {
+    const int64_t used = (visible + kGroup - 1) / kGroup, rest = visible % kGroup;
+    float* last = s + (used - 1) * kGroup;
+    if (rest != 0) store(last, select(kLanes < static_cast<int32_t>(rest), load<f32x16>(last), splat(-INFINITY)));
+    f32x16 tops = splat(-INFINITY);
+    for (int64_t group = 0; group < used; ++group) tops = max(load<f32x16>(s + group * kGroup), tops);
+    const float top = largest(tops) * scale;
+    f32x16 totals = {};
+    for (int64_t group = 0; group < used; ++group) {
+        const f32x16 e = exp(load<f32x16>(s + group * kGroup) * scale - top);
+        totals += e;
+        store_f32(p + group * kGroup, e);
+    }
+    for (int64_t group = used; group < num_groups; ++group) store_f32(p + group * kGroup, f32x16{});
+    return {top, sum(totals), nullptr};
+}
+
+AMOE_INLINE float exp_of(float x) { return exp(splat(x))[0]; }
+
+// Joins a row's next segment to those before it.
+__attribute__((noinline)) inline void join(Part& whole, const Part& next, int64_t padded_dim) {
+    const float top = next.top > whole.top ? next.top : whole.top;
+    const float keep = exp_of(whole.top - top), add = exp_of(next.top - top);
+    whole.total = whole.total * keep + next.total * add;
+    whole.top = top;
+    for (int64_t d = 0; d < padded_dim; d += 16) {
+        store(whole.acc + d, load<f32x16>(whole.acc + d) * keep + load<f32x16>(next.acc + d) * add);
+    }
+}
+
+template <class T>
+__attribute__((noinline)) void put_row(const Part& whole, T* out, int64_t dim) {
+    const float scale = 1.0f / whole.total;
+    int64_t d = 0;
+    for (; d + 16 <= dim; d += 16) store_f32(out + d, load<f32x16>(whole.acc + d) * scale);
+    if (d < dim) store_part(out + d, load<f32x16>(whole.acc + d) * scale, dim - d);
+}
+
+// ---- rows and a segment
+
+// A thread's memory.
+template <class T>
+struct Room {
+    Buffer scores_buffer, weights_buffer, parts_buffer, segment_buffer, queries_buffer, state_buffer, stats_buffer;
+    float* scores;  // [kTileRows, kScoreStride]
+    T* weights;     // likewise
+    float* parts;   // [kTileRows, padded_dim]
+    T* segment;
+    T* queries;    // [rows, padded_dim]
+    float* state;  // [rows, padded_dim]
+    Part* whole;   // [rows]
+
+    void prepare(const AttentionShape& shape, int64_t rows, int64_t padded_dim) {
+        scores = scores_buffer.get<float>(kTileRows * kScoreStride);
+        weights = weights_buffer.get<T>(kTileRows * kScoreStride);
+        parts = parts_buffer.get<float>(kTileRows * padded_dim);
+        segment = segment_buffer.get<T>(segment_room(shape, padded_dim));
+        queries = queries_buffer.get<T>(rows * padded_dim);
+        state = state_buffer.get<float>(rows * padded_dim);
+        whole = stats_buffer.get<Part>(rows);
+    }
+};
+
+// Queries [rows, padded_dim] of one head of keys; row r sees the first first_visible + r / group keys of the context.
+template <class T>
+struct Rows {
+    const T* queries;
+    int64_t count, group, first_visible, padded_dim;
+    float scale;
+
+    int64_t visible(int64_t row) const { return first_visible + row / group; }
+};
+
+// kRows rows from `row` on, and the segment that begins at key `begin`; `sink(row, part)` takes what each of them sees.
+template <class T, int kRows, class Sink>
+AMOE_INLINE void attend_tile(
+    const Rows<T>& rows, int64_t row, const Segment<T>& segment, int64_t begin, Room<T>& room, Sink&& sink) {
+    const int64_t seen = std::min(kSegment, rows.visible(row + kRows - 1) - begin);
+    if (seen <= 0) return;
+    const int64_t num_groups = (seen + kGroup - 1) / kGroup;
+    score_all<T, kRows>(rows.queries + row * rows.padded_dim, rows.padded_dim, segment, 0, num_groups, room.scores);
+    Part parts[kRows];
+    for (int i = 0; i < kRows; ++i) {
+        const int64_t visible = std::max<int64_t>(0, std::min(kSegment, rows.visible(row + i) - begin));
+        T* weights = room.weights + i * kScoreStride;
+        if (visible > 0) parts[i] = soften(room.scores + i * kScoreStride, visible, num_groups, rows.scale, weights);
+        else std::memset(weights, 0, num_groups * kGroup * sizeof(T));
+    }
+    weigh_all<T, kRows>(room.weights, segment, num_groups, rows.padded_dim, 0, room.parts);
+    for (int i = 0; i < kRows; ++i) {
+        parts[i].acc = room.parts + i * rows.padded_dim;
+        if (rows.visible(row + i) > begin) sink(row + i, parts[i]);
+    }
+}
+
+// All rows and one segment, in tiles of kRows rows and then of fewer.
+template <class T, int kRows = kTileRows, class Sink>
+AMOE_INLINE void attend(
+    const Rows<T>& rows, int64_t row, const Segment<T>& segment, int64_t begin, Room<T>& room, Sink&& sink) {
+    for (; row + kRows <= rows.count; row += kRows) attend_tile<T, kRows>(rows, row, segment, begin, room, sink);
+    if constexpr (kRows > 1) attend<T, kRows / 2>(rows, row, segment, begin, room, sink);
+}
+
+// ---- the batch
+
+constexpr int64_t kTileQueries = 64;  // rows of a prefill task, so that its segment of keys is read from the cache
+
+inline int64_t num_segments(int64_t context) { return (context + kSegment - 1) / kSegment; }
+
+// One call of paged_attention: what its tasks share.
+template <class T>
+struct Attention {
+    const AttentionShape& shape;
+    const AttentionBatch& batch;
+    const T* q;
+    int64_t ldq;
+    const T* kv_layer;
+    T* out;
+    int64_t group = shape.num_heads / shape.num_kv_heads;
+    int64_t padded_dim = (shape.head_dim + 15) / 16 * 16;
+    int64_t tokens_per_tile = std::max<int64_t>(1, kTileQueries / group);
+    int64_t* first_task = nullptr;              // [num_decodes + num_chunks + 1] of each sequence
+    float* parts = nullptr;                     // [decode tasks, group, padded_dim + 16]: acc, top, total
+    std::atomic<int32_t>* num_done = nullptr;   // [num_decodes, Hkv] segments
+
+    int64_t part_size() const { return padded_dim + 16; }
+
+    int64_t num_tasks(int64_t sequence) const {
+        if (sequence < batch.num_decodes) return shape.num_kv_heads * num_segments(batch.decode_lens[sequence]);
+        const int64_t chunk = sequence - batch.num_decodes;
+        const int64_t tokens = batch.chunk_end_row[chunk] - batch.chunk_start_row[chunk];
+        return shape.num_kv_heads * ((tokens + tokens_per_tile - 1) / tokens_per_tile);
+    }
+
+    // Queries of a head of keys, of `tokens` rows of the batch, side by side.
+    Rows<T> gather(int64_t first_row, int64_t tokens, int64_t head, int64_t first_visible, Room<T>& room) const {
+        room.prepare(shape, tokens * group, padded_dim);
+        for (int64_t i = 0; i < tokens * group; ++i) {
+            const T* from = q + (first_row + i / group) * ldq + (head * group + i % group) * shape.head_dim;
+            T* to = room.queries + i * padded_dim;
+            std::memcpy(to, from, shape.head_dim * sizeof(T));
+            std::memset(to + shape.head_dim, 0, (padded_dim - shape.head_dim) * sizeof(T));
+        }
+        return {room.queries, tokens * group, group, first_visible, padded_dim, shape.scale};
+    }
+
+    T* out_row(int64_t first_row, int64_t row, int64_t head) const {
+        return out + ((first_row + row / group) * shape.num_heads + head * group + row % group) * shape.head_dim;
+    }
+
+    void decode(int64_t sequence, int64_t index, int64_t task, Room<T>& room) const {
+        const int64_t context = batch.decode_lens[sequence], segments = num_segments(context);
+        const int64_t head = index / segments, begin = index % segments * kSegment;
+        const Rows<T> rows = gather(sequence, 1, head, context, room);
+        Segment<T> segment;
+        const int32_t* table = batch.decode_tables + sequence * batch.table_stride;
+        find_segment(
+            shape, kv_layer, table, head, begin, std::min(context, begin + kSegment), padded_dim, room.segment, segment);
+        attend<T>(rows, 0, segment, begin, room, [&](int64_t row, const Part& part) {
+            if (segments == 1) return put_row(part, out_row(sequence, row, head), shape.head_dim);
+            float* to = parts + (task * group + row) * part_size();
+            std::memcpy(to, part.acc, padded_dim * sizeof(float));
+            to[padded_dim] = part.top;
+            to[padded_dim + 1] = part.total;
+        });
+        if (segments == 1) return;
+        const int32_t before = num_done[sequence * shape.num_kv_heads + head].fetch_add(1, std::memory_order_acq_rel);
+        if (before + 1 == segments) join_segments(sequence, head, task - index % segments, segments);
+    }
+
+    void join_segments(int64_t sequence, int64_t head, int64_t first, int64_t segments) const {
+        for (int64_t row = 0; row < group; ++row) {
+            const auto part = [&](int64_t segment) {
+                float* acc = parts + ((first + segment) * group + row) * part_size();
+                return Part{acc[padded_dim], acc[padded_dim + 1], acc};
+            };
+            Part whole = part(0);
+            for (int64_t segment = 1; segment < segments; ++segment) join(whole, part(segment), padded_dim);
+            put_row(whole, out_row(sequence, row, head), shape.head_dim);
+        }
+    }
+
+    void prefill(int64_t chunk, int64_t index, Room<T>& room) const {
+        const int64_t start = batch.chunk_start_row[chunk], end = batch.chunk_end_row[chunk];
+        const int64_t tiles = (end - start + tokens_per_tile - 1) / tokens_per_tile;
+        const int64_t head = index / tiles, first_row = start + index % tiles * tokens_per_tile;
+        const int64_t tokens = std::min(tokens_per_tile, end - first_row);
+        const int64_t first_visible = batch.chunk_context[chunk] - (end - first_row) + 1;
+        const int64_t context = first_visible + tokens - 1;
+        const Rows<T> rows = gather(first_row, tokens, head, first_visible, room);
+        const int32_t* table = batch.chunk_tables + batch.chunk_table_start[chunk];
+        for (int64_t begin = 0; begin < context; begin += kSegment) {
+            Segment<T> segment;
+            find_segment(
+                shape, kv_layer, table, head, begin, std::min(context, begin + kSegment), padded_dim, room.segment, segment);
+            attend<T>(rows, 0, segment, begin, room, [&](int64_t row, const Part& part) {
+                if (begin > 0) return join(room.whole[row], part, padded_dim);
+                room.whole[row] = {part.top, part.total, room.state + row * padded_dim};
+                std::memcpy(room.whole[row].acc, part.acc, padded_dim * sizeof(float));
+            });
+        }
+        for (int64_t row = 0; row < rows.count; ++row) {
+            put_row(room.whole[row], out_row(first_row, row, head), shape.head_dim);
+        }
+    }
+};
+
+// out [n, Hq * D] = causal attention of q (rows ldq apart, Hq * D numbers each) over each row's context, whose keys and values
+// (the rows' own too) are in kv_layer.
+template <class T>
+void paged_attention(
+    ThreadPool& pool, const AttentionShape& shape, const T* q, int64_t ldq, const T* kv_layer, const AttentionBatch& batch,
+    T* out) {
+    static thread_local Buffer first_task, parts, num_done;
+    const int64_t decodes = batch.num_decodes, sequences = decodes + batch.num_chunks;
+    Attention<T> attention{shape, batch, q, ldq, kv_layer, out};
+    int64_t* first = first_task.get<int64_t>(sequences + 1);
+    attention.first_task = first;
+    first[0] = 0;
+    for (int64_t i = 0; i < sequences; ++i) first[i + 1] = first[i] + attention.num_tasks(i);
+    if (first[decodes] > decodes * shape.num_kv_heads) {  // some context has several segments
+        attention.parts = parts.get<float>(first[decodes] * attention.group * attention.part_size());
+        attention.num_done = num_done.get<std::atomic<int32_t>>(decodes * shape.num_kv_heads);
+        for (int64_t i = 0; i < decodes * shape.num_kv_heads; ++i) attention.num_done[i].store(0, std::memory_order_relaxed);
+    }
+    pool.run(first[sequences], [&](int64_t task, int) {
+        static thread_local Room<T> room;
+        const int64_t sequence = std::upper_bound(first, first + sequences + 1, task) - first - 1;
+        const int64_t index = task - first[sequence];
+        if (sequence < decodes) attention.decode(sequence, index, task, room);
+        else attention.prefill(sequence - decodes, index, room);
+    });
+}
+
+}  // namespace amoe::AMOE_ISA
