@@ -31,14 +31,14 @@ from amoe.cluster.local import ring_bytes_for
 from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
 from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, Step
 from amoe.engine.build import build_worker
-from amoe.engine.devices import threads_per_worker
+from amoe.engine.cpus import threads_per_worker
 from amoe.engine.messages import AddRequest
 from amoe.engine.sampling_table import SamplingTable
 from amoe.engine.worker import Worker
 from amoe.models.config import ModelConfig, load_model_config
 from amoe.profiles.checkpoints import checkpoint_sizes
 from amoe.profiles.measured import FORMAT, load_measured
-from amoe.transport.shm import ShmFabric
+from amoe.transport.shm_fabric import ShmFabric
 from amoe.types import BlockId, BlockKind, Int16Array, SamplingParams
 from benchmarks.step_time import NoControl, parse_placement
 

@@ -37,7 +37,7 @@ from amoe.engine.executor import AttentionExecutor, ExpertsExecutor
 from amoe.engine.messages import AddRequest, ToServer, ToWorker
 from amoe.engine.worker import Worker
 from amoe.models.model import Model
-from amoe.transport.shm import ShmFabric
+from amoe.transport.shm_fabric import ShmFabric
 from amoe.types import SamplingParams
 
 BLOCKS = ("embed", "attention", "experts", "head")

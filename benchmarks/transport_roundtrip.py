@@ -25,7 +25,8 @@ import msgspec
 import numpy as np
 import torch
 
-from amoe.transport.shm import ShmFabric, ShmSpec, ShmTransport
+from amoe.transport.shm import ShmTransport
+from amoe.transport.shm_fabric import ShmFabric, ShmSpec
 from amoe.types import Batch, BatchKind
 
 SIZES = (1, 16, 128)

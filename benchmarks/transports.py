@@ -26,7 +26,7 @@ import torch
 from amoe.config import TransportName
 from amoe.transport.base import Peer
 from amoe.transport.opening import Fabric, TransportSpec, create_fabric, open_transport
-from amoe.transport.wire import max_record_bytes
+from amoe.transport.record_size import max_record_bytes
 from amoe.types import Batch, BatchKind
 from benchmarks.transport_roundtrip import HIDDEN_SIZE, SIZES, TOP_K, copy_bandwidth_gb_s, make_dispatch
 

@@ -49,7 +49,7 @@ from amoe.sim.config import HostModel, SimConfig, Slowdown, Window
 from amoe.sim.simulator import Simulator
 from amoe.sim.timing import ROOFLINE, CostModel
 from amoe.sim.workload import Lengths, Workload
-from amoe.transport.shm import ShmFabric
+from amoe.transport.shm_fabric import ShmFabric
 from amoe.types import SamplingParams
 from benchmarks import make_checkpoint, measure_profile
 from benchmarks.closed_loop import Steady, measure_steady, raise_priority, slope

@@ -17,7 +17,7 @@ import torch
 from amoe.transport.base import Peer, Transport
 from amoe.transport.inproc import InprocFabric
 from amoe.transport.opening import Fabric, TransportSpec, create_fabric, open_transport
-from amoe.transport.wire import max_record_bytes
+from amoe.transport.record_size import max_record_bytes
 from amoe.types import Batch
 from tests.unit.transport.transport_batches import make_batch
 

@@ -19,11 +19,10 @@ from amoe.cluster.process import DEFAULT_ENTRY, InheritedControl, LaunchSpec
 from amoe.cluster.spare import SpareProcess
 from amoe.cluster.worker_process import WorkerProcess, start_process
 from amoe.config import EngineConfig
-from amoe.engine.devices import resolve_device
 from amoe.engine.emulated_device import Shape, emulated_device
 from amoe.logs import LogOptions
 from amoe.transport.opening import Fabric, create_fabric
-from amoe.transport.wire import max_record_bytes
+from amoe.transport.record_size import max_record_bytes
 
 SPARE_DELAY_S = 5.0  # after a worker was started: until then the processor has better things to do
 _LARGEST_ITEM_BYTES = 4
@@ -127,7 +126,11 @@ class LocalLauncher:
     def _device(self, rank: int) -> str:
         """Of its payloads."""
         device = self._config.device
-        return str(resolve_device(device, rank)) if device.startswith("cuda") else "cpu"
+        if not device.startswith("cuda"):
+            return "cpu"
+        from amoe.engine.devices import resolve_device  # late: a server of workers on CPUs needs no torch
+
+        return str(resolve_device(device, rank))
 
 
 class LocalCluster(WorkerCluster):

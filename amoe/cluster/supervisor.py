@@ -27,9 +27,9 @@ from amoe.cluster.launcher import WorkerHandle
 from amoe.cluster.places import Place
 from amoe.cluster.process import title_of
 from amoe.cluster.topology import NOBODY, TopologyBoard
-from amoe.engine.assembly import role_of
 from amoe.engine.async_engine import AsyncEngine
 from amoe.engine.messages import Applied, Failed, Heartbeat, Pulse, ToServer, Unanswered
+from amoe.engine.roles import role_of
 from amoe.engine.watchdog import STALL_TIMEOUT_S, step_limit_s
 from amoe.errors import AmoeError, ConfigError
 from amoe.metrics.cluster import LossKind

@@ -23,7 +23,7 @@ from amoe.cluster.process import InheritedControl, LaunchSpec, title_of
 from amoe.cluster.spare import SpareProcess, tell
 from amoe.config import EngineConfig
 from amoe.engine.control import AsyncControlChannel
-from amoe.engine.devices import threads_per_worker
+from amoe.engine.cpus import threads_per_worker
 from amoe.engine.messages import Loading, Ready, Stop
 from amoe.errors import EngineDeadError
 

@@ -13,7 +13,7 @@ from typing import Any
 from amoe.cluster.control_listener import connect_control
 from amoe.cluster.process import LaunchSpec, TcpControl, title_of
 from amoe.engine.control import SocketControlPort
-from amoe.engine.devices import cpu_set, keep_to_cpus
+from amoe.engine.cpus import cpu_set, keep_to_cpus
 from amoe.engine.messages import Failed, Stop, Topology
 from amoe.engine.shared_control import SharedControlPort, control_port
 from amoe.errors import AmoeError, EngineDeadError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from amoe.clock import Clock
 from amoe.config import EngineConfig
 from amoe.core.worker import WorkerCore
-from amoe.engine.devices import threads_per_worker
+from amoe.engine.cpus import threads_per_worker
 from amoe.engine.emulated_device import Shape
 from amoe.engine.executor import AttentionBlocks, ExpertBlocks
 from amoe.engine.expert_loading import ExpertLoading
@@ -16,6 +16,7 @@ from amoe.engine.expert_placement import expert_owners
 from amoe.engine.grammar_compiler import GrammarCompiler, GrammarVocabulary
 from amoe.engine.home import Home
 from amoe.engine.messages import ControlPort, Topology
+from amoe.engine.roles import role_of
 from amoe.engine.sampling_table import SamplingTable
 from amoe.engine.structured import Grammars
 from amoe.engine.topology import roster_of
@@ -55,12 +56,6 @@ def owners_at(config: EngineConfig, shape: Shape, rejoin: Rejoin | None) -> Int1
         ConfigError: see `expert_owners`.
     """
     return expert_owners(config, shape) if rejoin is None else roster_of(rejoin.topology, shape.num_experts).owners
-
-
-def role_of(config: EngineConfig, rank: int) -> str:
-    """ "attention", "experts", or "colocated" for both."""
-    is_home, is_owner = rank in config.placement.attention_ranks, rank in config.placement.owner_ranks
-    return "colocated" if is_home and is_owner else "attention" if is_home else "experts"
 
 
 def assemble(

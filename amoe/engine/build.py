@@ -9,15 +9,18 @@ import torch
 from amoe.clock import Clock, MonotonicClock
 from amoe.config import EngineConfig
 from amoe.core.worker import ModelShape, WorkerCore
-from amoe.engine.assembly import Ports, Rejoin, assemble, owners_at, role_of
+from amoe.engine.assembly import Ports, Rejoin, assemble, owners_at
 from amoe.engine.build_emulated import build_emulated_worker
-from amoe.engine.devices import resolve_device, threads_per_worker
+from amoe.engine.cpus import threads_per_worker
+from amoe.engine.devices import resolve_device
 from amoe.engine.emulated_device import emulated_device
 from amoe.engine.executor import AttentionExecutor, ExpertsExecutor
 from amoe.engine.expert_loading import ExpertLoading
 from amoe.engine.expert_placement import placement_digest
-from amoe.engine.memory import KVPlan, free_bytes, longest_sequence, plan_kv_cache
+from amoe.engine.kv_plan import KVPlan
+from amoe.engine.memory import free_bytes, longest_sequence, plan_kv_cache
 from amoe.engine.messages import ControlPort, Loading, Ready
+from amoe.engine.roles import role_of
 from amoe.engine.worker import Worker
 from amoe.kernels.attention import KVCache
 from amoe.models.checkpoint import checkpoint_digest

@@ -19,7 +19,7 @@ from amoe.engine.emulated import (
 from amoe.engine.emulated_device import EmulatedDevice, emulated_length, plan_emulated_kv
 from amoe.engine.expert_loading import ExpertLoading
 from amoe.engine.expert_placement import placement_digest
-from amoe.engine.memory import KVPlan
+from amoe.engine.kv_plan import KVPlan
 from amoe.engine.messages import Ready
 from amoe.engine.worker import Worker
 from amoe.models.config import ModelConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from amoe.config import EngineConfig
-from amoe.engine.memory import KVPlan
+from amoe.engine.kv_plan import KVPlan
 from amoe.errors import ConfigError
 from amoe.models.config import ModelConfig, load_model_config
 from amoe.profiles.checkpoints import checkpoint_sizes

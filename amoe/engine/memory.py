@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import torch
 
 from amoe.config import EngineConfig
+from amoe.engine.kv_plan import KVPlan
 from amoe.errors import ConfigError
 from amoe.kernels.attention import KVCache
 from amoe.models.config import ModelConfig
@@ -15,14 +15,6 @@ from amoe.models.config import ModelConfig
 # Of what is free once the weights are loaded. A device is there to be filled; a host has other tenants.
 DEVICE_SHARE = 0.85
 HOST_SHARE = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class KVPlan:
-    """Size of the KV cache of one attention worker, and the longest sequence that it can serve."""
-
-    num_blocks: int
-    max_model_len: int
 
 
 def free_bytes(device: torch.device) -> int:

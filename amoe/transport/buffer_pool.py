@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from amoe.transport.wire import ALIGNMENT, WireBuffer
+from amoe.transport.record_size import ALIGNMENT
+from amoe.transport.wire import WireBuffer
 
 _MOST_KEPT_BYTES = 32 << 20
 

@@ -4,7 +4,8 @@
                            spec = fabric.spec_for(host)        JSON in the worker's launch
     worker:                open_transport(spec, rank, incarnation)
 
-The modules of the transports are imported by whoever uses one: a server on shared memory needs no ZeroMQ.
+The modules of the transports are imported by whoever uses one: a worker on shared memory needs no ZeroMQ, and a server
+that makes a fabric no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import msgspec
 
 from amoe.config import TransportName
 from amoe.transport.base import Transport
-from amoe.transport.shm import ShmFabric, ShmSpec, ShmTransport
+from amoe.transport.shm_fabric import ShmFabric, ShmSpec
 
 DEFAULT_LINK_TIMEOUT_S = 2.0
 EAGER_BYTES = 16 << 10  # a decode step's tokens for one owner mostly fit; on 10 Gbit/s they take 13 µs
@@ -100,7 +101,7 @@ def create_fabric(
 
     Args:
         num_ranks, num_homes: ranks that there may ever be, and attention workers among them (the first).
-        max_record_bytes: of the largest batch, see `amoe.transport.wire.max_record_bytes`.
+        max_record_bytes: of the largest batch, see `amoe.transport.record_size`.
         host: of this process, at which the workers reach it.
         link_timeout_s: see `TcpSpec`.
 
@@ -149,6 +150,8 @@ def open_transport(spec: TransportSpec, rank: int, incarnation: int = 0) -> Tran
         ConfigError: nothing can listen at the host of `spec`.
     """
     if isinstance(spec, ShmSpec):
+        from amoe.transport.shm import ShmTransport
+
         return ShmTransport.attach(spec, rank)
     if isinstance(spec, TcpSpec):
         from amoe.transport.tcp import TcpTransport

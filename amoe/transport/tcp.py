@@ -35,7 +35,8 @@ from amoe.errors import ConfigError, TransportError
 from amoe.transport.base import Peer
 from amoe.transport.loopback import Loopback
 from amoe.transport.opening import TcpSpec
-from amoe.transport.wire import ALIGNMENT, WireBuffer, decode, encode_into, layout_of
+from amoe.transport.record_size import ALIGNMENT
+from amoe.transport.wire import WireBuffer, decode, encode_into, layout_of
 from amoe.types import Batch
 
 logger = logging.getLogger(__name__)

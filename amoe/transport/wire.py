@@ -38,10 +38,9 @@ import numpy as np
 import torch
 
 from amoe.errors import TransportError
+from amoe.transport.record_size import ALIGNMENT, HEADER_BYTES, aligned
 from amoe.types import Batch, BatchKind, Float32Array, Int16Array, Int32Array
 
-ALIGNMENT = 64
-HEADER_BYTES = 64
 MAGIC = int.from_bytes(b"AMOE", "little")
 VERSION = 4
 
@@ -59,10 +58,6 @@ _ANNOUNCE = int(BatchKind.ANNOUNCE)
 _NO_INT32: Int32Array = np.empty(0, np.int32)
 _NO_IDS: Int16Array = np.empty((0, 0), np.int16)
 _NO_WEIGHTS: Float32Array = np.empty((0, 0), np.float32)
-
-
-def _aligned(num_bytes: int) -> int:
-    return (num_bytes + 63) & -64
 
 
 class WireBuffer:
@@ -99,7 +94,7 @@ class WireBuffer:
     @classmethod
     def allocate(cls, nbytes: int) -> WireBuffer:
         """A fresh private region of `nbytes`, rounded up to a multiple of 64."""
-        return cls(bytearray(_aligned(nbytes)))
+        return cls(bytearray(aligned(nbytes)))
 
     def read_payload(self, code: int, offset: int, n: int, hidden_size: int) -> torch.Tensor:
         """A view [n, hidden_size] of the region, of the dtype with this `code`, from byte `offset`.
@@ -118,16 +113,6 @@ class WireBuffer:
             n, hidden_size = payload.shape
             with torch.inference_mode():
                 self.read_payload(code, offset, n, hidden_size).copy_(payload)
-
-
-def row_bytes(hidden_size: int, top_k: int, item_bytes: int) -> int:
-    """Bytes that one more token adds to a DISPATCH record (a RESULT record: less), without alignment."""
-    return 3 * 4 + top_k * (4 + 2) + hidden_size * item_bytes
-
-
-def max_record_bytes(num_tokens: int, hidden_size: int, top_k: int, item_bytes: int) -> int:
-    """Bytes of the largest record with `num_tokens` tokens."""
-    return HEADER_BYTES + 6 * ALIGNMENT + _aligned(num_tokens * row_bytes(hidden_size, top_k, item_bytes))
 
 
 class Layout(NamedTuple):
@@ -149,16 +134,16 @@ class Layout(NamedTuple):
 # A server sees few hidden sizes, but as many n as there are token slots; bounded all the same.
 @functools.lru_cache(maxsize=1 << 16)
 def _layout(kind: int, n: int, top_k: int, hidden_size: int, code: int) -> Layout:
-    step = _aligned(4 * n)
+    step = aligned(4 * n)
     if kind == _DISPATCH:
         pairs = n * top_k
         weights = HEADER_BYTES + 3 * step
-        ids = weights + _aligned(4 * pairs)
-        payload = ids + _aligned(2 * pairs)
+        ids = weights + aligned(4 * pairs)
+        payload = ids + aligned(2 * pairs)
     else:
         pairs = top_k = 0
         weights = ids = payload = HEADER_BYTES + 2 * step
-    size = payload + _aligned(n * hidden_size * _ITEM_BYTES[code])
+    size = payload + aligned(n * hidden_size * _ITEM_BYTES[code])
     return Layout(size, kind, code, top_k, hidden_size, n, pairs, step // 4, weights // 4, ids // 2, payload)
 
 

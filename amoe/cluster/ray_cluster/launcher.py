@@ -24,10 +24,10 @@ from amoe.cluster.ray_cluster.handle import RayWorker, describe_death, end_actor
 from amoe.cluster.ray_cluster.placement import Place, Room, needs_of, threads_for
 from amoe.cluster.ray_cluster.session import NAMESPACE, RaySession
 from amoe.config import EngineConfig
-from amoe.engine.assembly import role_of
 from amoe.engine.control import AsyncControlChannel
-from amoe.engine.devices import threads_per_worker
+from amoe.engine.cpus import threads_per_worker
 from amoe.engine.emulated_device import Shape
+from amoe.engine.roles import role_of
 from amoe.errors import ConfigError, EngineDeadError
 from amoe.logs import LogOptions
 from amoe.transport.opening import Fabric, create_fabric

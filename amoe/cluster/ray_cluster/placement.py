@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from amoe.cluster.ray_cluster.session import RaySession
 from amoe.config import EngineConfig
-from amoe.engine.assembly import role_of
+from amoe.engine.roles import role_of
 from amoe.errors import ConfigError
 
 STRATEGIES = {"attention": "PACK", "colocated": "PACK", "experts": "SPREAD"}

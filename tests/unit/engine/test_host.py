@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from amoe.config import EngineConfig
-from amoe.engine.devices import cpu_set, keep_to_cpus, thread_cpus, threads_per_worker
+from amoe.engine.cpus import cpu_set, keep_to_cpus, thread_cpus, threads_per_worker
 from amoe.engine.host import read_host, usable_cpus
 from amoe.errors import ConfigError
 from amoe.policy.host_placement import Cpu

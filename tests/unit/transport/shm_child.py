@@ -13,7 +13,8 @@ import msgspec
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from amoe.transport.shm import ShmSpec, ShmTransport
+from amoe.transport.shm import ShmTransport
+from amoe.transport.shm_fabric import ShmSpec
 from amoe.types import Batch, BatchKind
 
 

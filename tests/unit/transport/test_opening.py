@@ -10,7 +10,8 @@ import pytest
 
 from amoe.errors import ConfigError
 from amoe.transport.opening import DistributedSpec, TcpFabric, TcpSpec, TransportSpec, create_fabric
-from amoe.transport.shm import ShmFabric, ShmSpec, ShmTransport
+from amoe.transport.shm import ShmTransport
+from amoe.transport.shm_fabric import ShmFabric, ShmSpec
 
 SPECS = [
     ShmSpec(num_ranks=2, ring_bytes=4096, memory_fd=5, doorbell_fds=(6, 7)),

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from amoe.errors import TransportError
-from amoe.transport.shm import ShmFabric, ShmTransport
+from amoe.transport.shm import ShmTransport
+from amoe.transport.shm_fabric import ShmFabric
 from amoe.transport.wire import encoded_size
 from amoe.types import Batch, BatchKind
 from tests.unit.transport.transport_batches import assert_same, make_batch

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amoe.errors import TransportError
+from amoe.transport.record_size import ALIGNMENT, HEADER_BYTES, max_record_bytes
 from amoe.transport.wire import (
-    ALIGNMENT,
-    HEADER_BYTES,
     WireBuffer,
     decode,
     dtype_of,
@@ -19,7 +18,6 @@ from amoe.transport.wire import (
     encoded_size,
     layout_at,
     layout_of,
-    max_record_bytes,
 )
 from amoe.types import Batch, BatchKind
 from tests.unit.transport.transport_batches import assert_same, make_batch
