@@ -39,6 +39,7 @@ from amoe.engine.sampling_table import (
     SamplingTable,
 )
 from amoe.engine.token_masks import MaskArray, apply_masks
+from amoe.kernels.argmax import argmax_rows
 from amoe.types import BoolArray, Float32Array, Int32Array, Int64Array
 
 UInt64Array = npt.NDArray[np.uint64]
@@ -80,6 +81,7 @@ def sample(
     prompt_lens: Int64Array,
     lens: Int64Array,
     grammar_masks: Mapping[int, MaskArray] | None = None,
+    argmax: Callable[[torch.Tensor], Int64Array] = argmax_rows,
 ) -> SampledTokens:
     """Sample the next token of each row.
 
@@ -94,11 +96,12 @@ def sample(
         prompt_lens: [num_rows] of those.
         lens: [num_rows] prompt and output together.
         grammar_masks: [W] what the grammar of a row admits, of the rows that have one.
+        argmax: of rows of logits, where somebody has a faster one.
     """
     needs = table.needs[rows]
     union = int(np.bitwise_or.reduce(needs)) if len(rows) else 0
     if union == 0:
-        return SampledTokens(_argmax(logits))
+        return SampledTokens(argmax(logits))
 
     logits = logits.contiguous()
     asking = np.flatnonzero(needs & LOGPROBS) if union & LOGPROBS else np.empty(0, np.int64)
@@ -119,10 +122,10 @@ def sample(
         token_ids = np.empty(len(rows), np.int64)
         if len(random) < len(rows):
             greedy = np.flatnonzero(~needs & RANDOM)
-            token_ids[greedy] = _argmax(_take(logits, greedy))
+            token_ids[greedy] = argmax(_take(logits, greedy))
         token_ids[random] = _sample_random(_take(logits, random), table, rows[random], step[random])
     else:
-        token_ids = _argmax(logits)
+        token_ids = argmax(logits)
 
     sampled = SampledTokens(token_ids, stuck=stuck)
     if raw_logprobs is not None:
@@ -182,13 +185,6 @@ def _take(logits: torch.Tensor, index: Int64Array) -> torch.Tensor:
     if len(index) == len(logits):
         return logits
     return logits[torch.from_numpy(index).to(logits.device)]
-
-
-def _argmax(logits: torch.Tensor) -> Int64Array:
-    """[n] ids of the greatest logits, the lowest id where they tie."""
-    if logits.device.type == "cpu":
-        return logits.numpy().argmax(axis=1)  # vectorised, unlike torch's: 16 times faster on one core
-    return logits.argmax(dim=-1).cpu().numpy()
 
 
 def _restrict(

@@ -79,9 +79,12 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; on the host, pages that take memory only once they are written, so that a roomy cache costs nothing."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
+    """Zeros; on the host, so that a roomy cache costs nothing."""
+    return host_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+
+
+def host_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros on the host, in pages that take memory only once they are written."""
     num_bytes = math.prod(shape) * dtype.itemsize
     return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
 
@@ -114,6 +117,7 @@ class AttentionBatch:
         chunks: prefill chunks behind the decodes, in row order.
         host_context_lens: `decode_context_lens` as a list, where the caller has it: on an accelerator it lets rows of
             unequal length run in groups without a device synchronisation. On the CPU it is read if it is missing.
+        prepared: what a kernel has made of all this, once for all layers.
     """
 
     slot_mapping: torch.Tensor
@@ -123,6 +127,7 @@ class AttentionBatch:
     max_decode_context: int
     chunks: list[ChunkSpan] = field(default_factory=list)
     host_context_lens: list[int] | None = None
+    prepared: object = None
 
 
 def paged_attention(

@@ -1,5 +1,7 @@
 """The blocks of a model that one worker holds, as functions of tensors: no queue, no sequence, no placement in sight.
 
+`Model` computes with torch, on any device; `native_model.py` with kernels of our own, on a CPU.
+
 Shape letters: n tokens, H hidden size, Hq and Hkv heads, D head size, K experts per token, E experts here, I their
 intermediate size, V vocabulary. Run the methods under `torch.inference_mode()`: entering it per call costs time.
 """
@@ -14,9 +16,10 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from amoe.kernels.argmax import argmax_rows
 from amoe.kernels.attention import AttentionBatch, KVCache, paged_attention
 from amoe.kernels.grouped_gemm import ExpertViews, expert_views, grouped_experts
-from amoe.kernels.permute import PairPlan
+from amoe.kernels.permute import plan_pairs
 from amoe.models.config import ModelConfig
 from amoe.models.layers import MlpWeights, apply_rope, gated_mlp, rms_norm, rope_table, route
 
@@ -143,15 +146,21 @@ class Model:
         self._views: dict[int, ExpertViews] = {
             layer: expert_views(experts.w13, experts.w2) for layer, experts in weights.experts.items()
         }
+        self._local_index = {layer: self._index_of(layer) for layer in weights.experts}
         self._qk_norms = [_per_head_norm(config, layer) for layer in weights.attention]
         self._rope = rope_table(config, dtype, device) if blocks.attention else None
 
-    def local_index(self, layer: int) -> npt.NDArray[np.int64]:
-        """[num_experts] local index of each global expert of a layer, -1 if it is not here: for `plan_pairs`."""
+    def _index_of(self, layer: int) -> npt.NDArray[np.int64]:
+        """[num_experts] local index of each global expert of a layer, -1 if it is not here."""
+        ids = self.weights.experts[layer].ids
         index = np.full(self.config.num_experts, -1, np.int64)
-        ids = self.weights.experts[layer].ids if layer in self.weights.experts else ()
         index[list(ids)] = np.arange(len(ids))
         return index
+
+    @property
+    def held_experts(self) -> dict[int, tuple[int, ...]]:
+        """Global ids of the experts here, by layer; layers without any may be absent."""
+        return {layer: experts.ids for layer, experts in self.weights.experts.items()}
 
     def set_experts(self, layer: int, experts: ExpertWeights) -> None:
         """Hold these experts of a layer from now on, in place of those that were here; none is fine."""
@@ -161,6 +170,20 @@ class Model:
         if experts.ids:
             self.weights.experts[layer] = experts
             self._views[layer] = expert_views(experts.w13, experts.w2)
+            self._local_index[layer] = self._index_of(layer)
+
+    def new_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:
+        """A KV cache for `attention`."""
+        config = self.config
+        return KVCache(
+            config.num_layers,
+            num_blocks,
+            block_size,
+            config.num_key_value_heads,
+            config.head_dim,
+            self.dtype,
+            self.device,
+        )
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[n] int64 token ids to [n, H] residuals."""
@@ -216,24 +239,43 @@ class Model:
         qk = apply_rope(qk, self._rope.index_select(0, positions))
         return qk[:, : config.num_attention_heads], qk[:, config.num_attention_heads :], v
 
-    def experts(self, layer: int, hidden: torch.Tensor, plan: PairPlan) -> torch.Tensor:
+    def experts(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Weighted sum over this worker's experts of each token's MoE input.
 
         Args:
-            hidden: [n, H] MoE inputs.
-            plan: `plan_pairs(ids, weights, model.local_index(layer))`.
+            hidden: [m, H] MoE inputs.
+            expert_ids: [n, K] global ids, int16 or int64, -1 where there is none. Those that are not here are passed over.
+            expert_weights: [n, K] float32.
+            rows: [n] int64 rows of `hidden` that the tokens are; None: all of them, in order.
+            residual: [n, H] to be added; None: nothing.
 
         Returns:
-            [n, H] in the model's dtype, summed in float32 in the order of a token's k.
+            [n, H] in the model's dtype, the pairs summed in float32 in the order of a token's k.
         """
         weights = self.weights.experts[layer]
-        return grouped_experts(hidden, plan, weights.w13, weights.w2, self._views[layer])
+        plan = plan_pairs(expert_ids.cpu().numpy(), expert_weights.cpu().numpy(), self._local_index[layer])
+        if rows is not None:
+            hidden = hidden.index_select(0, rows)
+        summed = grouped_experts(hidden, plan, weights.w13, weights.w2, self._views[layer])
+        return summed if residual is None else residual + summed
 
     def head(self, residual: torch.Tensor) -> torch.Tensor:
         """[n, H] residuals after the last layer to [n, V] logits in float32."""
         assert self.weights.head is not None, "this worker holds no attention blocks"
         hidden = rms_norm(residual, self.weights.head.norm, self.config.rms_norm_eps)
         return F.linear(hidden, self.weights.head.lm_head).float()
+
+    def argmax(self, logits: torch.Tensor) -> npt.NDArray[np.int64]:
+        """[n] ids of the greatest of logits [n, V], the lowest id where they tie."""
+        return argmax_rows(logits)
 
 
 def _per_head_norm(config: ModelConfig, weights: AttentionWeights) -> torch.Tensor | None:

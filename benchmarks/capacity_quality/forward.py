@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from amoe.kernels.attention import AttentionBatch, ChunkSpan, KVCache
-from amoe.kernels.permute import plan_pairs
+from amoe.kernels.attention import AttentionBatch, ChunkSpan
 from amoe.models.model import AttentionOutput, Model
 from amoe.types import Float32Array, Int64Array
 
@@ -44,20 +43,10 @@ class Forward:
     """A cache for `num_sequences` sequences of at most `length` tokens, and the passes that fill it."""
 
     def __init__(self, model: Model, num_sequences: int, length: int) -> None:
-        config = model.config
         self.model = model
         self._blocks = -(-length // BLOCK_SIZE)  # of a sequence
         self._tables = torch.arange(num_sequences * self._blocks).view(num_sequences, self._blocks)
-        self._kv = KVCache(
-            config.num_layers,
-            num_sequences * self._blocks,
-            BLOCK_SIZE,
-            config.num_key_value_heads,
-            config.head_dim,
-            model.dtype,
-            model.device,
-        )
-        self._index = {layer: model.local_index(layer) for layer in model.weights.experts}
+        self._kv = model.new_kv_cache(num_sequences * self._blocks, BLOCK_SIZE)
 
     def step(self, tokens: torch.Tensor, rows: Rows, decide: Decide) -> torch.Tensor:
         """Logits [n, V] of one micro-batch; `tokens` [n] are the ids of its rows."""
@@ -68,8 +57,8 @@ class Forward:
             residual = out.residual
             if out.moe_input is None:
                 continue
-            plan = plan_pairs(*decide(layer, rows, out), self._index[layer])
-            residual = residual + model.experts(layer, out.moe_input, plan)
+            ids, weights = (torch.from_numpy(array) for array in decide(layer, rows, out))
+            residual = model.experts(layer, out.moe_input, ids, weights, residual=residual)
         return model.head(residual)
 
     def _attention_batch(self, rows: Rows) -> AttentionBatch:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from amoe.kernels.permute import plan_pairs
 from amoe.models.model import AttentionOutput, Model
 from amoe.types import Float32Array, Int64Array
 from benchmarks.capacity_quality.capping import Batching
@@ -28,9 +27,10 @@ class Substitution:
         assert out.moe_input is not None and out.scores is not None
         assert out.topk_ids is not None and out.topk_weights is not None
         scores, best = out.scores.topk(3, dim=1)
-        ones, index = np.ones((len(best), 1), np.float32), self._model.local_index(layer)
-        plans = [plan_pairs(best[:, rank : rank + 1].numpy(), ones, index) for rank in range(3)]
-        outputs = [self._model.experts(layer, out.moe_input, plan).float() for plan in plans]
+        ones = torch.ones((len(best), 1))
+        outputs = [
+            self._model.experts(layer, out.moe_input, best[:, rank : rank + 1], ones).float() for rank in range(3)
+        ]
         self.rows.append({"layer": layer, **_errors(outputs, scores), **_likeness(outputs)})
         return out.topk_ids.numpy(), out.topk_weights.numpy()
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from amoe.kernels.attention import AttentionBatch, ChunkSpan, KVCache
-from amoe.kernels.permute import plan_pairs
+from amoe.kernels.attention import AttentionBatch, ChunkSpan
+from amoe.kernels.native import make_context
 from amoe.models.config import load_model_config
-from amoe.models.loader import Blocks, load_model
+from amoe.models.loader import Blocks, load_model, load_native_model
+from amoe.models.worker_model import WorkerModel
 
 
 class BlockRunner:
-    """One attention worker and `num_expert_workers` expert workers; expert e lives at worker e % num_expert_workers."""
+    """One attention worker and `num_expert_workers` expert workers; expert e lives at worker e % num_expert_workers.
+
+    Args:
+        isa: instruction set of native kernels; None: torch.
+    """
 
     def __init__(
         self,
@@ -24,25 +28,21 @@ class BlockRunner:
         block_size: int = 4,
         num_blocks: int = 64,
         dtype: torch.dtype = torch.float32,
+        isa: str | None = None,
     ) -> None:
         self.config = load_model_config(path)
         config = self.config
         shares = [tuple(range(w, config.num_experts, num_expert_workers)) for w in range(num_expert_workers)]
         sparse = [layer for layer, is_sparse in enumerate(config.sparse_layers) if is_sparse]
-        self.home = load_model(path, config, Blocks(True, {}), dtype=dtype, device="cpu")
-        self.workers = [
-            load_model(path, config, Blocks(False, dict.fromkeys(sparse, share)), dtype=dtype, device="cpu")
-            for share in shares
-        ]
-        self.kv = KVCache(
-            config.num_layers,
-            num_blocks,
-            block_size,
-            config.num_key_value_heads,
-            config.head_dim,
-            dtype,
-            torch.device("cpu"),
-        )
+
+        def load(blocks: Blocks) -> WorkerModel:
+            if isa is None:
+                return load_model(path, config, blocks, dtype=dtype, device="cpu")
+            return load_native_model(path, config, blocks, make_context(dtype, 2, isa=isa), dtype=dtype)
+
+        self.home = load(Blocks(True, {}))
+        self.workers = [load(Blocks(False, dict.fromkeys(sparse, share))) for share in shares]
+        self.kv = self.home.new_kv_cache(num_blocks, block_size)
         self.free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).tolist()
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
@@ -96,10 +96,7 @@ class BlockRunner:
                     continue
                 assert out.topk_ids is not None
                 assert out.topk_weights is not None
-                ids, weights = out.topk_ids.numpy().astype(np.int16), out.topk_weights.numpy()
-                partials = [
-                    worker.experts(layer, out.moe_input, plan_pairs(ids, weights, worker.local_index(layer)))
-                    for worker in self.workers
-                ]
+                ids, weights = out.topk_ids.to(torch.int16), out.topk_weights
+                partials = [worker.experts(layer, out.moe_input, ids, weights) for worker in self.workers]
                 residual = residual + sum(partial.float() for partial in partials).to(residual.dtype)
             return self.home.head(residual)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from amoe.kernels.native import instruction_sets
 from amoe.models import reference
 from amoe.models.loader import Blocks, load_model
 from tests.checkpoints import ARCHES, hf_greedy, hf_logits
 from tests.unit.models.block_runner import BlockRunner
 
 PROMPT = [5, 17, 99, 3, 42, 6, 6, 90, 11, 64, 28, 50, 77]
+NATIVE = instruction_sets()
 # What the families can differ in beyond their defaults: each must change the answer in the same way everywhere.
 VARIANTS = [
     ("mixtral", {}),
@@ -41,10 +43,10 @@ def test_reference_equals_transformers(checkpoint_factory, arch, overrides, seed
 
 
 @pytest.mark.parametrize(("arch", "overrides"), VARIANTS)
-@pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_blocks_equal_transformers_with_chunks_and_cache(checkpoint_factory, arch, overrides, num_workers):
+@pytest.mark.parametrize(("num_workers", "isa"), [(1, None), (2, None), (3, None), *((2, isa) for isa in NATIVE)])
+def test_blocks_equal_transformers_with_chunks_and_cache(checkpoint_factory, arch, overrides, num_workers, isa):
     path = checkpoint_factory(arch, 0, **overrides)
-    runner = BlockRunner(path, num_workers)
+    runner = BlockRunner(path, num_workers, isa=isa)
     expected = hf_logits(path, PROMPT)
     logits = [runner.step({}, {0: PROMPT[:5]})[0], runner.step({}, {0: PROMPT[5:6]})[0]]
     logits.append(runner.step({}, {0: PROMPT[6:11]})[0])
@@ -52,13 +54,14 @@ def test_blocks_equal_transformers_with_chunks_and_cache(checkpoint_factory, arc
     assert (torch.cat(logits) - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("isa", [None, *NATIVE[-1:]])
 @pytest.mark.parametrize("arch", ARCHES)
-def test_greedy_of_a_mixed_batch_equals_transformers(checkpoint_factory, arch):
+def test_greedy_of_a_mixed_batch_equals_transformers(checkpoint_factory, arch, isa):
     """Sequences that start at different times decode and prefill in one batch, as if each were alone."""
     path = checkpoint_factory(arch, 2)
     prompts = [PROMPT, PROMPT[3:5], PROMPT[::-1] * 2]
     expected = hf_greedy(path, prompts, 12)
-    runner, outputs = BlockRunner(path, 2), [[], [], []]
+    runner, outputs = BlockRunner(path, 2, isa=isa), [[], [], []]
     logprobs = [[], [], []]
     pending = {0: [prompts[0]], 1: [prompts[1]], 2: [prompts[2][:9], prompts[2][9:]]}
     for step in range(40):
@@ -87,11 +90,12 @@ def test_reference_greedy_stops_at_a_stop_id(checkpoint_factory, arch):
     assert reference.greedy(model, PROMPT, 6, stop_ids=(answer[2],)) == answer[: answer.index(answer[2]) + 1]
 
 
+@pytest.mark.parametrize("isa", [None, *NATIVE])
 @pytest.mark.parametrize("arch", ARCHES)
-def test_bfloat16_stays_near_float32(checkpoint_factory, arch):
+def test_bfloat16_stays_near_float32(checkpoint_factory, arch, isa):
     path = checkpoint_factory(arch, 0, dtype=torch.bfloat16, initializer_range=0.05)
     exact = hf_logits(path, PROMPT)
-    runner = BlockRunner(path, 2, dtype=torch.bfloat16)
+    runner = BlockRunner(path, 2, dtype=torch.bfloat16, isa=isa)
     assert runner.home.dtype == torch.bfloat16
     rough = torch.cat([runner.step({}, {0: PROMPT[:9]})[0], *(runner.step({0: t}, {})[0] for t in PROMPT[9:])])
     assert rough.dtype == torch.float32

@@ -20,13 +20,14 @@ constexpr int kTileRows = kMaxRows >= 8 ? 8 : 2;
 constexpr int kTileAccumulators = 2 * kTileRows;
 constexpr int columns_of(int rows) { return std::min(8, kTileAccumulators / rows); }
 
+constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kScoreStride = kSegment + 16;  // rows of a tile must not share a set of the cache
 
 // ---- products
 
-// Scores of kRows queries [padded_dim] and kGroups groups of keys, to s (rows kScoreStride apart). Fetches the values of these
-// groups and the keys of the next ones, if any.
-template <class T, int kRows, int kGroups>
+// Scores of kRows queries [padded_dim] and kGroups groups of keys, to s (rows kScoreStride apart). A stream, which memory must
+// deliver, also fetches the values of these groups and the keys of the next ones, if any.
+template <class T, bool kStream, int kRows, int kGroups>
 __attribute__((noinline)) void score(
     const T* q, int64_t padded_dim, const T* const* keys, const T* const* values, bool has_next, float* s) {
     constexpr int64_t kDepth = Step<T>::kDepth;
@@ -38,8 +39,10 @@ __attribute__((noinline)) void score(
 #pragma GCC unroll 8
         for (int group = 0; group < kGroups; ++group) {
             k[group] = load<f32x16>(keys[group] + d * kGroup);
-            __builtin_prefetch(values[group] + d * kGroup, 0, 2);
-            __builtin_prefetch(ahead[group] + d * kGroup, 0, 2);
+            if constexpr (kStream) {
+                __builtin_prefetch(values[group] + d * kGroup, 0, 2);
+                __builtin_prefetch(ahead[group] + d * kGroup, 0, 2);
+            }
         }
 #pragma GCC unroll 8
         for (int row = 0; row < kRows; ++row) {
@@ -55,13 +58,14 @@ __attribute__((noinline)) void score(
     }
 }
 
-template <class T, int kRows, int kGroups = columns_of(kRows)>
+template <class T, bool kStream, int kRows, int kGroups = columns_of(kRows)>
 AMOE_INLINE void score_all(const T* q, int64_t padded_dim, const Segment<T>& segment, int64_t done, int64_t num_groups, float* s) {
     for (; done + kGroups <= num_groups; done += kGroups) {
         const bool has_next = done + 2 * kGroups <= num_groups;
-        score<T, kRows, kGroups>(q, padded_dim, segment.keys + done, segment.values + done, has_next, s + done * kGroup);
+        score<T, kStream, kRows, kGroups>(
+            q, padded_dim, segment.keys + done, segment.values + done, has_next, s + done * kGroup);
     }
-    if constexpr (kGroups > 1) score_all<T, kRows, kGroups / 2>(q, padded_dim, segment, done, num_groups, s);
+    if constexpr (kGroups > 1) score_all<T, kStream, kRows, kGroups / 2>(q, padded_dim, segment, done, num_groups, s);
 }
 
 // acc [kRows, padded_dim] of kVectors * 16 dimensions from `d`: values weighted by p (rows kScoreStride apart).
@@ -101,37 +105,57 @@ AMOE_INLINE void weigh_all(const T* p, const Segment<T>& segment, int64_t num_gr
 
 // ---- softmax
 
-// What a row has seen of its context: largest score, sum of e^(score - largest), values weighted alike.
+// 2^x to 2 ulp, for x of at most 0 (or hardly more); not less than 2^-126. NaN stays NaN.
+AMOE_INLINE f32x16 exp2(f32x16 x) {
+    x = splat(-126.0f) > x ? splat(-126.0f) : x;
+    const f32x16 shifted = x + 12583039.0f;  // 1.5 * 2^23 + 127: the exponent, biased, stands in the low bits
+    const f32x16 r = x - (shifted - 12583039.0f);
+    f32x16 p = splat(1.3264727e-3f);
+    p = p * r + 9.671513e-3f;
+    p = p * r + 5.5507336e-2f;
+    p = p * r + 2.4022242e-1f;
+    p = p * r + 6.93147e-1f;
+    p = p * r + 1.0f;
+    return p * (f32x16)((i32x16)shifted << 23);
+}
+
+// What a row has seen of its context: largest score, sum of 2^(score - largest), values weighted alike.
 struct Part {
     float top, total;
     float* acc;  // [padded_dim]
 };
 
-// e^(s * scale - largest) of the first `visible` scores of a row, zeros up to num_groups groups; gives largest and sum.
+// Weights 2^(s * scale - top) of the first `visible` scores of a row, zeros up to num_groups groups; gives top and total.
 template <class T>
-__attribute__((noinline)) Part soften(float* s, int64_t visible, int64_t num_groups, float scale, T* p) {
-    const int64_t used = (visible + kGroup - 1) / kGroup, rest = visible % kGroup;
-    float* last = s + (used - 1) * kGroup;
-    if (rest != 0) store(last, select(kLanes < static_cast<int32_t>(rest), load<f32x16>(last), splat(-INFINITY)));
+__attribute__((noinline)) Part soften(const float* s, int64_t visible, int64_t num_groups, float scale, T* p) {
+    const int64_t whole = visible / kGroup * kGroup, num_keys = num_groups * kGroup;
+    const i32x16 is_last = kLanes < static_cast<int32_t>(visible - whole);
     f32x16 tops = splat(-INFINITY);
-    for (int64_t group = 0; group < used; ++group) tops = max(load<f32x16>(s + group * kGroup), tops);
+    for (int64_t key = 0; key < whole; key += kGroup) tops = max(load<f32x16>(s + key), tops);
+    if (whole < visible) tops = max(select(is_last, load<f32x16>(s + whole), splat(-INFINITY)), tops);
     const float top = largest(tops) * scale;
     f32x16 totals = {};
-    for (int64_t group = 0; group < used; ++group) {
-        const f32x16 e = exp(load<f32x16>(s + group * kGroup) * scale - top);
+    const auto weights = [&](int64_t key) { return exp2(load<f32x16>(s + key) * scale - top); };
+    for (int64_t key = 0; key < whole; key += kGroup) {
+        const f32x16 e = weights(key);
         totals += e;
-        store_f32(p + group * kGroup, e);
+        store_f32(p + key, e);
     }
-    for (int64_t group = used; group < num_groups; ++group) store_f32(p + group * kGroup, f32x16{});
+    if (whole < visible) {
+        const f32x16 e = select(is_last, weights(whole), f32x16{});
+        totals += e;
+        store_f32(p + whole, e);
+    }
+    for (int64_t key = (visible + kGroup - 1) / kGroup * kGroup; key < num_keys; key += kGroup) store_f32(p + key, f32x16{});
     return {top, sum(totals), nullptr};
 }
 
-AMOE_INLINE float exp_of(float x) { return exp(splat(x))[0]; }
+AMOE_INLINE float exp2_of(float x) { return exp2(splat(x))[0]; }
 
 // Joins a row's next segment to those before it.
 __attribute__((noinline)) inline void join(Part& whole, const Part& next, int64_t padded_dim) {
     const float top = next.top > whole.top ? next.top : whole.top;
-    const float keep = exp_of(whole.top - top), add = exp_of(next.top - top);
+    const float keep = exp2_of(whole.top - top), add = exp2_of(next.top - top);
     whole.total = whole.total * keep + next.total * add;
     whole.top = top;
     for (int64_t d = 0; d < padded_dim; d += 16) {
@@ -177,19 +201,19 @@ template <class T>
 struct Rows {
     const T* queries;
     int64_t count, group, first_visible, padded_dim;
-    float scale;
+    float scale;  // of the scores, as exponents of 2
 
     int64_t visible(int64_t row) const { return first_visible + row / group; }
 };
 
 // kRows rows from `row` on, and the segment that begins at key `begin`; `sink(row, part)` takes what each of them sees.
-template <class T, int kRows, class Sink>
+template <class T, bool kStream, int kRows, class Sink>
 AMOE_INLINE void attend_tile(
     const Rows<T>& rows, int64_t row, const Segment<T>& segment, int64_t begin, Room<T>& room, Sink&& sink) {
     const int64_t seen = std::min(kSegment, rows.visible(row + kRows - 1) - begin);
     if (seen <= 0) return;
     const int64_t num_groups = (seen + kGroup - 1) / kGroup;
-    score_all<T, kRows>(rows.queries + row * rows.padded_dim, rows.padded_dim, segment, 0, num_groups, room.scores);
+    score_all<T, kStream, kRows>(rows.queries + row * rows.padded_dim, rows.padded_dim, segment, 0, num_groups, room.scores);
     Part parts[kRows];
     for (int i = 0; i < kRows; ++i) {
         const int64_t visible = std::max<int64_t>(0, std::min(kSegment, rows.visible(row + i) - begin));
@@ -205,11 +229,11 @@ AMOE_INLINE void attend_tile(
 }
 
 // All rows and one segment, in tiles of kRows rows and then of fewer.
-template <class T, int kRows = kTileRows, class Sink>
+template <class T, bool kStream, int kRows = kTileRows, class Sink>
 AMOE_INLINE void attend(
     const Rows<T>& rows, int64_t row, const Segment<T>& segment, int64_t begin, Room<T>& room, Sink&& sink) {
-    for (; row + kRows <= rows.count; row += kRows) attend_tile<T, kRows>(rows, row, segment, begin, room, sink);
-    if constexpr (kRows > 1) attend<T, kRows / 2>(rows, row, segment, begin, room, sink);
+    for (; row + kRows <= rows.count; row += kRows) attend_tile<T, kStream, kRows>(rows, row, segment, begin, room, sink);
+    if constexpr (kRows > 1) attend<T, kStream, kRows / 2>(rows, row, segment, begin, room, sink);
 }
 
 // ---- the batch
@@ -252,7 +276,7 @@ struct Attention {
             std::memcpy(to, from, shape.head_dim * sizeof(T));
             std::memset(to + shape.head_dim, 0, (padded_dim - shape.head_dim) * sizeof(T));
         }
-        return {room.queries, tokens * group, group, first_visible, padded_dim, shape.scale};
+        return {room.queries, tokens * group, group, first_visible, padded_dim, shape.scale * kLog2E};
     }
 
     T* out_row(int64_t first_row, int64_t row, int64_t head) const {
@@ -267,7 +291,7 @@ struct Attention {
         const int32_t* table = batch.decode_tables + sequence * batch.table_stride;
         find_segment(
             shape, kv_layer, table, head, begin, std::min(context, begin + kSegment), padded_dim, room.segment, segment);
-        attend<T>(rows, 0, segment, begin, room, [&](int64_t row, const Part& part) {
+        attend<T, true>(rows, 0, segment, begin, room, [&](int64_t row, const Part& part) {
             if (segments == 1) return put_row(part, out_row(sequence, row, head), shape.head_dim);
             float* to = parts + (task * group + row) * part_size();
             std::memcpy(to, part.acc, padded_dim * sizeof(float));
@@ -304,7 +328,7 @@ struct Attention {
             Segment<T> segment;
             find_segment(
                 shape, kv_layer, table, head, begin, std::min(context, begin + kSegment), padded_dim, room.segment, segment);
-            attend<T>(rows, 0, segment, begin, room, [&](int64_t row, const Part& part) {
+            attend<T, false>(rows, 0, segment, begin, room, [&](int64_t row, const Part& part) {
                 if (begin > 0) return join(room.whole[row], part, padded_dim);
                 room.whole[row] = {part.top, part.total, room.state + row * padded_dim};
                 std::memcpy(room.whole[row].acc, part.acc, padded_dim * sizeof(float));

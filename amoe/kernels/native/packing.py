@@ -1,0 +1,195 @@
+"""Weights in the order in which the native kernels read them.
+
+A matrix [N, K] becomes panels of 32 rows of it: [ceil(N / 32), K / 2, 32], an element being two neighbouring numbers
+of a row (bfloat16, int8), or [ceil(N / 32), K, 32] single ones (float32). A product then reads memory as one stream.
+
+Shape letters: N rows (outputs), K depth (inputs), P panels, E experts, H hidden size, I intermediate size of an expert.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from amoe.kernels.native import _native
+
+PANEL = 32
+HALF = PANEL // 2
+_HUGE_PAGE = 2 << 20
+# An element of packed storage: what one lane of the kernels takes in one step.
+_LANES = {torch.bfloat16: torch.int32, torch.float32: torch.float32, torch.int8: torch.int16}
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """One matrix [N, K] for `Context.linear`.
+
+    Attributes:
+        data: [P, K / 2 or K, 32].
+        scales: [32 P] float32 of int8 rows, else None.
+        rows, depth: N and K.
+        handle: what the kernels take.
+    """
+
+    data: torch.Tensor
+    scales: torch.Tensor | None
+    rows: int
+    depth: int
+    dtype: torch.dtype
+    handle: _native.Weights
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, *, quantize: bool = False) -> PackedMatrix:
+        """Pack weight [N, K], as int8 if `quantize`."""
+        rows, depth = weight.shape
+        stored, scales = quantize_rows(weight) if quantize else (weight, None)
+        packed = empty(packed_shape(rows, depth, stored.dtype), _LANES[stored.dtype])
+        pack_into(packed, stored)
+        if scales is not None:
+            scales = _padded(scales, len(packed) * PANEL)
+        handle = weights_handle(packed, scales, rows, depth)
+        return cls(packed, scales, rows, depth, stored.dtype, handle)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def unpack(self) -> torch.Tensor:
+        """[N, K] as it was, or what int8 has left of it in float32."""
+        numbers = self.data.transpose(1, 2).contiguous().view(self.dtype).view(-1, self.depth)[: self.rows]
+        return numbers if self.scales is None else numbers.float() * self.scales[: self.rows, None]
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """The experts of one layer that are here, for `Context.experts`.
+
+    Attributes:
+        ids: global ids, ascending.
+        w13: [E, ceil(I / 16), H / 2 or H, 32]: a panel holds 16 gate rows, then the 16 up rows that belong to them.
+        w2: [E, ceil(H / 32), I / 2 or I, 32].
+        w13_scales, w2_scales: [E, rows rounded up] float32 of int8 rows, else None.
+        handle: what the kernels take.
+    """
+
+    ids: tuple[int, ...]
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_scales: torch.Tensor | None
+    w2_scales: torch.Tensor | None
+    handle: _native.Experts
+
+    @classmethod
+    def empty(
+        cls, ids: Sequence[int], hidden: int, intermediate: int, dtype: torch.dtype, *, quantize: bool = False
+    ) -> PackedExperts:
+        """Room for the experts `ids`; `put` fills it."""
+        stored = torch.int8 if quantize else dtype
+        count, gate_up_rows = len(ids), 2 * HALF * math.ceil(intermediate / HALF)
+        w13 = empty((count, *packed_shape(gate_up_rows, hidden, stored)), _LANES[stored])
+        w2 = empty((count, *packed_shape(hidden, intermediate, stored)), _LANES[stored])
+        w13_scales, w2_scales = (torch.zeros((count, w.shape[1] * PANEL)) if quantize else None for w in (w13, w2))
+        handle = _native.Experts(
+            _first_of(w13, w13_scales, gate_up_rows, hidden),
+            _first_of(w2, w2_scales, hidden, intermediate),
+            count,
+            hidden,
+            intermediate,
+            w13[0].nbytes,
+            w2[0].nbytes,
+            0 if w13_scales is None else w13_scales.shape[1],
+            0 if w2_scales is None else w2_scales.shape[1],
+        )
+        return cls(tuple(ids), w13, w2, w13_scales, w2_scales, handle)
+
+    @property
+    def num_bytes(self) -> int:
+        parts = (self.w13, self.w2, self.w13_scales, self.w2_scales)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def put(self, local: int, w13: torch.Tensor, w2: torch.Tensor) -> None:
+        """Expert `local` has weights w13 [2I, H], gate rows then up rows, and w2 [H, I]."""
+        for source, packed, scales, is_gated in (
+            (w13, self.w13, self.w13_scales, True),
+            (w2, self.w2, self.w2_scales, False),
+        ):
+            if is_gated:
+                source = interleave(source)
+            if scales is not None:
+                source, row_scales = quantize_rows(source)
+                scales[local, : len(row_scales)] = row_scales
+            pack_into(packed[local], source)
+
+    def copy(self, local: int, other: PackedExperts, other_local: int) -> None:
+        """Expert `local` is what `other_local` of `other` is."""
+        for name in ("w13", "w2", "w13_scales", "w2_scales"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is not None:
+                mine[local].copy_(theirs[other_local])
+
+
+def packed_shape(rows: int, depth: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Of packed storage; an odd depth cannot be packed in pairs."""
+    step = _LANES[dtype].itemsize // dtype.itemsize
+    if depth % step:
+        raise ValueError(f"a depth of {depth} is odd")
+    return math.ceil(rows / PANEL), depth // step, PANEL
+
+
+def pack_into(packed: torch.Tensor, weight: torch.Tensor) -> None:
+    """weight [N, K] into packed [P, K / 2 or K, 32]; rows beyond N become zero."""
+    lanes = weight.contiguous().view(_LANES[weight.dtype])
+    whole = len(lanes) // PANEL
+    if whole:
+        packed[:whole].copy_(lanes[: whole * PANEL].view(whole, PANEL, -1).transpose(1, 2))
+    if len(packed) > whole:
+        rest = lanes[whole * PANEL :]
+        packed[whole:] = 0
+        packed[whole, :, : len(rest)] = rest.T
+
+
+def interleave(gate_up: torch.Tensor) -> torch.Tensor:
+    """[2I, H] gate rows, then up rows, as alternating 16 gate and 16 up rows; I is filled up with zeros to 16."""
+    gate, up = (_padded(half, HALF * math.ceil(len(half) / HALF)) for half in gate_up.chunk(2))
+    depth = gate_up.shape[1]
+    return torch.stack((gate.view(-1, HALF, depth), up.view(-1, HALF, depth)), dim=1).view(-1, depth)
+
+
+def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight [N, K] as int8 [N, K] and float32 scales [N]: symmetric, so that the largest of a row becomes 127."""
+    values = weight.float()
+    scales = values.abs().amax(dim=1) / 127
+    quantized = (values / torch.where(scales > 0, scales, 1.0)[:, None]).round_()
+    return quantized.to(torch.int8), scales
+
+
+def weights_handle(packed: torch.Tensor, scales: torch.Tensor | None, rows: int, depth: int) -> _native.Weights:
+    """What the kernels take; keep the tensors alive as long as it."""
+    address = 0 if scales is None else scales.data_ptr()
+    return _native.Weights(packed.data_ptr(), address, rows, depth, packed.dtype == torch.int16)
+
+
+def _first_of(stacked: torch.Tensor, scales: torch.Tensor | None, rows: int, depth: int) -> _native.Weights:
+    return weights_handle(stacked[0], None if scales is None else scales[0], rows, depth)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory in huge pages, where it is large and the system has them: streams of weights would miss the TLB."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % _HUGE_PAGE
+    return whole[start : start + num_bytes].view(dtype).view(shape)
+
+
+def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
+    if len(rows) == count:
+        return rows
+    return torch.cat((rows, rows.new_zeros((count - len(rows), *rows.shape[1:]))))

@@ -1,0 +1,171 @@
+"""Load a worker's blocks for the native kernels: a matrix is read, packed and forgotten before the next is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from amoe.kernels.native import _native
+from amoe.kernels.native.packing import PackedExperts, PackedMatrix
+from amoe.models.checkpoint import Checkpoint
+from amoe.models.config import ModelConfig
+from amoe.models.layers import MlpWeights
+from amoe.models.model import Blocks
+from amoe.models.native_model import NativeAttention, NativeHead, NativeModel, NativeWeights
+from amoe.models.weights_builder import WeightsBuilder
+
+_META = torch.device("meta")
+
+
+def load_native_model(
+    path: str | Path,
+    config: ModelConfig,
+    blocks: Blocks,
+    context: _native.Context,
+    *,
+    dtype: torch.dtype,
+    quantize: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> NativeModel:
+    """As `loader.load_model`, for `context`. Peak memory: the final size, and one matrix or one expert.
+
+    Args:
+        quantize: experts and projections become int8; embedding, head, routers and norms stay as they are.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    packer = _Packer(Checkpoint(path), config, dtype, quantize, on_progress)
+    packer.check(blocks)
+    weights = NativeWeights()
+    if blocks.attention:
+        weights.head = packer.head()
+        weights.attention = [packer.attention(layer) for layer in range(config.num_layers)]
+    for layer, ids in sorted(blocks.experts.items()):
+        if ids:
+            weights.experts[layer] = packer.experts(layer, ids)
+    return NativeModel(
+        config, blocks, weights, context, dtype=dtype, parameter_bytes=packer.num_bytes, is_quantized=quantize
+    )
+
+
+def load_native_experts(
+    path: str | Path,
+    config: ModelConfig,
+    layer: int,
+    ids: tuple[int, ...],
+    *,
+    dtype: torch.dtype,
+    quantize: bool = False,
+    held: PackedExperts | None = None,
+) -> PackedExperts:
+    """As `loader.load_experts`.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    checkpoint = Checkpoint(path)
+    held_at = {} if held is None else {expert: local for local, expert in enumerate(held.ids)}
+    WeightsBuilder(checkpoint, config, dtype, _META).experts(layer, ids, frozenset(held_at))
+    return _Packer(checkpoint, config, dtype, quantize, None).experts(layer, ids, held)
+
+
+class _Packer:
+    """Reads and packs block after block.
+
+    Attributes:
+        num_bytes: of what has been packed.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        quantize: bool,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.num_bytes = 0
+        self._checkpoint = checkpoint
+        self._config = config
+        self._dtype = dtype
+        self._quantize = quantize
+        self._on_progress = on_progress
+        self._done = self._total = 0
+
+    def check(self, blocks: Blocks) -> None:
+        """Everything that `blocks` need is there; reads headers only."""
+        builder = WeightsBuilder(self._checkpoint, self._config, self._dtype, _META)
+        builder.build(blocks)
+        self._total = builder.total_bytes
+
+    def _builder(self) -> WeightsBuilder:
+        return WeightsBuilder(self._checkpoint, self._config, self._dtype, torch.device("cpu"))
+
+    def _read(self, builder: WeightsBuilder) -> None:
+        before = self._done
+        report = self._on_progress
+        builder.fill(None if report is None else lambda done, _: report(before + done, self._total))
+        self._done += builder.total_bytes
+
+    def _matrix(self, weight: torch.Tensor, *, quantize: bool = False) -> PackedMatrix:
+        packed = PackedMatrix.of(weight, quantize=quantize)
+        self.num_bytes += packed.nbytes
+        return packed
+
+    def _mlp(self, weights: MlpWeights) -> PackedExperts:
+        hidden, size = weights.down.shape
+        packed = PackedExperts.empty((0,), hidden, size, self._dtype, quantize=self._quantize)
+        packed.put(0, weights.gate_up, weights.down)
+        self.num_bytes += packed.num_bytes
+        return packed
+
+    def _kept(self, *tensors: torch.Tensor | None) -> None:
+        self.num_bytes += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def head(self) -> NativeHead:
+        builder = self._builder()
+        head = builder.head()
+        self._read(builder)
+        self._kept(head.embedding, head.norm)
+        return NativeHead(head.embedding, head.norm, self._matrix(head.lm_head))
+
+    def attention(self, layer: int) -> NativeAttention:
+        builder = self._builder()
+        weights = builder.attention(layer)
+        self._read(builder)
+        self._kept(weights.input_norm, weights.post_norm, weights.qkv_bias, weights.q_norm, weights.k_norm)
+        self._kept(weights.shared_gate)
+        return NativeAttention(
+            input_norm=weights.input_norm,
+            qkv=self._matrix(weights.qkv, quantize=self._quantize),
+            qkv_bias=weights.qkv_bias,
+            q_norm=weights.q_norm,
+            k_norm=weights.k_norm,
+            out=self._matrix(weights.out, quantize=self._quantize),
+            post_norm=weights.post_norm,
+            router=None if weights.router is None else self._matrix(weights.router),
+            shared=None if weights.shared is None else self._mlp(weights.shared),
+            shared_gate=weights.shared_gate,
+            mlp=None if weights.mlp is None else self._mlp(weights.mlp),
+        )
+
+    def experts(self, layer: int, ids: tuple[int, ...], held: PackedExperts | None = None) -> PackedExperts:
+        """Experts of a layer; those of `held` are copied instead of read."""
+        config = self._config
+        packed = PackedExperts.empty(
+            ids, config.hidden_size, config.moe_intermediate_size, self._dtype, quantize=self._quantize
+        )
+        held_at = {} if held is None else {expert: local for local, expert in enumerate(held.ids)}
+        for local, expert in enumerate(ids):
+            if held is not None and expert in held_at:
+                packed.copy(local, held, held_at[expert])
+                continue
+            builder = self._builder()
+            weights = builder.experts(layer, (expert,))
+            self._read(builder)
+            packed.put(local, weights.w13[0], weights.w2[0])
+        self.num_bytes += packed.num_bytes
+        return packed

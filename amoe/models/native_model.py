@@ -1,0 +1,271 @@
+"""`Model` on the native kernels: the same blocks with packed weights, one native call for each.
+
+Shape letters: as in `model.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from amoe.kernels.attention import AttentionBatch
+from amoe.kernels.native import _native
+from amoe.kernels.native.kv_cache import NativeBatch, NativeKVCache
+from amoe.kernels.native.packing import PackedExperts, PackedMatrix
+from amoe.models.config import ModelConfig
+from amoe.models.layers import rope_frequencies
+from amoe.models.model import AttentionOutput, Blocks
+
+_QK_NORMS = {"none": 0, "head": 1, "full": 2}
+_ONE_EXPERT = 0  # a gated MLP is an expert that every token goes to
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeAttention:
+    """The weights of one attention block; see `AttentionWeights`.
+
+    Attributes:
+        shared, mlp: the shared expert of an MoE layer, the MLP of a dense one.
+    """
+
+    input_norm: torch.Tensor
+    qkv: PackedMatrix
+    qkv_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    out: PackedMatrix
+    post_norm: torch.Tensor
+    router: PackedMatrix | None
+    shared: PackedExperts | None
+    shared_gate: torch.Tensor | None
+    mlp: PackedExperts | None
+
+
+@dataclass(frozen=True)
+class NativeHead:
+    """embedding [V, H], final norm [H], LM head [V, H]."""
+
+    embedding: torch.Tensor
+    norm: torch.Tensor
+    lm_head: PackedMatrix
+
+
+@dataclass(slots=True)
+class NativeWeights:
+    """All weights of one worker; see `Weights`."""
+
+    head: NativeHead | None = None
+    attention: list[NativeAttention] = field(default_factory=list)
+    experts: dict[int, PackedExperts] = field(default_factory=dict)
+
+
+class NativeModel:
+    """The blocks of one worker on a CPU. `load_model` makes it. One caller at a time."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        blocks: Blocks,
+        weights: NativeWeights,
+        context: _native.Context,
+        *,
+        dtype: torch.dtype,
+        parameter_bytes: int,
+        is_quantized: bool = False,
+    ) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.weights = weights
+        self.dtype = dtype
+        self.device = torch.device("cpu")
+        self.parameter_bytes = parameter_bytes
+        self.is_quantized = is_quantized
+        self._context = context
+        self._rope = _rope_table(config) if blocks.attention else torch.empty(0)
+        self._layers: list[_native.AttentionLayer] = []
+        self._local_index: dict[int, torch.Tensor] = {}
+        for layer in weights.experts:
+            self._index(layer)
+
+    # ---- experts that come and go
+
+    @property
+    def held_experts(self) -> dict[int, tuple[int, ...]]:
+        """Global ids of the experts here, by layer."""
+        return {layer: experts.ids for layer, experts in self.weights.experts.items()}
+
+    def set_experts(self, layer: int, experts: PackedExperts) -> None:
+        """Hold these experts of a layer from now on, in place of those that were here; none is fine."""
+        before = self.weights.experts.pop(layer, None)
+        self.parameter_bytes += experts.num_bytes - (0 if before is None else before.num_bytes)
+        if experts.ids:
+            self.weights.experts[layer] = experts
+            self._index(layer)
+
+    def _index(self, layer: int) -> None:
+        """Note the local index of each global expert of a layer, -1 if it is not here."""
+        ids = self.weights.experts[layer].ids
+        index = torch.full((self.config.num_experts,), -1, dtype=torch.int64)
+        index[list(ids)] = torch.arange(len(ids))
+        self._local_index[layer] = index
+
+    # ---- blocks
+
+    def new_kv_cache(self, num_blocks: int, block_size: int) -> NativeKVCache:
+        """A KV cache for `attention`."""
+        config = self.config
+        kv_heads, head_dim = config.num_key_value_heads, config.head_dim
+        cache = NativeKVCache.of(config.num_layers, num_blocks, block_size, kv_heads, head_dim, self.dtype)
+        shape = _native.AttentionShape(
+            config.num_attention_heads,
+            kv_heads,
+            head_dim,
+            block_size,
+            num_blocks,
+            _QK_NORMS[config.qk_norm],
+            config.rms_norm_eps,
+            config.clip_qkv or 0.0,
+            head_dim**-0.5,
+        )
+        self._layers = [self._handle(shape, weights) for weights in self.weights.attention]
+        return cache
+
+    def _handle(self, shape: _native.AttentionShape, weights: NativeAttention) -> _native.AttentionLayer:
+        config = self.config
+        return _native.AttentionLayer(
+            shape,
+            config.rms_norm_eps,
+            weights.input_norm.data_ptr(),
+            weights.post_norm.data_ptr(),
+            _address(weights.qkv_bias),
+            _address(weights.q_norm),
+            _address(weights.k_norm),
+            self._rope.data_ptr(),
+            weights.qkv.handle,
+            weights.out.handle,
+            None if weights.router is None else weights.router.handle,
+            config.top_k,
+            config.norm_topk_prob,
+            config.round_topk_weights,
+        )
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """See `Model.embed`."""
+        assert self.weights.head is not None, "this worker holds no attention blocks"
+        return F.embedding(token_ids, self.weights.head.embedding)
+
+    def attention(
+        self, layer: int, residual: torch.Tensor, positions: torch.Tensor, kv: NativeKVCache, batch: AttentionBatch
+    ) -> AttentionOutput:
+        """See `Model.attention`. `kv` is the last one that `new_kv_cache` has made."""
+        config, weights, n = self.config, self.weights.attention[layer], len(residual)
+        prepared = batch.prepared
+        if not isinstance(prepared, NativeBatch):
+            prepared = batch.prepared = NativeBatch(batch)
+        out, normed = torch.empty_like(residual), torch.empty_like(residual)
+        sparse = weights.router is not None
+        ids = torch.empty((n, config.top_k), dtype=torch.int64)
+        topk_weights = torch.empty((n, config.top_k))
+        scores = torch.empty((n, config.num_experts)) if sparse else None
+        self._context.attention(
+            self._layers[layer],
+            prepared.handle,
+            residual.data_ptr(),
+            n,
+            positions.data_ptr(),
+            batch.slot_mapping.data_ptr(),
+            kv.layers[layer].data_ptr(),
+            out.data_ptr(),
+            normed.data_ptr(),
+            ids.data_ptr(),
+            topk_weights.data_ptr(),
+            _address(scores),
+        )
+        if weights.mlp is not None:
+            self._mlp(weights.mlp, normed, torch.ones(n), out)
+        if not sparse:
+            return AttentionOutput(out, None, None, None, None)
+        if weights.shared is not None and weights.shared_gate is not None:
+            gate = torch.sigmoid(F.linear(normed, weights.shared_gate).float())
+            self._mlp(weights.shared, normed, gate, out)
+        return AttentionOutput(out, normed, ids, topk_weights, scores)
+
+    def _mlp(self, weights: PackedExperts, hidden: torch.Tensor, factors: torch.Tensor, residual: torch.Tensor) -> None:
+        """Add a gated MLP of hidden [n, H], times factors [n], to residual [n, H]."""
+        n = len(hidden)
+        ids = torch.full((n,), _ONE_EXPERT, dtype=torch.int64)
+        addresses = (ids.data_ptr(), factors.data_ptr(), 1, 0, residual.data_ptr(), residual.data_ptr())
+        self._context.experts(weights.handle, hidden.data_ptr(), 0, n, *addresses)
+
+    def experts(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Model.experts`."""
+        expert_ids = expert_ids.to(torch.int64).contiguous()
+        expert_weights = expert_weights.to(torch.float32).contiguous()
+        n, top_k = expert_ids.shape
+        out = hidden.new_empty((n, hidden.shape[1]))
+        self._context.experts(
+            self.weights.experts[layer].handle,
+            hidden.data_ptr(),
+            _address(rows),
+            n,
+            expert_ids.data_ptr(),
+            expert_weights.data_ptr(),
+            top_k,
+            self._local_index[layer].data_ptr(),
+            _address(residual),
+            out.data_ptr(),
+        )
+        return out
+
+    def head(self, residual: torch.Tensor) -> torch.Tensor:
+        """See `Model.head`."""
+        head = self.weights.head
+        assert head is not None, "this worker holds no attention blocks"
+        residual = residual.contiguous()
+        n, hidden = residual.shape
+        logits = torch.empty((n, head.lm_head.rows))
+        self._context.linear(
+            residual.data_ptr(),
+            hidden,
+            n,
+            head.norm.data_ptr(),
+            self.config.rms_norm_eps,
+            head.lm_head.handle,
+            0,
+            0,
+            logits.data_ptr(),
+            head.lm_head.rows,
+            True,
+        )
+        return logits
+
+    def argmax(self, logits: torch.Tensor) -> npt.NDArray[np.int64]:
+        """See `Model.argmax`."""
+        ids = np.empty(len(logits), np.int64)
+        logits = logits.contiguous()
+        n, vocab_size = logits.shape
+        self._context.argmax(logits.data_ptr(), n, vocab_size, ids.ctypes.data)
+        return ids
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rope_table(config: ModelConfig) -> torch.Tensor:
+    """[max_position_embeddings, 2, D / 2] float32: cosines, then sines, of each position."""
+    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
+    angles = positions.unsqueeze(1) * rope_frequencies(config.rope, config.head_dim)
+    return torch.stack((angles.cos(), angles.sin()), dim=1) * config.rope.attention_factor

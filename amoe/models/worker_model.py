@@ -1,0 +1,59 @@
+"""What a worker asks of its model, whichever kernels compute it.
+
+Shape letters: as in `model.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from amoe.kernels.attention import AttentionBatch
+from amoe.models.config import ModelConfig
+from amoe.models.model import AttentionOutput
+
+
+class PagedCache(Protocol):
+    """The KV cache of one attention worker, in the layout of its model."""
+
+    num_blocks: int
+    block_size: int
+
+
+class WorkerModel(Protocol):
+    """The blocks of one worker. `Model` says what the methods do."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    parameter_bytes: int
+
+    @property
+    def held_experts(self) -> dict[int, tuple[int, ...]]: ...
+
+    def set_experts(self, layer: int, experts: Any) -> None: ...
+
+    def new_kv_cache(self, num_blocks: int, block_size: int) -> Any: ...
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor: ...
+
+    def attention(
+        self, layer: int, residual: torch.Tensor, positions: torch.Tensor, kv: Any, batch: AttentionBatch
+    ) -> AttentionOutput: ...
+
+    def experts(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
+
+    def head(self, residual: torch.Tensor) -> torch.Tensor: ...
+
+    def argmax(self, logits: torch.Tensor) -> npt.NDArray[np.int64]: ...
