@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 KEY = "key-of-the-test"
+CPUS = sorted(os.sched_getaffinity(0))
 LONG = {"prompt": [5, 6, 7], "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
 
 
@@ -111,6 +112,7 @@ def apart(checkpoint_factory: Callable[..., Path], tmp_path_factory: Any) -> Ite
         checkpoint_factory("qwen3_moe"),
         directory,
         *("--config", str(directory / "amoe.yaml"), "--host", "127.0.0.1", "--enable-log-requests"),
+        *("--cpu-bind", f"{CPUS[0]};{CPUS[-1]}"),
         environment={"AMOE_API_KEY": f"other,{KEY}"},
     )
     yield server
@@ -160,6 +162,17 @@ class TestDisaggregated:
         workers = {process.pid for process in apart.workers if "amoe: " in " ".join(process.cmdline())}
         assert apart.process.pid not in with_torch
         assert len(with_torch & workers) == 2, "one for attention, one for experts"
+
+    def test_workers_keep_to_their_cpus_and_the_server_to_none(self, apart: Server, http: httpx.Client):
+        """Those too that have taken the places of others."""
+
+        def cpus_of(process: psutil.Process) -> set[tuple[int, ...]]:
+            return {tuple(sorted(os.sched_getaffinity(thread.id))) for thread in process.threads()}
+
+        assert cpus_of(apart.worker("attention 0")) == {(CPUS[0],)}
+        assert cpus_of(apart.worker("expert 0")) == {(CPUS[-1],)}
+        assert cpus_of(psutil.Process(apart.process.pid)) == {tuple(CPUS)}
+        assert f"bound to CPUs {CPUS[0]}; {CPUS[-1]}" in apart.text
 
     def test_lines_are_json_and_cannot_be_forged(self, apart: Server, http: httpx.Client):
         headers = {"x-request-id": "line-test"}
