@@ -55,6 +55,11 @@ class LayerHistograms:
         self._counts[layer] += np.bincount(buckets, minlength=self._counts.shape[1])
         self._totals[layer] += values.sum()
 
+    def observe_each(self, layers: npt.NDArray[np.int64], values: npt.NDArray[np.int64]) -> None:
+        """Count `values` [m], one in each of the `layers` [m], no layer twice."""
+        self._counts[layers, self._edges.searchsorted(values)] += 1
+        self._totals[layers] += values
+
     def snapshot(self, kind: str) -> list[HistogramSnapshot]:
         """The layers that have seen a value."""
         seen = np.flatnonzero(self._counts.any(axis=1))

@@ -29,7 +29,7 @@ import torch
 from amoe.builtin import builtin_model_path
 from amoe.cluster.local import ring_bytes_for
 from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
-from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, Step
+from amoe.core.steps import AttentionStep, BlockStep, ExpertsStep, HeadStep
 from amoe.engine.build import build_worker
 from amoe.engine.cpus import threads_per_worker
 from amoe.engine.messages import AddRequest
@@ -76,8 +76,8 @@ class Kernels:
         self._fabric = ShmFabric.create(1, 1 << 16)
         self._transport = self._fabric.endpoint(0)
         worker = build_worker(config, 0, self._transport, NoControl())
-        assert worker._home is not None and worker._experts is not None and worker.core.attention is not None
-        self._attention, self._experts = worker._home._executor, worker._experts
+        assert worker._attention is not None and worker._experts is not None and worker.core.attention is not None
+        self._attention, self._experts = worker._attention._blocks, worker._experts
         self._batcher = worker.core.attention.batcher
         self._checkpoint = checkpoint
         self._sampling = SamplingTable(config.scheduler.max_num_seqs, checkpoint.vocab_size)
@@ -179,8 +179,8 @@ class HostWatch:
         self.seconds = 0.0
         self._synchronize = synchronize
         for worker in workers:
-            if worker._home is not None:
-                self._watch(worker._home._executor, "attention", "sample")
+            if worker._attention is not None:
+                self._watch(worker._attention._blocks, "attention", "sample")
             if worker._experts is not None:
                 self._watch(worker._experts, "experts")
 
@@ -213,7 +213,7 @@ def measure_host(config: EngineConfig, num_tokens: int) -> dict[BlockKind, list[
     idle = 0
     while idle < 100:
         for worker in workers:
-            seen: list[Step] = []
+            seen: list[BlockStep] = []
             worker.stats.observe = lambda step, _, seen=seen: seen.append(step)  # type: ignore[method-assign, misc]
             watch.seconds, start = 0.0, time.perf_counter()
             worker.turn()
@@ -295,7 +295,7 @@ def profile_config(model: str, device: str, threads: int) -> EngineConfig:
         model=model,
         device=device,
         threads_per_worker=threads,
-        scheduler=SchedulerConfig(max_num_seqs=most, max_num_batched_tokens=4096),
+        scheduler=SchedulerConfig(schedule="waves", max_num_seqs=most, max_num_batched_tokens=4096),
         cache=CacheConfig(num_blocks=most * BLOCKS_OF_SEQUENCE, block_size=BLOCK_SIZE, enable_prefix_caching=False),
     )
 

@@ -1,13 +1,15 @@
 """Where the time of a worker's step goes: kernels, and the Python around them, by kind of block and number of tokens.
 
-    python -m benchmarks.step_time [--model DIR] [--device cpu] [--tokens 1,16,256] [--placement P,...] [--json FILE]
+    python -m benchmarks.step_time [--model DIR] [--device cpu] [--tokens 1,16,256] [--placement P,...]
+        [--schedule S] [--json FILE]
 
 A step is one turn of the worker's loop: poll, schedule, gather, run a block, dispatch, bookkeeping. *Kernels* is the
 time inside the model's blocks (embedding, attention, experts, logits); *host* is all the rest of the turn, the gathers
 and the sampler included. All sequences decode; the workers of a placement share this process and are stepped in turn,
 but exchange tokens through the shared-memory transport. Medians over turns that ran a block on exactly n tokens; the
 10th percentile says what the host costs when nobody disturbs it. On an emulated device (`--device emulated:h100`)
-*kernels* is the modelled time, and `--placement 8` (colocated workers) or `2A+2E` asks for other placements.
+*kernels* is the modelled time, and `--placement 8` (colocated workers) or `2A+2E` asks for other placements. In the
+schedule `forward`, which one worker has by default, a step is an iteration: all blocks, and the sampler.
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ import torch
 
 from amoe.builtin import builtin_model_path
 from amoe.cluster.local import ring_bytes_for
-from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
-from amoe.core.steps import Step
+from amoe.config import SCHEDULES, CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.core.steps import ForwardStep, Step
 from amoe.engine.build import build_worker
 from amoe.engine.control import encode_frame
 from amoe.engine.emulated import EmulatedAttention, EmulatedExperts, Waiter
 from amoe.engine.emulated_device import served_shape
 from amoe.engine.executor import AttentionExecutor, ExpertsExecutor
+from amoe.engine.forward import ForwardExecutor
 from amoe.engine.messages import AddRequest, ToServer, ToWorker
 from amoe.engine.worker import Worker
 from amoe.models.model import Model
@@ -112,8 +115,9 @@ def _watches(workers: list[Worker], synchronize: Callable[[], None]) -> list[Wat
     models: dict[int, Model] = {}
     waiters: dict[int, Waiter] = {}
     for worker in workers:
-        for executor in (worker._experts, worker._home._executor if worker._home is not None else None):
-            if isinstance(executor, AttentionExecutor | ExpertsExecutor):
+        blocks = worker._attention._blocks if worker._attention is not None else None
+        for executor in (worker._experts, blocks, worker._forward):
+            if isinstance(executor, AttentionExecutor | ExpertsExecutor | ForwardExecutor):
                 models[id(executor._model)] = executor._model
             elif isinstance(executor, EmulatedAttention | EmulatedExperts):
                 waiters[id(executor.waiter)] = executor.waiter
@@ -131,8 +135,9 @@ def parse_placement(text: str) -> PlacementConfig:
     return PlacementConfig(attention_workers=int(match[1]), expert_workers=int(match[2]))
 
 
-def _note(seen: list[tuple[str, int]], step: Step, _seconds: float) -> None:
-    seen.append((step.block.kind.name.lower(), step.num_tokens))
+def _note(seen: list[tuple[str, int]], step: Step, *_: object) -> None:
+    kind = "forward" if isinstance(step, ForwardStep) else step.block.kind.name.lower()
+    seen.append((kind, step.num_tokens))
 
 
 def measure(config: EngineConfig, num_tokens: int, num_new: int) -> dict[str, tuple[float, float, float, int]]:
@@ -153,6 +158,7 @@ def measure(config: EngineConfig, num_tokens: int, num_new: int) -> dict[str, tu
         for worker in workers:
             seen: list[tuple[str, int]] = []
             worker.stats.observe = partial(_note, seen)  # type: ignore[method-assign]
+            worker.stats.observe_forward = partial(_note, seen)  # type: ignore[method-assign]
             for watch in watches:
                 watch.reset()
             start = time.perf_counter()
@@ -186,6 +192,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,16,256")
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--placement", default="1,1A+1E", help="comma-separated: 8 is colocated, 2A+2E is not")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="auto")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
@@ -197,7 +204,7 @@ def main() -> None:
                 device=args.device,
                 threads_per_worker=args.threads,
                 placement=placement,
-                scheduler=SchedulerConfig(max_num_seqs=num_tokens, max_num_batched_tokens=2048),
+                scheduler=SchedulerConfig(schedule=args.schedule, max_num_seqs=num_tokens, max_num_batched_tokens=2048),
                 cache=CacheConfig(num_blocks=8 * num_tokens + 64),
             )
             for kind, (kernels, host, low, steps) in measure(config, num_tokens, args.new_tokens).items():

@@ -193,8 +193,8 @@ def record_routing(config: EngineConfig, num_sequences: int, num_new: int) -> Re
     fabric, control = ShmFabric.create(1, 1 << 16), NoControl()
     transport = fabric.endpoint(0)
     worker = build_worker(config, 0, transport, control)
-    assert worker._home is not None
-    executor, seen = worker._home._executor, [[] for _ in range(checkpoint.num_layers)]  # type: ignore[var-annotated]
+    assert worker._attention is not None and worker.core.attention is not None
+    executor, seen = worker._attention._blocks, [[] for _ in range(checkpoint.num_layers)]  # type: ignore[var-annotated]
     attention = executor.attention
 
     def recording(step: Any) -> Any:
@@ -209,7 +209,7 @@ def record_routing(config: EngineConfig, num_sequences: int, num_new: int) -> Re
     control.inbox = [AddRequest(index, prompt, params) for index, prompt in enumerate(prompts)]
     with torch.inference_mode():
         worker.turn()
-        while worker.core.queues.depth.any() or worker._home.core.batcher.running:
+        while worker.core.queues.depth.any() or worker.core.attention.batcher.running:
             worker.turn()
     transport.close()
     fabric.close()

@@ -184,9 +184,9 @@ class InprocCluster:
         self.settle()
         for worker in self.workers:
             assert not worker.core.queues.depth.any()
-            if worker.core.attention is None:
+            batcher = worker.core.batcher
+            if batcher is None:
                 continue
-            batcher = worker.core.attention.batcher
             batcher.blocks.check()
             assert batcher.blocks.num_used == 0
             assert batcher.slots.num_free == batcher.slots.num_slots
@@ -204,7 +204,7 @@ class InprocCluster:
         messages, self.controls[rank].outbox = self.controls[rank].outbox, []
         for message in messages:
             assert isinstance(message, Outputs | Heartbeat | Ready | Loading), message
-            for output in message.outputs if isinstance(message, Outputs) else ():
+            for output in message.each() if isinstance(message, Outputs) else ():
                 request = self.requests[output.request_id]
                 assert request.finish_reason is None, "output after the terminal event"
                 request.token_ids += output.token_ids
@@ -213,7 +213,7 @@ class InprocCluster:
                 request.prompt_logprobs += output.prompt_logprobs
                 request.finish_reason = output.finish_reason
                 request.error = output.error
-                request.num_cached_tokens = output.num_cached_tokens
+                request.num_cached_tokens = max(request.num_cached_tokens, output.num_cached_tokens)
                 request.capacity = output.capacity
                 request.routed_experts += output.routed_experts
                 request.times += [output.times] if output.times is not None else []

@@ -23,6 +23,7 @@ from amoe.config.engine import DTypeName as DTypeName
 from amoe.config.engine import EngineConfig as EngineConfig
 from amoe.config.engine import TransportName as TransportName
 from amoe.config.placement import PlacementConfig as PlacementConfig
+from amoe.config.scheduling import BLOCK_SCHEDULES as BLOCK_SCHEDULES
 from amoe.config.scheduling import MAX_BATCHED_TOKENS as MAX_BATCHED_TOKENS
 from amoe.config.scheduling import MAX_NUM_SEQS as MAX_NUM_SEQS
 from amoe.config.scheduling import MAX_WAVES as MAX_WAVES

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from amoe.config.capacity import CapacityConfig
 from amoe.config.checks import require
 from amoe.config.cluster import AutoscaleConfig, FailureConfig, SteeringConfig
 from amoe.config.placement import PlacementConfig
-from amoe.config.scheduling import CacheConfig, SchedulerConfig
+from amoe.config.scheduling import CacheConfig, ScheduleName, SchedulerConfig
 
 DTypeName = Literal["auto", "float32", "bfloat16"]
 TransportName = Literal["shm", "tcp", "distributed"]
@@ -34,6 +34,7 @@ class EngineConfig:
         max_waiting_tokens: prompt tokens that may wait for their first answer; None: any number.
         max_queue_s: who would probably wait longer than this to be computed is refused; 0: nobody is for that.
         seed: base of the seeds of requests that bring none, and of random drops.
+        scheduler: as given, but for the schedule `auto`, in the place of which stands what it has come to.
         transport: how workers exchange tokens: `shm` on one host, `tcp` (ZeroMQ) between hosts, `distributed`
             (torch.distributed point to point: NCCL between GPUs, gloo between CPUs).
         autoscale: None: the number of expert workers changes only when somebody asks for it.
@@ -80,6 +81,28 @@ class EngineConfig:
         )
         self._check_lockstep()
         self._check_autoscale()
+        self._settle_schedule()
+
+    def _settle_schedule(self) -> None:
+        """Put what `auto` comes to in its place, once: everybody who reads the configuration sees the same schedule."""
+        if self.scheduler.schedule == "auto":
+            chosen: ScheduleName = "waves" if self._hindrance or self.scheduler.num_waves is not None else "forward"
+            object.__setattr__(self, "scheduler", replace(self.scheduler, schedule=chosen))
+        elif self.scheduler.schedule == "forward":
+            require(not self._hindrance, f"--schedule forward {self._hindrance}; leave --schedule away, or use waves")
+
+    @property
+    def _hindrance(self) -> str:
+        """Why an iteration cannot be one step; "" if it can."""
+        if self.placement.num_ranks > 1:
+            return "is for one worker that holds the whole model"
+        if self.device.startswith("emulated:"):
+            return "is not emulated: an emulated device takes the time of single blocks"
+        if self.capacity.is_on:
+            return "drops and reroutes nothing, and so goes without --capacity-factor and --capacity-slack"
+        if self.failure.on_expert_loss == "reroute":
+            return "knows no expert that is missing, and so goes without --on-expert-loss reroute"
+        return ""
 
     def _check_lockstep(self) -> None:
         """In lockstep all wait for all: nobody can be missed, replaced or added while the others go on."""

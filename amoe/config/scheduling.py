@@ -7,9 +7,11 @@ from typing import Literal, get_args
 
 from amoe.config.checks import require
 
-ScheduleName = Literal["fcfs", "flfs", "mtfs", "defrag", "progress", "waves", "lockstep"]
+ScheduleName = Literal["auto", "forward", "fcfs", "flfs", "mtfs", "defrag", "progress", "waves", "lockstep"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
+# Those in which blocks run one by one, on tokens from μ-queues.
+BLOCK_SCHEDULES: tuple[str, ...] = tuple(name for name in SCHEDULES if name not in ("auto", "forward"))
 SCHEDULING_POLICIES: tuple[str, ...] = get_args(SchedulingPolicy)
 MAX_WAVES = 16
 MAX_NUM_SEQS = 65_536
@@ -21,7 +23,9 @@ class SchedulerConfig:
     """What runs next, and how many sequences and tokens are in flight at one attention worker.
 
     Attributes:
-        schedule: see `amoe.policy.scheduler`.
+        schedule: `forward`: one worker holds the whole model, and an iteration is one step through all its layers. The
+            others run block by block, see `amoe.policy.scheduler`. `auto`: `forward` where that can be, else `waves`;
+            an `EngineConfig` never has it, because it chooses.
         defrag_decay, defrag_lookahead: δ and K of AMoE's Algorithm 1.
         max_wait_s: a block whose oldest token has waited longer runs next, whatever the policy says.
         max_hold_s: in `waves`, tokens that have waited longer for others go on without them. It is for workers that
@@ -34,7 +38,7 @@ class SchedulerConfig:
         scheduling_policy: order in which waiting sequences are admitted, see `amoe.policy.admission.place_in_line`.
     """
 
-    schedule: ScheduleName = "waves"
+    schedule: ScheduleName = "auto"
     defrag_decay: float = 0.8
     defrag_lookahead: int = 4
     max_wait_s: float = 0.5
@@ -56,7 +60,7 @@ class SchedulerConfig:
             self.num_waves is None or 1 <= self.num_waves <= MAX_WAVES,
             f"--waves must be auto or a number from 1 to {MAX_WAVES}",
         )
-        require(self.num_waves is None or self.schedule == "waves", "--waves N is for --schedule waves")
+        require(self.num_waves is None or self.schedule in ("auto", "waves"), "--waves N is for --schedule waves")
         require(1 <= self.max_waves <= MAX_WAVES, f"--max-waves must be from 1 to {MAX_WAVES}")
         require(1 <= self.micro_batches <= 3, "--micro-batches must be 1, 2 or 3")
         require(

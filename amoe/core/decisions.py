@@ -6,8 +6,8 @@ from amoe.policy.decision import Reason
 from amoe.stats import DecisionSnapshot
 from amoe.types import BlockKind
 
-_NO_BLOCK = len(BlockKind)
-_BLOCK_NAMES = [*(kind.name.lower() for kind in BlockKind), "none"]
+_ALL_BLOCKS, _NO_BLOCK = len(BlockKind), len(BlockKind) + 1
+_BLOCK_NAMES = [*(kind.name.lower() for kind in BlockKind), "forward", "none"]
 
 
 class DecisionCounts:
@@ -19,6 +19,10 @@ class DecisionCounts:
     def ran(self, kind: BlockKind, reason: Reason) -> None:
         """A block runs."""
         self._counts[kind][reason] += 1
+
+    def ran_all(self) -> None:
+        """All of them run, as one step: there is nothing else that could."""
+        self._counts[_ALL_BLOCKS][Reason.ONLY] += 1
 
     def waited(self, reason: Reason) -> None:
         """None does."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from amoe.core.backlog import WorkMeter
 from amoe.core.expert_waves import ExpertWaves
@@ -154,3 +155,11 @@ class ExpertsCore:
 def count_pairs(expert_ids: Int16Array, num_experts: int) -> Int32Array:
     """[num_experts] (token, expert) pairs in `expert_ids` [n, K], -1 not counted."""
     return np.bincount(expert_ids.ravel() + 1, minlength=num_experts + 1)[1:].astype(np.int32)
+
+
+def count_pairs_by_layer(expert_ids: Sequence[npt.NDArray[np.int64]], num_experts: int) -> Int64Array:
+    """[len(expert_ids), num_experts] pairs of several layers, each of which brings its ids [n, K], none of them -1."""
+    num_layers = len(expert_ids)
+    flat = np.concatenate([ids.ravel() for ids in expert_ids]) if num_layers else np.empty(0, np.int64)
+    flat += np.repeat(np.arange(num_layers) * num_experts, [ids.size for ids in expert_ids])
+    return np.bincount(flat, minlength=num_layers * num_experts).reshape(num_layers, num_experts)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amoe.core.sequence import Sequence, SequenceTable
-from amoe.core.steps import AttentionStep
+from amoe.core.steps import AttentionStep, ForwardStep
 from amoe.core.token_slots import TokenTable
 from amoe.types import Int16Array, Int32Array
 
@@ -72,7 +72,7 @@ class RoutedExperts:
             behind -= len(experts)
         return None
 
-    def passed(self, step: AttentionStep) -> None:
+    def passed(self, step: AttentionStep | ForwardStep) -> None:
         """The tokens of a step have passed the last attention block, and those that go on to experts are recorded."""
         experts = self._experts
         if self._table.num_telling == 0 or experts is None:
@@ -83,7 +83,7 @@ class RoutedExperts:
             if self._table.tells_experts[span.row]:
                 self._tell(experts, step, span.start, span.end)
 
-    def _tell(self, experts: Int16Array, step: AttentionStep, start: int, end: int) -> None:
+    def _tell(self, experts: Int16Array, step: AttentionStep | ForwardStep, start: int, end: int) -> None:
         """Rows [start, end) of a step are neighbours in one sequence: give it what it does not have yet."""
         sequence = self._table.sequences[int(step.rows[start])]
         assert sequence is not None, f"row {step.rows[start]} holds no sequence"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from amoe.types import Batch, BlockId, BoolArray, Float32Array, Int16Array, Int32Array
+from amoe.types import Batch, BlockId, BoolArray, Float32Array, Int16Array, Int32Array, Int64Array
 
 
 @dataclass(slots=True)
@@ -110,6 +110,40 @@ class Outgoing:
     rows: Int32Array | slice | None = None
 
 
-Step = AttentionStep | HeadStep | ExpertsStep
+@dataclass(slots=True)
+class ForwardStep:
+    """Take n tokens through all layers, and some of them through the head: an iteration of the schedule `forward`.
+
+    Attributes:
+        slots, rows, positions: [n] of the tokens; the first `num_decodes` are single tokens, chunks follow.
+        chunks: the spans of the rest.
+        wanted: [w] rows of the step, ascending, whose tokens go through the experts of the last layer and the head;
+            None: all of them.
+        head: what the head does with those, `head.slots` and `head.prompt.slots` together; None: there are none.
+        head_rows, prompt_rows: where these two stand among the w.
+    """
+
+    slots: Int32Array
+    rows: Int32Array
+    positions: Int32Array
+    num_decodes: int
+    chunks: list[ChunkSpan] = field(default_factory=list)
+    wanted: Int64Array | None = None
+    head: HeadStep | None = None
+    head_rows: Int64Array | None = None
+    prompt_rows: Int64Array | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.slots)
+
+    @property
+    def num_wanted(self) -> int:
+        """w."""
+        return len(self.slots) if self.wanted is None else len(self.wanted)
+
+
+BlockStep = AttentionStep | HeadStep | ExpertsStep
+Step = BlockStep | ForwardStep
 
 NO_SLOTS: Int32Array = np.empty(0, np.int32)

@@ -29,7 +29,7 @@ from amoe.config import (
     SchedulerConfig,
     SteeringConfig,
 )
-from amoe.core.steps import AttentionStep, ExpertsStep, Outgoing, Step
+from amoe.core.steps import AttentionStep, BlockStep, ExpertsStep, Outgoing
 from amoe.core.worker import ModelShape, WorkerCore
 from amoe.types import Batch, BatchKind, Int16Array, Int32Array, SamplingParams
 
@@ -116,6 +116,7 @@ class Trace:
             if head["format"] != FORMAT:
                 raise ValueError(f"the trace has format {head['format']}, and this version reads {FORMAT}")
             config = head["config"]
+            config["cpu_sets"] = tuple(tuple(cpus) for cpus in config["cpu_sets"])
             config["placement"] = PlacementConfig(**config["placement"])
             config["scheduler"] = SchedulerConfig(**config["scheduler"])
             config["cache"] = CacheConfig(**config["cache"])
@@ -141,7 +142,12 @@ def record(core: WorkerCore, config: EngineConfig, shape: ModelShape, owners: In
 
     Returns:
         The trace, which grows as the core is used.
+
+    Raises:
+        ValueError: the schedule is `forward`, which no other shell repeats.
     """
+    if core.forward is not None:
+        raise ValueError("only a core that runs block by block is recorded")
     attention = core.attention
     num_blocks = attention.batcher.blocks.num_blocks if attention is not None else 0
     length = attention.batcher.max_model_len if attention is not None else 0
@@ -250,7 +256,7 @@ def _encode_rows(rows: Int32Array | slice | None) -> Any:
     return [rows.start, rows.stop] if isinstance(rows, slice) else _as_list(rows)
 
 
-def _encode_step(step: Step | None) -> Any:
+def _encode_step(step: BlockStep | None) -> Any:
     if step is None:
         return None
     block = [step.block.kind.name, step.block.layer, step.block.wave]

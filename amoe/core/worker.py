@@ -7,6 +7,7 @@ A shell (the engine's process, or the simulator) drives it:
     next_step(now)              which block to run, on which tokens
     next_deadline(now)          when to try again, though nothing arrives
     attention.on_attention(...) / attention.on_head(...)   what the step has brought; `ExpertsStep.replies` go home
+    forward.on_forward(...) / forward.on_head(...)         likewise, in the schedule `forward`
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from amoe.core.capacity import HomeCapacity
 from amoe.core.decisions import DecisionCounts
 from amoe.core.expert_waves import ExpertWaves
 from amoe.core.experts import ExpertsCore
+from amoe.core.forward import ForwardCore
 from amoe.core.home_waves import HomeWaves
 from amoe.core.lockstep import ExpertsBarrier, HomeBarrier
 from amoe.core.members import NOBODY, Members, Roster
 from amoe.core.micro_queue import MicroQueues
 from amoe.core.replica_shares import ReplicaShares
-from amoe.core.steps import Outgoing, Step
+from amoe.core.steps import BlockStep, ForwardStep, Outgoing, Step
 from amoe.core.waves import WaveController, WaveGates, make_controller
 from amoe.errors import TransportError
 from amoe.policy.decision import Reason, reason_to_run
@@ -71,6 +73,8 @@ class WorkerCore:
 
     Attributes:
         members: who is there.
+        attention, experts: the sides of a worker that runs block by block; None: it does not have that side.
+        forward: the one of a worker that takes its tokens through the whole model, and has no other.
     """
 
     def __init__(
@@ -98,7 +102,6 @@ class WorkerCore:
         at_start = [0 if other < placement.num_workers else NOBODY for other in range(placement.num_ranks)]
         self.members = Members(rank, incarnation, at_start if incarnations is None else incarnations)
         self._num_stages = num_stages(shape.num_layers)
-        self._policy = make_policy(scheduler, shape.num_layers)
         self._home_barrier: HomeBarrier | None = None
         self._experts_barrier: ExpertsBarrier | None = None
         self._gates: WaveGates | None = None
@@ -107,6 +110,11 @@ class WorkerCore:
         self._meter = WorkMeter(self.queues) if config.capacity.slack_s is not None else None
         self.attention: AttentionCore | None = None
         self.experts: ExpertsCore | None = None
+        self.forward: ForwardCore | None = None
+        if scheduler.schedule == "forward":
+            self.forward = ForwardCore(self._make_batcher(num_kv_blocks, max_model_len), shape.sparse_layers)
+            return
+        self._policy = make_policy(scheduler, shape.num_layers)
         if scheduler.schedule == "waves":
             wave_controller = wave_controller or make_controller(scheduler)
             initial = wave_controller.num_waves
@@ -118,20 +126,24 @@ class WorkerCore:
         if rank in placement.owner_ranks:
             self.experts = self._make_experts()
 
+    def _make_batcher(self, num_kv_blocks: int, max_model_len: int) -> Batcher:
+        config = self._config
+        return Batcher(
+            config.scheduler,
+            config.cache,
+            num_kv_blocks,
+            max_model_len,
+            len(config.placement.owner_ranks) + 1,  # the last one is nobody
+            has_capacity=config.capacity.is_on,
+        )
+
     def _make_attention(
         self, num_kv_blocks: int, max_model_len: int, owners: Int16Array, wave_controller: WaveController | None
     ) -> AttentionCore:
         config, shape, rank = self._config, self._shape, self.rank
         scheduler, homes = config.scheduler, config.placement.attention_ranks
         owner_ranks = config.placement.owner_ranks
-        batcher = Batcher(
-            scheduler,
-            config.cache,
-            num_kv_blocks,
-            max_model_len,
-            len(owner_ranks) + 1,  # the last one is nobody
-            has_capacity=config.capacity.is_on,
-        )
+        batcher = self._make_batcher(num_kv_blocks, max_model_len)
         if scheduler.schedule == "lockstep":
             in_march = config.placement.expert_ranks  # nobody joins it
             self._home_barrier = HomeBarrier(rank, homes, in_march, shape.num_layers, scheduler.num_lanes)
@@ -195,6 +207,19 @@ class WorkerCore:
             waves=self._expert_waves,
             meter=self._meter,
         )
+
+    @property
+    def batcher(self) -> Batcher | None:
+        """Of the sequences whose home this worker is; None: it is nobody's."""
+        if self.forward is not None:
+            return self.forward.batcher
+        return None if self.attention is None else self.attention.batcher
+
+    def holds(self, kind: BlockKind) -> bool:
+        """Blocks of this kind run here."""
+        if self.forward is not None:
+            return True
+        return (self.experts if kind is BlockKind.EXPERTS else self.attention) is not None
 
     @property
     def num_experts(self) -> int:
@@ -261,6 +286,8 @@ class WorkerCore:
 
     def next_step(self, now: float) -> Step | None:
         """The block to run now, with its tokens; None if none is ready. It may have no tokens left (after an abort)."""
+        if self.forward is not None:
+            return self._next_forward(self.forward, now)
         view = self._view(now)
         index = choose_block(self._policy, view, now, self.max_wait_s)
         if index is None:
@@ -275,6 +302,14 @@ class WorkerCore:
         if kind is BlockKind.HEAD:
             return self.attention.head_step(index)
         return self.attention.attention_step(index)
+
+    def _next_forward(self, forward: ForwardCore, now: float) -> ForwardStep | None:
+        step = forward.next_step(now)
+        if step is None:
+            self.decisions.waited(Reason.IDLE)
+        else:
+            self.decisions.ran_all()
+        return step
 
     @property
     def reason_to_wait(self) -> Reason:
@@ -295,7 +330,7 @@ class WorkerCore:
         )
         self.decisions.ran(kind, reason)
 
-    def observe(self, step: Step, seconds: float) -> None:
+    def observe(self, step: BlockStep, seconds: float) -> None:
         """A step has taken so long. Needed only where capacity looks at backlogs."""
         if self._meter is not None:
             self._meter.observe(step.block.kind, step.num_tokens, seconds)

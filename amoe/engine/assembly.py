@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from amoe.clock import Clock
 from amoe.config import EngineConfig
 from amoe.core.worker import WorkerCore
+from amoe.engine.attention_side import AttentionSide
 from amoe.engine.cpus import threads_per_worker
 from amoe.engine.emulated_device import Shape
-from amoe.engine.executor import AttentionBlocks, ExpertBlocks
+from amoe.engine.executor import AttentionBlocks, ExpertBlocks, HeadBlock
 from amoe.engine.expert_loading import ExpertLoading
 from amoe.engine.expert_placement import expert_owners
+from amoe.engine.forward import ForwardExecutor
 from amoe.engine.grammar_compiler import GrammarCompiler, GrammarVocabulary
-from amoe.engine.home import Home
+from amoe.engine.home import Home, HomeCore
 from amoe.engine.messages import ControlPort, Topology
 from amoe.engine.roles import role_of
 from amoe.engine.sampling_table import SamplingTable
@@ -68,31 +70,27 @@ def assemble(
     ports: Ports,
     modelled_s: Callable[[], float] = lambda: 0.0,
     loading: ExpertLoading | None = None,
+    forward: ForwardExecutor | None = None,
 ) -> Worker:
     """A worker around `core`.
 
     Args:
         checkpoint: vocabulary and ends of sequence.
-        attention, experts: what runs the blocks that the core holds.
+        attention, experts, forward: what runs the blocks that the core holds.
         num_layers_experts: of the model that is served.
         loading: changes which experts `experts` holds, where there are any.
     """
-    home = None
+    home = side = None
+    if core.forward is not None and forward is not None:
+        home = _home(config, checkpoint, core.forward, forward, ports)
     if core.attention is not None and attention is not None:
-        home = Home(
-            core.attention,
-            attention,
-            SamplingTable(config.scheduler.max_num_seqs, checkpoint.vocab_size),
-            ports.control,
-            _grammars(config, checkpoint),
-            owner_of_rank={owner_rank: owner for owner, owner_rank in enumerate(config.placement.owner_ranks)},
-            eos_token_ids=checkpoint.eos_token_ids,
-            seed=config.seed,
-            clock=ports.clock,
-        )
+        owner_of_rank = {owner_rank: owner for owner, owner_rank in enumerate(config.placement.owner_ranks)}
+        home = _home(config, checkpoint, core.attention, attention, ports)
+        side = AttentionSide(core.attention, attention, owner_of_rank)
     return Worker(
         core,
         home,
+        side,
         experts,
         transport=ports.transport,
         control=ports.control,
@@ -101,6 +99,21 @@ def assemble(
             core.rank, role_of(config, core.rank), *num_layers_experts, modelled_s, ridge_tokens=config.ridge_tokens
         ),
         loading=loading,
+        forward=forward,
+    )
+
+
+def _home(config: EngineConfig, checkpoint: ModelConfig, core: HomeCore, head: HeadBlock, ports: Ports) -> Home:
+    return Home(
+        core,
+        head,
+        SamplingTable(config.scheduler.max_num_seqs, checkpoint.vocab_size),
+        ports.control,
+        _grammars(config, checkpoint),
+        eos_token_ids=checkpoint.eos_token_ids,
+        seed=config.seed,
+        clock=ports.clock,
+        has_capacity=config.may_degrade,
     )
 
 

@@ -344,7 +344,7 @@ class AsyncEngine:
 
     def _on_message(self, rank: int, message: ToServer) -> None:
         if isinstance(message, Outputs):
-            for output in message.outputs:
+            for output in message.each():
                 self._on_output(rank, output)
         elif isinstance(message, Heartbeat):
             self._watchdog.beat(rank, message.stats)

@@ -17,6 +17,7 @@ from amoe.engine.emulated_device import emulated_device
 from amoe.engine.executor import AttentionExecutor, ExpertsExecutor
 from amoe.engine.expert_loading import ExpertLoading
 from amoe.engine.expert_placement import placement_digest
+from amoe.engine.forward import ForwardExecutor
 from amoe.engine.kv_plan import KVPlan
 from amoe.engine.memory import free_bytes, longest_sequence, plan_kv_cache
 from amoe.engine.messages import ControlPort, Loading, Ready
@@ -138,7 +139,9 @@ def _wire(
         loading = ExpertLoading(
             experts, core.experts, model_config.sparse_layers, model_config.num_experts, is_late=rejoin is not None
         )
-    attention = None
+    attention = forward = None
+    if core.forward is not None and kv is not None:
+        forward = ForwardExecutor(model, kv, core.forward.batcher, ports.clock)
     if core.attention is not None and kv is not None:
         local_slab = None
         if experts is not None:
@@ -155,4 +158,4 @@ def _wire(
             with_scores=config.may_degrade,
         )
     sizes = (model_config.num_layers, model_config.num_experts)
-    return assemble(config, model_config, core, attention, experts, sizes, ports, loading=loading)
+    return assemble(config, model_config, core, attention, experts, sizes, ports, loading=loading, forward=forward)

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 
 from amoe.core.batcher import Batcher
-from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, PromptTokens
+from amoe.core.sequence import SequenceTable
+from amoe.core.steps import AttentionStep, ExpertsStep, ForwardStep, HeadStep, PromptTokens
 from amoe.engine.sampler import SampledTokens, sample, score
 from amoe.engine.sampling_table import SamplingTable
 from amoe.engine.token_masks import MaskArray
@@ -43,17 +44,8 @@ class Routed(NamedTuple):
     scores: Float32Array | None = None
 
 
-class AttentionBlocks(Protocol):
-    """Attention blocks and head of one home."""
-
-    @property
-    def moe_inputs(self) -> torch.Tensor:
-        """[S, H] MoE input of the tokens that have been dispatched, by slot: kept until their answers are in."""
-        ...
-
-    def attention(self, step: AttentionStep) -> Routed | None:
-        """Run attention(layer). None at a dense layer."""
-        ...
+class HeadBlock(Protocol):
+    """The head of one home."""
 
     def sample(
         self,
@@ -76,6 +68,19 @@ class AttentionBlocks(Protocol):
 
         The prompt tokens have passed the last layer.
         """
+        ...
+
+
+class AttentionBlocks(HeadBlock, Protocol):
+    """Attention blocks and head of one home."""
+
+    @property
+    def moe_inputs(self) -> torch.Tensor:
+        """[S, H] MoE input of the tokens that have been dispatched, by slot: kept until their answers are in."""
+        ...
+
+    def attention(self, step: AttentionStep) -> Routed | None:
+        """Run attention(layer). None at a dense layer."""
         ...
 
     def keep(self, batch: Batch, owner: int, kept: BoolArray) -> None:
@@ -108,6 +113,31 @@ def _store(table: torch.Tensor, rows: Int32Array, batch: Batch, kept: BoolArray)
         chosen = np.flatnonzero(kept)
         payload, rows = payload[torch.from_numpy(chosen)], rows[chosen]
     table.index_copy_(0, to_device(rows, table.device), payload.to(table.device))
+
+
+def attention_batch(
+    table: SequenceTable, step: AttentionStep | ForwardStep, block_size: int, device: torch.device
+) -> AttentionBatch:
+    """Where the tokens of a step stand in the KV cache."""
+    blocks = table.block_table[step.rows, step.positions // block_size].astype(np.int64)
+    count = step.num_decodes
+    lens = step.positions[:count] + 1
+    longest = int(lens.max()) if count else 0
+    decode_tables = table.block_table[step.rows[:count], : -(-longest // block_size)]
+    chunks = []
+    for span in step.chunks:
+        context = int(step.positions[span.end - 1]) + 1
+        block_table = to_device(table.block_table[span.row, : -(-context // block_size)], device)
+        chunks.append(ChunkSpan(span.start, span.end, block_table, context))
+    return AttentionBatch(
+        slot_mapping=to_device(blocks * block_size + step.positions % block_size, device),
+        num_decodes=count,
+        decode_block_tables=to_device(decode_tables, device),
+        decode_context_lens=to_device(lens, device),
+        max_decode_context=longest,
+        chunks=chunks,
+        host_context_lens=lens.tolist(),
+    )
 
 
 class AttentionExecutor:
@@ -150,7 +180,8 @@ class AttentionExecutor:
         slots = to_device(step.slots, device)
         residual = self._embed(step) if layer == 0 else self._combine(layer - 1, step.slots, slots)
         positions = to_device(step.positions, device)
-        out = self._model.attention(layer, residual, positions, self._kv, self._attention_batch(step))
+        batch = attention_batch(self._batcher.table, step, self._kv.block_size, device)
+        out = self._model.attention(layer, residual, positions, self._kv, batch)
         self._residual.index_copy_(0, slots, out.residual)
         if out.topk_ids is None or out.topk_weights is None or out.moe_input is None:
             return None
@@ -208,28 +239,6 @@ class AttentionExecutor:
         if total is None:
             return residual
         return total.add_(residual).to(residual.dtype)
-
-    def _attention_batch(self, step: AttentionStep) -> AttentionBatch:
-        table, size, device = self._batcher.table, self._kv.block_size, self._model.device
-        blocks = table.block_table[step.rows, step.positions // size].astype(np.int64)
-        count = step.num_decodes
-        lens = step.positions[:count] + 1
-        longest = int(lens.max()) if count else 0
-        decode_tables = table.block_table[step.rows[:count], : -(-longest // size)]
-        chunks = []
-        for span in step.chunks:
-            context = int(step.positions[span.end - 1]) + 1
-            block_table = to_device(table.block_table[span.row, : -(-context // size)], device)
-            chunks.append(ChunkSpan(span.start, span.end, block_table, context))
-        return AttentionBatch(
-            slot_mapping=to_device(blocks * size + step.positions % size, device),
-            num_decodes=count,
-            decode_block_tables=to_device(decode_tables, device),
-            decode_context_lens=to_device(lens, device),
-            max_decode_context=longest,
-            chunks=chunks,
-            host_context_lens=lens.tolist(),
-        )
 
 
 class ExpertsExecutor:

@@ -5,6 +5,7 @@ Tokens between workers do not go this way: they are batches on a `Transport`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import msgspec
@@ -143,9 +144,23 @@ class Unanswered(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Outputs(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Attention worker to server: what one head step, an abort or a refusal brought."""
+    """Attention worker to server: what one head step, an abort or a refusal brought.
+
+    Attributes:
+        outputs: of sequences about which there is more to say than one more token.
+        request_ids, token_ids: [n] columns of the others, which got that token and go on: objects and their names
+            would cost both ends more than all the rest, once per token.
+    """
 
     outputs: list[SequenceOutput]
+    request_ids: list[int] = []
+    token_ids: list[int] = []
+
+    def each(self) -> Iterator[SequenceOutput]:
+        """All of them, whichever way they came."""
+        yield from self.outputs
+        for request_id, token_id in zip(self.request_ids, self.token_ids, strict=True):
+            yield SequenceOutput(request_id, [token_id])
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=True):

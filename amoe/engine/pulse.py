@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from amoe.clock import Clock
-from amoe.core.steps import Step
+from amoe.core.steps import ForwardStep, Step
 from amoe.engine.messages import ControlPort, Pulse
-from amoe.types import BlockKind
 
 PULSE_S = 0.5
 LONG_TURN_S = 0.75  # the loop's own heartbeats speak for any shorter one
 
+Kind = str | int  # name of a kind of block, or bits of a number of tokens
+
 
 class StepTimes:
-    """What steps have taken so far, by kind of block."""
+    """What steps have taken so far, by their kind: a block, or all blocks on about so many tokens.
+
+    A token of a large step costs far less than one of a small step where each reads all weights of a model, so that a
+    step of a size that has never been seen is the first of its kind.
+    """
 
     def __init__(self) -> None:
-        self._spent = {kind: [0.0, 0] for kind in BlockKind}
+        self._spent: dict[Kind, list[float]] = defaultdict(lambda: [0.0, 0])
 
     def observe(self, step: Step, seconds: float) -> None:
         """A step has run."""
-        spent = self._spent[step.block.kind]
+        spent = self._spent[_kind_of(step)]
         spent[0] += seconds
         spent[1] += step.num_tokens
 
     def usual_s(self, step: Step) -> float | None:
         """What so many tokens have taken on average; None: there have been none."""
-        seconds, num_tokens = self._spent[step.block.kind]
+        seconds, num_tokens = self._spent.get(_kind_of(step), (0.0, 0))
         return seconds / num_tokens * step.num_tokens if num_tokens else None
+
+
+def _kind_of(step: Step) -> Kind:
+    return step.num_tokens.bit_length() if isinstance(step, ForwardStep) else step.block.kind.name
 
 
 @dataclass(slots=True)

@@ -24,7 +24,6 @@ from amoe.engine.messages import (
     ToServer,
     ToWorker,
 )
-from amoe.types import SequenceOutput
 
 REQUESTS_PER_FRONT = 1 << 40  # a million requests per second for twelve days; any sum of them fits an int64
 
@@ -76,7 +75,7 @@ class SharedControlPort:
     def send(self, message: ToServer) -> None:
         """Queue a message to those whom it concerns: outputs to who asked, a start to the parent, all else to all."""
         if isinstance(message, Outputs):
-            self._send_outputs(message.outputs)
+            self._send_outputs(message)
             return
         if not isinstance(message, Heartbeat | Pulse):
             self._parent.send(message)
@@ -84,15 +83,19 @@ class SharedControlPort:
             for port in self._fronts:
                 port.send(message)
 
-    def _send_outputs(self, outputs: list[SequenceOutput]) -> None:
-        by_front: dict[int, list[SequenceOutput]] = defaultdict(list)
-        for output in outputs:
+    def _send_outputs(self, message: Outputs) -> None:
+        by_front: dict[int, Outputs] = defaultdict(lambda: Outputs([], [], []))
+        for output in message.outputs:
             front = front_of(output.request_id)
-            by_front[front].append(output)
+            by_front[front].outputs.append(output)
             if output.finish_reason is not None:
                 self._open[front].discard(output.request_id)
+        for request_id, token_id in zip(message.request_ids, message.token_ids, strict=True):
+            own = by_front[front_of(request_id)]
+            own.request_ids.append(request_id)
+            own.token_ids.append(token_id)
         for front, own in by_front.items():
-            self._fronts[front].send(Outputs(own))
+            self._fronts[front].send(own)
 
     def fileno(self) -> int:
         return self._epoll.fileno()

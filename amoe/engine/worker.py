@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from amoe.clock import Clock
-from amoe.core.steps import AttentionStep, ExpertsStep, Outgoing, Step
+from amoe.core.steps import AttentionStep, ExpertsStep, ForwardStep, HeadStep, Outgoing, Step
 from amoe.core.worker import WorkerCore
+from amoe.engine.attention_side import AttentionSide
 from amoe.engine.executor import ExpertBlocks
 from amoe.engine.expert_loading import ExpertLoading
+from amoe.engine.forward import ForwardExecutor
 from amoe.engine.home import Home
 from amoe.engine.messages import (
     AbortRequests,
@@ -39,8 +41,10 @@ class Worker:
     """Drives one `WorkerCore`. `run` is the loop, `turn` one round of it.
 
     Args:
-        home: the attention side; None at an expert worker.
+        home: requests and head; None at an expert worker.
+        attention: the attention side; None at an expert worker.
         experts: the expert side; None at an attention worker.
+        forward: all layers in one step; None at a worker that runs block by block. One that does not has no sides.
         loading: changes the experts that the expert side holds; None: they stay as they are.
     """
 
@@ -48,6 +52,7 @@ class Worker:
         self,
         core: WorkerCore,
         home: Home | None,
+        attention: AttentionSide | None,
         experts: ExpertBlocks | None,
         *,
         transport: Transport,
@@ -55,11 +60,14 @@ class Worker:
         clock: Clock,
         stats: StatsKeeper,
         loading: ExpertLoading | None = None,
+        forward: ForwardExecutor | None = None,
     ) -> None:
         self.core = core
         self.stats = stats
         self._home = home
+        self._attention = attention
         self._experts = experts
+        self._forward = forward
         self._loading = loading
         self._transport = transport
         self._control = control
@@ -130,17 +138,13 @@ class Worker:
         step = self.core.next_step(now)
         if step is not None:
             self._turn.step = step
-            self._run(step)
+            self._run(step, now)
             self._turn.step = None
-            seconds = self._clock.now() - now
-            self._times.observe(step, seconds)
-            self.stats.observe(step, seconds)
-            self.stats.waited(self.core.queues.depth, seconds)
-            self.core.observe(step, seconds)
+            self._times.observe(step, self._clock.now() - now)
         self._transport.flush()
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + HEARTBEAT_S
-            self._control.send(Heartbeat(self.stats.snapshot(self.core, self._home, now)))
+            self._control.send(Heartbeat(self.stats.snapshot(self.core, now)))
             self._look_after_answers(now)
         return step is not None or bool(batches)
 
@@ -148,22 +152,42 @@ class Worker:
         kept = self.core.on_batch(batch, now)
         if kept is None or batch.payload is None:
             return
-        if batch.kind is BatchKind.RESULT and self._home is not None:
-            self._home.keep(batch, kept)
+        if batch.kind is BatchKind.RESULT and self._attention is not None:
+            self._attention.keep(batch, kept)
         elif self._experts is not None and self.core.experts is not None:
             self._experts.keep(batch, self.core.experts.slab_rows(batch), kept)
 
-    def _run(self, step: Step) -> None:
+    def _run(self, step: Step, began: float) -> None:
+        """Run a step, and tell who counts. `began`: with the turn, whose polling is a part of the price of a step."""
+        if isinstance(step, ForwardStep):
+            self._run_forward(step, began)
+            return
+        self._run_block(step)
+        seconds = self._clock.now() - began
+        self.stats.observe(step, seconds)
+        self.stats.waited(self.core.queues.depth, seconds)
+        self.core.observe(step, seconds)
+
+    def _run_forward(self, step: ForwardStep, began: float) -> None:
+        assert self.core.forward is not None and self._forward is not None and self._home is not None
+        passed = self._forward.forward(step)
+        self.core.forward.on_forward(step, passed.expert_ids)
+        if step.head is not None:
+            self._home.run_head(step.head)
+        self.stats.observe_forward(step, passed.expert_ids, [began, *passed.marks, self._clock.now()])
+
+    def _run_block(self, step: AttentionStep | HeadStep | ExpertsStep) -> None:
         if isinstance(step, ExpertsStep):
             assert self._experts is not None
             if self._loading is not None:
                 step = self._loading.answerable(step)
             self._send(step.replies, self._experts.experts(step) if step.num_tokens else None)
             return
-        assert self._home is not None
         if isinstance(step, AttentionStep):
-            self._send(*self._home.run_attention(step, self._clock.now()))
+            assert self._attention is not None
+            self._send(*self._attention.run(step, self._clock.now()))
         else:
+            assert self._home is not None
             self._home.run_head(step)
 
     def _send(self, outgoing: Sequence[Outgoing], payload: torch.Tensor | None) -> None:
@@ -181,20 +205,20 @@ class Worker:
 
     def _look_after_answers(self, now: float) -> None:
         """Ask again for answers that have been owed for long, and tell the server whose."""
-        attention, home = self.core.attention, self._home
-        if attention is None or home is None:
+        core, side = self.core.attention, self._attention
+        if core is None or side is None:
             return
-        for rank, seconds in attention.recovery.unanswered(now):
+        for rank, seconds in core.recovery.unanswered(now):
             self._control.send(Unanswered(rank, seconds))
-        self._send(attention.recovery.retry(now), home.moe_inputs)
+        self._send(core.recovery.retry(now), side.moe_inputs)
 
     def _on_topology(self, message: Topology) -> None:
         """Other workers serve from now on: what was sent to those who are gone goes elsewhere."""
         self._transport.update(peers_of(message))
         outgoing = self.core.on_roster(roster_of(message, self.core.num_experts), self._clock.now())
-        if self._home is not None:
-            self._home.on_topology(message.version)
-            self._send(outgoing, self._home.moe_inputs)
+        if self._attention is not None:
+            self._attention.on_topology(message.version)
+            self._send(outgoing, self._attention.moe_inputs)
         self._control.send(Applied(message.version))
 
     def _handle_messages(self) -> None:
@@ -216,8 +240,8 @@ class Worker:
                 self._home.add(message)
             elif isinstance(message, AbortRequests):
                 self._home.abort(message.request_ids)
-            elif isinstance(message, Steer):
-                self._home.steer(message)
+            elif isinstance(message, Steer) and self._attention is not None:
+                self._attention.steer(message)
 
 
 def _take_rows(payload: torch.Tensor, rows: Int32Array) -> torch.Tensor:

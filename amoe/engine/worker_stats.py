@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from amoe.core.attention import AttentionCore
 from amoe.core.batcher import Batcher
-from amoe.core.experts import count_pairs
-from amoe.core.steps import AttentionStep, ExpertsStep, Step
+from amoe.core.experts import count_pairs, count_pairs_by_layer
+from amoe.core.steps import AttentionStep, BlockStep, ExpertsStep, ForwardStep
 from amoe.core.worker import WorkerCore
-from amoe.engine.home import Home
 from amoe.engine.traffic import TrafficCounts
 from amoe.policy.decision import Reason
 from amoe.policy.steering import count_work
@@ -54,7 +54,7 @@ class StatsKeeper:
         self._modelled_s = modelled_s
         self._expert_pairs = np.zeros((num_layers, num_experts), np.int64)
 
-    def observe(self, step: Step, seconds: float) -> None:
+    def observe(self, step: BlockStep, seconds: float) -> None:
         """A step has run."""
         self.steps += 1
         self._ran_s[step.block.kind][step.block.layer] += step.num_tokens * seconds
@@ -66,6 +66,44 @@ class StatsKeeper:
             counts = count_pairs(step.expert_ids, self._expert_pairs.shape[1])
             self._expert_pairs[step.block.layer] += counts
             self.expert_work += count_work(counts, self._ridge_tokens)
+
+    def observe_forward(
+        self, step: ForwardStep, expert_ids: Mapping[int, npt.NDArray[np.int64]], marks: Sequence[float]
+    ) -> None:
+        """All blocks have run as one step: each of them counts as if it had run alone.
+
+        Args:
+            expert_ids: by layer, of those that have experts, [n, K].
+            marks: [2L + 2] when the step began, and when attention(0), experts(0), attention(1)... and the head ended.
+        """
+        self.steps += 1
+        seconds = np.diff(marks)
+        num_layers, num_last = len(self._expert_pairs), step.num_wanted
+        tokens = np.full(num_layers, step.num_tokens)
+        self._iterations.observe(0, step.num_tokens)
+        self._count_blocks(BlockKind.ATTENTION, np.arange(num_layers), tokens, seconds[:-1:2])
+        tokens[-1] = num_last
+        sparse = np.fromiter(expert_ids, np.int64, len(expert_ids))
+        # The MLP of a dense layer is a part of its attention block: what the clock says of its experts is nothing.
+        ran = sparse[tokens[sparse] > 0]
+        self._count_blocks(BlockKind.EXPERTS, ran, tokens[ran], seconds[1:-1:2][ran])
+        if num_last:
+            self._count_blocks(BlockKind.HEAD, np.array([num_layers]), np.array([num_last]), seconds[-1:])
+        counts = count_pairs_by_layer(list(expert_ids.values()), self._expert_pairs.shape[1])
+        self._expert_pairs[sparse] += counts
+        self.expert_work += count_work(counts, self._ridge_tokens)
+
+    def _count_blocks(
+        self,
+        kind: BlockKind,
+        layers: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.int64],
+        seconds: npt.NDArray[np.float64],
+    ) -> None:
+        """Blocks of `layers` [m] have run on `tokens` [m] each, for `seconds` [m]."""
+        self._ran_s[kind][layers] += tokens * seconds
+        self._busy_s[kind] += float(seconds.sum())
+        self._batch_sizes[kind].observe_each(layers, tokens)
 
     def waited(self, depth: npt.NDArray[np.int64], seconds: float) -> None:
         """While the loop ran a step, or slept, `depth` tokens were in the μ-queues, by their index."""
@@ -79,7 +117,7 @@ class StatsKeeper:
         """A batch is about to be sent."""
         self._traffic.count(batch)
 
-    def snapshot(self, core: WorkerCore, home: Home | None, now: float) -> WorkerStats:
+    def snapshot(self, core: WorkerCore, now: float) -> WorkerStats:
         """Everything, as it is now."""
         busy_s, experts_s = sum(self._busy_s.values()), self._busy_s[BlockKind.EXPERTS]
         stats = WorkerStats(self.rank, self.role, self.loops, busy_s, self.steps, modelled_s=self._modelled_s())
@@ -92,24 +130,18 @@ class StatsKeeper:
         stats.num_waves, stats.num_slips = core.num_waves, core.num_slips
         stats.queues = self._queues(core, now)
         stats.batch_sizes = [item for kind in BlockKind for item in self._batch_sizes[kind].snapshot(_NAMES[kind])]
-        if core.experts is not None:
+        if core.holds(BlockKind.EXPERTS):
             stats.expert_pairs = self._expert_pairs.tolist()
-        if home is not None:
+        if core.batcher is not None:
             stats.iteration_tokens = next(iter(self._iterations.snapshot("attention")), None)
-            stats.join_waits = home.core.join_waits.snapshot("experts")
-            if home.core.capacity is not None:
-                stats.capacity = home.core.capacity.snapshot()
-            _describe_sequences(stats, home.core.batcher)
-            recovery = home.core.recovery
-            stats.redone_tokens, stats.resent_tokens = recovery.losses.redone, recovery.losses.resent
-            stats.parked_tokens = recovery.num_parked
+            _describe_sequences(stats, core.batcher)
+        if core.attention is not None:
+            _describe_dispatches(stats, core.attention)
         return stats
 
     def _busy_by_block(self, core: WorkerCore) -> dict[str, float]:
         """Of the kinds of block that live here."""
-        kinds = [BlockKind.ATTENTION, BlockKind.HEAD] if core.attention is not None else []
-        kinds += [BlockKind.EXPERTS] if core.experts is not None else []
-        return {_NAMES[kind]: self._busy_s[kind] for kind in kinds}
+        return {_NAMES[kind]: seconds for kind, seconds in self._busy_s.items() if core.holds(kind)}
 
     def _queues(self, core: WorkerCore, now: float) -> list[QueueSnapshot]:
         """Of the blocks that live here; the waves of a block share one."""
@@ -118,8 +150,7 @@ class StatsKeeper:
         snapshots: dict[tuple[BlockKind, int], QueueSnapshot] = {}
         for index in range(len(queues.depth)):
             block = queues.block(index)
-            held = core.experts if block.kind is BlockKind.EXPERTS else core.attention
-            if held is None:
+            if not core.holds(block.kind):
                 continue
             depth = int(queues.depth[index])
             age = max(0.0, now - float(queues.oldest[index])) if depth else 0.0
@@ -130,6 +161,15 @@ class StatsKeeper:
             snapshot.age_s = max(snapshot.age_s, age)
             snapshot.waited_s += float(waited_s[index])
         return list(snapshots.values())
+
+
+def _describe_dispatches(stats: WorkerStats, attention: AttentionCore) -> None:
+    stats.join_waits = attention.join_waits.snapshot("experts")
+    if attention.capacity is not None:
+        stats.capacity = attention.capacity.snapshot()
+    recovery = attention.recovery
+    stats.redone_tokens, stats.resent_tokens = recovery.losses.redone, recovery.losses.resent
+    stats.parked_tokens = recovery.num_parked
 
 
 def _describe_sequences(stats: WorkerStats, batcher: Batcher) -> None:

@@ -85,7 +85,13 @@ def _num_waves(text: str) -> int | None:
 def _add_scheduler_flags(parser: argparse.ArgumentParser) -> None:
     scheduler = SchedulerConfig()
     group = parser.add_argument_group("scheduler")
-    group.add_argument("--schedule", choices=SCHEDULES, default=scheduler.schedule, help="which block runs next")
+    group.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        default=scheduler.schedule,
+        help="which block runs next; auto: forward, all of them as one step, where one worker holds the whole model, "
+        "else waves",
+    )
     group.add_argument(
         "--defrag-decay", type=float, default=scheduler.defrag_decay, metavar="X", help="weight per block downstream"
     )

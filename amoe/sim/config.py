@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from amoe.config import CacheConfig, CapacityConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.config import BLOCK_SCHEDULES, CacheConfig, CapacityConfig, EngineConfig, PlacementConfig, SchedulerConfig
 from amoe.core.worker import ModelShape
 from amoe.errors import ConfigError
 from amoe.profiles.devices import DeviceProfile
@@ -103,6 +103,7 @@ class SimConfig:
 
     Attributes:
         device: of every worker, but for `slowdowns`.
+        scheduler: its schedule `auto` comes to `waves` here: what is simulated is blocks.
         cache: `num_blocks` and `kv_cache_bytes` as in the engine; None: what the device's memory leaves room for.
         routing: experts of the tokens.
         owners: [num_layers, num_experts, R] where experts and their replicas live, as `amoe.policy.placement` makes
@@ -131,6 +132,12 @@ class SimConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.scheduler.schedule == "auto":
+            object.__setattr__(self, "scheduler", replace(self.scheduler, schedule="waves"))
+        if self.scheduler.schedule not in BLOCK_SCHEDULES:
+            raise ConfigError(
+                f"the schedule {self.scheduler.schedule} cannot be simulated; known: {', '.join(BLOCK_SCHEDULES)}"
+            )
         num_workers = self.placement.num_workers
         for rank in [item.rank for item in self.slowdowns] + [item.rank for item in self.outages]:
             if not 0 <= rank < num_workers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from amoe.core.steps import Step
+from amoe.core.steps import BlockStep
 from amoe.sim.config import HostModel
 from amoe.sim.events import EventQueue
 from amoe.sim.results import WorkerMeter
@@ -80,7 +80,7 @@ class Device:
         if deadline is not None:
             self._turn_no_later_than(max(deadline, now + SHORTEST_NAP_S))
 
-    def _on_finish(self, run: tuple[Step, float]) -> None:
+    def _on_finish(self, run: tuple[BlockStep, float]) -> None:
         now, (step, seconds) = self._events.now, run
         self.meter.end(now)
         self.worker.finish(step, now, seconds)  # what it sends to itself is found in the turn that follows

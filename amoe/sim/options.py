@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from amoe.config import SCHEDULES, SchedulerConfig
+from amoe.config import BLOCK_SCHEDULES, SchedulerConfig
 from amoe.errors import ConfigError
 from amoe.models.config import load_model_config
 from amoe.profiles.checkpoints import checkpoint_sizes
@@ -152,8 +152,8 @@ def find_schedule(text: str, base: SchedulerConfig) -> SchedulerConfig:
         ConfigError: there is no such schedule.
     """
     name, _, number = text.partition(":")
-    if name not in SCHEDULES:
-        raise ConfigError(f"--schedule {text}: there is none of that name; known: {', '.join(SCHEDULES)}")
+    if name not in BLOCK_SCHEDULES:
+        raise ConfigError(f"--schedule {text}: there is none of that name; known: {', '.join(BLOCK_SCHEDULES)}")
     values = {"schedule": name}
     if not number:
         return replace(base, **values)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, Step
+from amoe.core.steps import AttentionStep, BlockStep, ExpertsStep, HeadStep
 from amoe.core.trace import Entry, Trace, decode_batch, record
 from amoe.core.worker import WorkerCore
 from amoe.errors import ConfigError
@@ -117,7 +117,7 @@ class RecordedAnswers:
     def __init__(self) -> None:
         self.entry: Entry | None = None
 
-    def is_for(self, step: Step) -> bool:
+    def is_for(self, step: BlockStep) -> bool:
         """There is an answer, and the step asks for one of that kind and size. If not, the comparison will tell."""
         if self.entry is None or isinstance(step, ExpertsStep):
             return False

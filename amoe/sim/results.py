@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from amoe.core.steps import Step
+from amoe.core.steps import BlockStep
 from amoe.types import BlockKind
 
 Float64Array = npt.NDArray[np.float64]
@@ -115,7 +115,7 @@ class WorkerMeter:
         self._steps = [0] * len(BlockKind)
         self._tokens = [0] * len(BlockKind)
 
-    def begin(self, step: Step, begin: float, seconds: float, host_s: float) -> None:
+    def begin(self, step: BlockStep, begin: float, seconds: float, host_s: float) -> None:
         """A step of `seconds` (without outages) begins at `begin`; the host has kept it waiting for `host_s`."""
         self.num_steps += 1
         self._begin, self._seconds = begin, seconds

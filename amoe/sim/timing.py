@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from amoe.core.experts import count_pairs
-from amoe.core.steps import AttentionStep, ExpertsStep, Step
+from amoe.core.steps import AttentionStep, BlockStep, ExpertsStep
 from amoe.profiles.context import ContextCounter
 from amoe.profiles.costs import BlockCosts, RooflineCosts
 from amoe.profiles.devices import DeviceProfile
@@ -41,7 +41,7 @@ class StepTimer:
             phases.append((slowdown.at_s, cost_model(sizes, device.slowed(slowdown.factor))))
         self._phases = phases[::-1]
 
-    def seconds(self, step: Step, now: float) -> float:
+    def seconds(self, step: BlockStep, now: float) -> float:
         """Of a step that begins at `now`; 0 of a step without tokens (a lockstep marker)."""
         num_tokens = step.num_tokens
         if num_tokens == 0:

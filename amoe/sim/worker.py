@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep, Outgoing, Step
+from amoe.core.steps import AttentionStep, BlockStep, ExpertsStep, ForwardStep, HeadStep, Outgoing
 from amoe.core.worker import WorkerCore
 from amoe.types import Batch, BoolArray, Float32Array, Int32Array, Int64Array, SamplingParams
 
@@ -80,7 +80,7 @@ class VirtualWorker:
         """A batch waits for the next turn."""
         self._mailbox.append(batch)
 
-    def turn(self, now: float) -> Step | None:
+    def turn(self, now: float) -> BlockStep | None:
         """Take what has come, start iterations, choose a block. Returns what is to be run, if anything is."""
         if self._messages:
             self._handle_messages()
@@ -88,9 +88,11 @@ class VirtualWorker:
         for batch in batches:
             self.core.on_batch(batch, now)
         self._send(self.core.start(now))
-        return self.core.next_step(now)
+        step = self.core.next_step(now)
+        assert not isinstance(step, ForwardStep), "no such schedule is simulated"
+        return step
 
-    def finish(self, step: Step, now: float, seconds: float | None = None) -> None:
+    def finish(self, step: BlockStep, now: float, seconds: float | None = None) -> None:
         """`step` has run for so many seconds (None: not known): tell the core, and send what it has brought."""
         if isinstance(step, ExpertsStep):
             self._send(step.replies)

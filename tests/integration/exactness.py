@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from amoe.builtin import builtin_model_path
-from amoe.config import SCHEDULES, CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.config import BLOCK_SCHEDULES, CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
 from amoe.types import SamplingParams
 from tests.checkpoints import ARCHES, Greedy, hf_greedy, make_checkpoint
 from tests.pairwise import all_combinations
@@ -40,7 +40,7 @@ NUM_NEW = 12
 BLOCK_SIZE = 4
 
 FACTORS: dict[str, Any] = {
-    "schedule": SCHEDULES,
+    "schedule": BLOCK_SCHEDULES,
     "count": COUNTS,
     "arch": [*ARCHES, BUILTIN],
     "placement": list(PLACEMENTS),
@@ -48,6 +48,8 @@ FACTORS: dict[str, Any] = {
     "variant": [0, 1, 2],
     "replicas": REPLICAS,
 }
+# The schedule of one worker that holds the whole model.
+FORWARD: dict[str, Any] = {**FACTORS, "schedule": ("forward",), "count": (1,), "placement": ("1",), "replicas": (0,)}
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ def make_cases(rows: list[dict[str, Any]]) -> list[Case]:
 def whole_matrix() -> list[Case]:
     """All combinations, every other one with replicas."""
     rows = all_combinations({name: values for name, values in FACTORS.items() if name != "replicas"})
-    return make_cases([{**row, "replicas": REPLICAS[index % 2]} for index, row in enumerate(rows)])
+    blocks = [{**row, "replicas": REPLICAS[index % 2]} for index, row in enumerate(rows)]
+    return make_cases([*blocks, *all_combinations(FORWARD)])
 
 
 @functools.cache

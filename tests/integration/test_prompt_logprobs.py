@@ -96,7 +96,7 @@ def test_they_are_the_oracles(case: Case, root: Path, monkeypatch: pytest.Monkey
     run(case, root, cluster)
     if "cached" in case.feature:  # what was scored before fills the prefix cache
         run(case, root, cluster)
-    batchers = [worker.core.attention.batcher for worker in cluster.workers if worker.core.attention]
+    batchers = [worker.core.batcher for worker in cluster.workers if worker.core.batcher]
     if "preempted" in case.feature:
         assert sum(batcher.num_preemptions for batcher in batchers) > 0
     cluster.assert_nothing_left()

@@ -19,19 +19,17 @@ from tests.cluster import InprocCluster
 from tests.integration.exactness import FEATURES, NUM_NEW, PLACEMENTS, Case, checkpoint, expected, make_cases
 from tests.pairwise import pairwise
 
-CASES = make_cases(
-    pairwise(
-        {
-            "schedule": ("waves", "lockstep", "progress"),
-            "count": (0, 2, 3),
-            "arch": ("qwen2_moe", "qwen3_moe", "olmoe"),
-            "placement": list(PLACEMENTS),
-            "feature": FEATURES,
-            "variant": (0, 1),
-            "replicas": (2, 0),
-        }
-    )
-)
+FACTORS = {
+    "schedule": ("waves", "lockstep", "progress"),
+    "count": (0, 2, 3),
+    "arch": ("qwen2_moe", "qwen3_moe", "olmoe"),
+    "placement": list(PLACEMENTS),
+    "feature": FEATURES,
+    "variant": (0, 1),
+    "replicas": (2, 0),
+}
+FORWARD = {**FACTORS, "schedule": ("forward",), "count": (1,), "placement": ("1",), "replicas": (0,)}
+CASES = make_cases([*pairwise(FACTORS), *pairwise(FORWARD)])
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +91,7 @@ def test_they_are_the_oracles(case: Case, root: Path) -> None:
     if "cached" in case.feature:  # those who did not ask have filled the prefix cache
         run(case, root, cluster)
     if "preempted" in case.feature:
-        batchers = [worker.core.attention.batcher for worker in cluster.workers if worker.core.attention]
+        batchers = [worker.core.batcher for worker in cluster.workers if worker.core.batcher]
         assert sum(batcher.num_preemptions for batcher in batchers) > 0
         preempted = [request for request in cluster.requests.values() if request.times[-1].num_preemptions]
         assert preempted

@@ -151,7 +151,7 @@ def test_too_little_room_for_all(caching: bool, schedule: str, path: Path) -> No
     cluster.run()
     assert [result.token_ids for result in results(cluster, ids)] == alone(path, 200)
     assert [result.token_ids for result in results(cluster, strangers)] == alone(path, 200)[:3]
-    assert cluster.workers[0].core.attention.batcher.num_preemptions > 0
+    assert cluster.workers[0].core.batcher.num_preemptions > 0
     cluster.assert_nothing_left()
     cluster.close()
 

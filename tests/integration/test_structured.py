@@ -104,7 +104,7 @@ FREE = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
 
 
 def num_preempted(cluster: InprocCluster) -> int:
-    return sum(w.core.attention.batcher.num_preemptions for w in cluster.workers if w.core.attention is not None)
+    return sum(w.core.batcher.num_preemptions for w in cluster.workers if w.core.batcher is not None)
 
 
 @pytest.fixture(scope="module")

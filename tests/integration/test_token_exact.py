@@ -13,10 +13,10 @@ import pytest
 from amoe.transport.base import Transport
 from amoe.transport.faulty import FaultPlan, FaultyTransport
 from tests.cluster import Finished, InprocCluster
-from tests.integration.exactness import FACTORS, Case, assert_exact, checkpoint, make_cases, whole_matrix
+from tests.integration.exactness import FACTORS, FORWARD, Case, assert_exact, checkpoint, make_cases, whole_matrix
 from tests.pairwise import pairwise
 
-SELECTION = make_cases(pairwise(FACTORS))
+SELECTION = make_cases([*pairwise(FACTORS), *pairwise(FORWARD)])
 MATRIX = whole_matrix()
 
 
@@ -39,7 +39,7 @@ def run_case(case: Case, root: Path) -> None:
         check(case, root, again)
         if case.feature == "cached":
             assert sum(result.num_cached_tokens for result in again) > 0
-    batchers = [worker.core.attention.batcher for worker in cluster.workers if worker.core.attention]
+    batchers = [worker.core.batcher for worker in cluster.workers if worker.core.batcher]
     if "preempted" in case.feature:
         assert sum(batcher.num_preemptions for batcher in batchers) > 0
     if case.replicas:

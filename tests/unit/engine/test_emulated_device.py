@@ -121,8 +121,8 @@ def test_measured_profile_brings_its_model(tmp_path: Path, checkpoint_factory: C
 
 
 def test_rings_of_emulated_workers_are_half_as_large(checkpoint_factory: Callable[..., Path]) -> None:
-    config = EngineConfig(model=str(checkpoint_factory("olmoe")))
-    emulated = replace(config, device="emulated:h100")
+    emulated = EngineConfig(model=str(checkpoint_factory("olmoe")), device="emulated:h100")
+    config = replace(emulated, device="cpu")
     real = ring_bytes_for(config, served_shape(config))
     assert 0.4 < ring_bytes_for(emulated, served_shape(emulated)) / real < 0.7
 

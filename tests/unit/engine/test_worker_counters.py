@@ -11,9 +11,10 @@ import pytest
 from amoe.core.decisions import DecisionCounts
 from amoe.core.micro_queue import MicroQueues
 from amoe.core.recovery import Losses
-from amoe.core.steps import AttentionStep, ExpertsStep
+from amoe.core.steps import AttentionStep, ExpertsStep, ForwardStep, HeadStep
 from amoe.engine.worker_stats import StatsKeeper
 from amoe.policy.decision import Reason
+from amoe.stats import WorkerStats
 from amoe.types import BlockId, BlockKind
 
 NONE = np.empty(0, np.int32)
@@ -24,6 +25,11 @@ def attention(layer: int, count: int) -> AttentionStep:
     return AttentionStep(BlockId(BlockKind.ATTENTION, layer, 0), slots, slots, slots, count)
 
 
+def head(count: int) -> HeadStep:
+    slots = np.arange(count, dtype=np.int32)
+    return HeadStep(BlockId(BlockKind.HEAD, 2), slots, slots)
+
+
 def experts(ids: list[list[int]]) -> ExpertsStep:
     expert_ids = np.array(ids, np.int16)
     rows = np.arange(len(ids), dtype=np.int32)
@@ -32,11 +38,12 @@ def experts(ids: list[list[int]]) -> ExpertsStep:
 
 @pytest.fixture
 def core() -> Any:
-    """A core that holds attention and experts."""
+    """A core that holds attention and experts, and whose sequences are none of our business."""
     return SimpleNamespace(
         queues=MicroQueues(2, 1),
-        attention=object(),
-        experts=object(),
+        attention=None,
+        holds=lambda kind: True,
+        batcher=None,
         decisions=DecisionCounts(),
         num_waves=0,
         num_slips=0,
@@ -48,15 +55,51 @@ def test_busy_time_is_told_by_kind_of_block(core: Any):
     keeper.observe(attention(0, 3), 0.5)
     keeper.observe(attention(1, 3), 0.25)
     keeper.observe(experts([[0, 2], [2, -1]]), 1.0)
-    stats = keeper.snapshot(core, None, 9.0)
+    stats = keeper.snapshot(core, 9.0)
     assert stats.busy_by_block == {"attention": 0.75, "head": 0.0, "experts": 1.0}
     assert (stats.busy_s, stats.home_s, stats.experts_s, stats.steps) == (1.75, 0.75, 1.0, 3)
     assert stats.expert_pairs == [[0, 0, 0, 0], [1, 0, 2, 0]]
 
 
+def forward(num_tokens: int, wanted: list[int] | None = None) -> ForwardStep:
+    slots = np.arange(num_tokens, dtype=np.int32)
+    return ForwardStep(slots, slots, slots, num_tokens, wanted=None if wanted is None else np.array(wanted))
+
+
+def blocks_of(stats: WorkerStats) -> dict[tuple[str, int], float]:
+    return {(item.kind, item.layer): item.total for item in stats.batch_sizes}
+
+
+def test_all_blocks_in_one_step_count_like_blocks_alone(core: Any):
+    """As if attention(0), attention(1), experts(1) and the head had run one by one; layer 0 is dense."""
+    keeper, apart = (StatsKeeper(0, "colocated", 2, 4, ridge_tokens=2) for _ in range(2))
+    keeper.observe_forward(forward(2), {1: np.array([[0, 2], [2, 3]])}, [1.0, 1.5, 1.5, 1.75, 2.75, 3.0])
+    apart.observe(attention(0, 2), 0.5)
+    apart.observe(attention(1, 2), 0.25)
+    apart.observe(experts([[0, 2], [2, 3]]), 1.0)
+    apart.observe(head(2), 0.25)
+    told, wanted = keeper.snapshot(core, 9.0), apart.snapshot(core, 9.0)
+    assert (told.steps, wanted.steps) == (1, 4)
+    told.steps = wanted.steps
+    assert told == wanted
+
+
+def test_tokens_that_nobody_wants_to_see_end_before_the_last_experts(core: Any):
+    keeper = StatsKeeper(0, "colocated", 2, 4)
+    ids = {0: np.array([[0], [1], [1]]), 1: np.array([[3]])}
+    keeper.observe_forward(forward(3, [2]), ids, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    none = {0: np.array([[0], [1], [1]]), 1: np.empty((0, 1), np.int64)}
+    keeper.observe_forward(forward(3, []), none, [0.0, 1.0, 2.0, 3.0, 3.0, 3.0])
+    stats = keeper.snapshot(core, 9.0)
+    assert stats.expert_pairs == [[2, 4, 0, 0], [0, 0, 0, 1]]
+    sizes = {("attention", 0): 6.0, ("attention", 1): 6.0, ("experts", 0): 6.0, ("experts", 1): 1.0, ("head", 2): 1.0}
+    assert blocks_of(stats) == sizes
+    assert [sum(item.counts) for item in stats.batch_sizes if (item.kind, item.layer) == ("experts", 1)] == [1]
+
+
 def test_an_expert_worker_tells_of_experts_alone(core: Any):
-    core.attention = None
-    assert StatsKeeper(0, "experts", 2, 4).snapshot(core, None, 9.0).busy_by_block == {"experts": 0.0}
+    core.holds = lambda kind: kind is BlockKind.EXPERTS
+    assert StatsKeeper(0, "experts", 2, 4).snapshot(core, 9.0).busy_by_block == {"experts": 0.0}
 
 
 def test_sleep_is_told_by_reason(core: Any):
@@ -64,7 +107,7 @@ def test_sleep_is_told_by_reason(core: Any):
     keeper.slept(0.5, Reason.AWAY)
     keeper.slept(0.25, Reason.HELD)
     keeper.slept(0.25, Reason.HELD)
-    assert keeper.snapshot(core, None, 9.0).wait_s == {"idle": 0.0, "away": 0.5, "held": 0.5}
+    assert keeper.snapshot(core, 9.0).wait_s == {"idle": 0.0, "away": 0.5, "held": 0.5}
 
 
 def test_what_lost_workers_cost_is_told(core: Any):
@@ -79,10 +122,9 @@ def test_what_lost_workers_cost_is_told(core: Any):
         num_preemptions=0,
     )
     recovery = SimpleNamespace(losses=Losses(redone=7, resent=3), num_parked=2)
-    home: Any = SimpleNamespace(
-        core=SimpleNamespace(
-            batcher=batcher, recovery=recovery, capacity=None, join_waits=SimpleNamespace(snapshot=lambda _: [])
-        )
+    core.batcher = batcher
+    core.attention = SimpleNamespace(
+        recovery=recovery, capacity=None, join_waits=SimpleNamespace(snapshot=lambda _: [])
     )
-    stats = StatsKeeper(0, "colocated", 2, 4).snapshot(core, home, 9.0)
+    stats = StatsKeeper(0, "colocated", 2, 4).snapshot(core, 9.0)
     assert (stats.redone_tokens, stats.resent_tokens, stats.parked_tokens) == (7, 3, 2)

@@ -15,6 +15,6 @@ from amoe.engine.worker import Worker
 def test_the_loop_sleeps_until_the_next_timer(deadline: float | None, seconds: float) -> None:
     core: Any = SimpleNamespace(next_deadline=lambda now: deadline)
     parts: Any = SimpleNamespace()
-    worker = Worker(core, None, None, transport=parts, control=parts, clock=ManualClock(10.0), stats=parts)
+    worker = Worker(core, None, None, None, transport=parts, control=parts, clock=ManualClock(10.0), stats=parts)
     worker._next_heartbeat = 10.5
     assert worker._seconds_to_sleep(10.0) == pytest.approx(seconds)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amoe.config import SCHEDULES, SchedulerConfig
+from amoe.config import BLOCK_SCHEDULES, SchedulerConfig
 from amoe.policy import scheduler
 from amoe.policy.scheduler import (
     NEVER,
@@ -98,7 +98,7 @@ def algorithm_1(blocks, delta, num_lookahead):
     return scores
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", BLOCK_SCHEDULES)
 @given(blocks=block_lists())
 def test_every_schedule_chooses_what_its_oracle_would(name, blocks):
     policy = make_policy(SchedulerConfig(schedule=name), (len(blocks) - 1) // 2)
@@ -129,7 +129,7 @@ def test_in_lockstep_ready_blocks_run_though_they_are_empty_and_others_wait_thou
     assert chosen in numbers if numbers else chosen is None
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", BLOCK_SCHEDULES)
 @given(blocks=block_lists(), now=st.floats(0, 20), max_wait=st.floats(0.01, 10))
 def test_who_has_waited_too_long_goes_first_and_the_oldest_of_them_before_all(name, blocks, now, max_wait):
     policy = make_policy(SchedulerConfig(schedule=name), (len(blocks) - 1) // 2)
@@ -200,6 +200,6 @@ def test_a_hold_ends_when_the_oldest_token_has_waited_long_enough():
 
 
 def test_nothing_ready_is_nothing_to_run():
-    for name in SCHEDULES:
+    for name in BLOCK_SCHEDULES:
         blocks = [Block(number, 0, math.inf, NEVER, ready=False) for number in range(5)]
         assert choose_block(make_policy(SchedulerConfig(schedule=name), 2), view_of(blocks), 1e9, 0.5) is None

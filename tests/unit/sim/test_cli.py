@@ -41,7 +41,7 @@ def test_no_flags_are_the_defaults():
     assert config.sizes == model_sizes("qwen3-30b-a3b")
     assert config.device.name == "h100"
     assert config.placement == PlacementConfig(colocated=8)
-    assert config.scheduler == SchedulerConfig()
+    assert config.scheduler == SchedulerConfig(schedule="waves")
     assert config.workload == Workload(concurrency=256, input=Lengths(mean=128), output=Lengths(mean=128), stagger=True)
     assert config.window == Window(length=20, warmup=10, unit="iterations")
     assert config.host == HostModel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from amoe.config import SCHEDULES, CacheConfig, PlacementConfig, SchedulerConfig
+from amoe.config import BLOCK_SCHEDULES, CacheConfig, PlacementConfig, SchedulerConfig
 from amoe.profiles.costs import RooflineCosts
 from amoe.profiles.links import LinkProfile
 from amoe.profiles.routing import log_normal_routing
@@ -23,7 +23,7 @@ PLACEMENTS = {
     "1A1E": PlacementConfig(expert_workers=1),
     "2A3E": PlacementConfig(attention_workers=2, expert_workers=3),
 }
-SCHEDULE_CASES = [(name, 1) for name in SCHEDULES] + [("lockstep", 2), ("lockstep", 3)]
+SCHEDULE_CASES = [(name, 1) for name in BLOCK_SCHEDULES] + [("lockstep", 2), ("lockstep", 3)]
 
 
 def link_seconds(link: LinkProfile, num_bytes: float) -> float:
@@ -61,7 +61,7 @@ def assert_gaps(results, gaps: list[float]) -> None:
     assert latency.p50 == pytest.approx(np.median(gaps), rel=1e-9)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", BLOCK_SCHEDULES)
 @pytest.mark.parametrize("host_s", [0.0, 3e-4])
 def test_one_sequence_alone_takes_the_sum_of_its_stages(schedule, host_s):
     results = simulate(
@@ -73,7 +73,7 @@ def test_one_sequence_alone_takes_the_sum_of_its_stages(schedule, host_s):
     assert_gaps(results, analytic_gaps(per_step=host_s))
 
 
-@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name not in ("lockstep", "waves")])
+@pytest.mark.parametrize("schedule", [name for name in BLOCK_SCHEDULES if name not in ("lockstep", "waves")])
 def test_between_two_workers_links_are_added(schedule):
     results = simulate(
         workload=ONE,
@@ -207,7 +207,7 @@ def test_a_worker_that_dies_takes_its_sequences_along():
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", BLOCK_SCHEDULES)
 def test_whoever_dies_the_simulation_ends(schedule, rank):
     simulate(
         workload=Workload(concurrency=6, input=Lengths(mean=PROMPT), output=Lengths(mean=OUTPUT)),

@@ -1,0 +1,127 @@
+"""All layers of a model in one step, at a worker that holds it whole: every call on the model in that schedule is here.
+
+Residuals live as long as the step. Shape letters: n tokens, w of them that the head wants to see, H hidden size, L
+layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from amoe.clock import Clock
+from amoe.core.batcher import Batcher
+from amoe.core.steps import ForwardStep, HeadStep, PromptTokens
+from amoe.engine.executor import attention_batch, to_device
+from amoe.engine.sampler import SampledTokens, sample, score
+from amoe.engine.sampling_table import SamplingTable
+from amoe.engine.token_masks import MaskArray
+from amoe.kernels.attention import KVCache
+from amoe.kernels.permute import plan_pairs
+from amoe.models.model import AttentionOutput, Model
+from amoe.types import Int64Array
+
+
+class Passed(NamedTuple):
+    """What a step through all layers has brought.
+
+    Attributes:
+        residual: [w, H] behind the last layer.
+        expert_ids: by layer, of those that have experts, [n, K]; of the last layer [w, K]. On the host.
+        marks: [2L] when attention(0), experts(0), attention(1)... were through, by the worker's clock.
+    """
+
+    residual: torch.Tensor
+    expert_ids: dict[int, npt.NDArray[np.int64]]
+    marks: list[float]
+
+
+class ForwardExecutor:
+    """Runs forward steps, and the head on what has passed in the last one.
+
+    Args:
+        model: all of it.
+        kv: its KV cache.
+    """
+
+    def __init__(self, model: Model, kv: KVCache, batcher: Batcher, clock: Clock) -> None:
+        self._model = model
+        self._kv = kv
+        self._table = batcher.table
+        self._clock = clock
+        self._num_layers = model.config.num_layers
+        self._local_index = [model.local_index(layer) for layer in range(self._num_layers)]
+        self._step: ForwardStep | None = None
+        self._residual: torch.Tensor | None = None
+
+    def forward(self, step: ForwardStep) -> Passed:
+        """Take the tokens of a step through all layers. What is the same in all of them is looked up once."""
+        model, device = self._model, self._model.device
+        batch = attention_batch(self._table, step, self._kv.block_size, device)
+        positions = to_device(step.positions, device)
+        residual = model.embed(to_device(self._table.tokens[step.rows, step.positions], device))
+        expert_ids: dict[int, npt.NDArray[np.int64]] = {}
+        marks: list[float] = []
+        for layer in range(self._num_layers):
+            out = model.attention(layer, residual, positions, self._kv, batch)
+            marks.append(self._clock.now())
+            if layer == self._num_layers - 1 and step.wanted is not None:
+                out = _rows(out, to_device(step.wanted, device))
+            residual, ids = self._experts(layer, out)
+            marks.append(self._clock.now())
+            if ids is not None:
+                expert_ids[layer] = ids
+        self._step, self._residual = step, residual
+        return Passed(residual, expert_ids, marks)
+
+    def _experts(self, layer: int, out: AttentionOutput) -> tuple[torch.Tensor, npt.NDArray[np.int64] | None]:
+        """Residuals [n, H] behind a layer, and the experts [n, K] of its tokens; none at a dense layer."""
+        if out.topk_ids is None or out.topk_weights is None or out.moe_input is None:
+            return out.residual, None
+        ids = out.topk_ids.cpu().numpy()
+        if len(ids) == 0:
+            return out.residual, ids
+        plan = plan_pairs(ids, out.topk_weights.cpu().numpy(), self._local_index[layer])
+        return out.residual + self._model.experts(layer, out.moe_input, plan), ids
+
+    def sample(
+        self,
+        step: HeadStep,
+        sampling: SamplingTable,
+        num_generated: Int64Array,
+        grammar_masks: Callable[[], Mapping[int, MaskArray]] = dict,
+    ) -> SampledTokens:
+        """See `HeadBlock`; `step` is the head's part of the last forward step."""
+        assert self._step is not None and self._step.head is step
+        table, rows = self._table, step.rows.astype(np.int64)
+        logits = self._logits(self._step.head_rows)
+        histories = (table.tokens, table.prompt_len, table.num_tokens)
+        return sample(logits, sampling, rows, num_generated, *histories, grammar_masks())
+
+    def score(self, prompt: PromptTokens, token_ids: Int64Array, num_top: int) -> SampledTokens:
+        """See `HeadBlock`; `prompt` is a part of the last forward step."""
+        assert self._step is not None and self._step.prompt_rows is not None
+        rows, vocab_size = self._step.prompt_rows, self._model.config.vocab_size
+        return score(lambda where: self._logits(rows[where]), token_ids, num_top, vocab_size)
+
+    def _logits(self, rows: Int64Array | None) -> torch.Tensor:
+        """[m, V] float32 of rows [m] of the w; None: of all."""
+        assert self._residual is not None
+        residual = self._residual
+        if rows is not None and len(rows) < len(residual):
+            residual = residual.index_select(0, to_device(rows, residual.device))
+        return self._model.head(residual)
+
+
+def _rows(out: AttentionOutput, rows: torch.Tensor) -> AttentionOutput:
+    """Those rows of everything."""
+    residual, *others = out
+    return AttentionOutput(residual.index_select(0, rows), *(_rows_of(tensor, rows) for tensor in others))
+
+
+def _rows_of(tensor: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
+    return None if tensor is None else tensor.index_select(0, rows)
