@@ -26,23 +26,18 @@ constexpr int64_t kScoreStride = kSegment + 16;  // rows of a tile must not shar
 // ---- products
 
 // Scores of kRows queries [padded_dim] and kGroups groups of keys, to s (rows kScoreStride apart). A stream, which memory must
-// deliver, also fetches the values of these groups and the keys of the next ones, if any.
+// deliver, also fetches the values of these groups.
 template <class T, bool kStream, int kRows, int kGroups>
 __attribute__((noinline)) void score(
-    const T* q, int64_t padded_dim, const T* const* keys, const T* const* values, bool has_next, float* s) {
+    const T* q, int64_t padded_dim, const T* const* keys, int64_t value_offset, float* s) {
     constexpr int64_t kDepth = Step<T>::kDepth;
     f32x16 acc[kRows][kGroups] = {};
-    const T* ahead[kGroups];
-    for (int group = 0; group < kGroups; ++group) ahead[group] = has_next ? keys[kGroups + group] : keys[group];
     for (int64_t d = 0; d < padded_dim; d += kDepth) {
         f32x16 k[kGroups];
 #pragma GCC unroll 8
         for (int group = 0; group < kGroups; ++group) {
             k[group] = load<f32x16>(keys[group] + d * kGroup);
-            if constexpr (kStream) {
-                __builtin_prefetch(values[group] + d * kGroup, 0, 2);
-                __builtin_prefetch(ahead[group] + d * kGroup, 0, 2);
-            }
+            if constexpr (kStream) __builtin_prefetch(keys[group] + value_offset + d * kGroup, 0, 2);
         }
 #pragma GCC unroll 8
         for (int row = 0; row < kRows; ++row) {
@@ -61,25 +56,28 @@ __attribute__((noinline)) void score(
 template <class T, bool kStream, int kRows, int kGroups = columns_of(kRows)>
 AMOE_INLINE void score_all(const T* q, int64_t padded_dim, const Segment<T>& segment, int64_t done, int64_t num_groups, float* s) {
     for (; done + kGroups <= num_groups; done += kGroups) {
-        const bool has_next = done + 2 * kGroups <= num_groups;
-        score<T, kStream, kRows, kGroups>(
-            q, padded_dim, segment.keys + done, segment.values + done, has_next, s + done * kGroup);
+        score<T, kStream, kRows, kGroups>(q, padded_dim, segment.keys + done, segment.value_offset, s + done * kGroup);
     }
     if constexpr (kGroups > 1) score_all<T, kStream, kRows, kGroups / 2>(q, padded_dim, segment, done, num_groups, s);
 }
 
-// acc [kRows, padded_dim] of kVectors * 16 dimensions from `d`: values weighted by p (rows kScoreStride apart).
-template <class T, int kRows, int kVectors>
+// out [kRows, padded_dim], kVectors * 16 dimensions from `d` on: values weighted by p (rows kScoreStride apart). A stream also
+// fetches what comes next, which is as long.
+template <class T, bool kStream, int kRows, int kVectors>
 __attribute__((noinline)) void weigh(
-    const T* p, const T* const* values, int64_t num_groups, int64_t padded_dim, int64_t d, float* out) {
+    const T* p, const Segment<T>& segment, int64_t num_groups, int64_t padded_dim, int64_t d, float* out) {
     constexpr int64_t kDepth = Step<T>::kDepth;
     f32x16 acc[kRows][kVectors] = {};
     for (int64_t group = 0; group < num_groups; ++group) {
-        const T* v = values[group] + d * kDepth;
-        for (int64_t key = 0; key < kGroup; key += kDepth, v += padded_dim * kDepth) {
+        const T* v = segment.values[group] + d * kDepth;
+        const T* ahead = segment.ahead[group] + d * kDepth;
+        for (int64_t key = 0; key < kGroup; key += kDepth, v += padded_dim * kDepth, ahead += padded_dim * kDepth) {
             f32x16 lanes[kVectors];
 #pragma GCC unroll 8
-            for (int i = 0; i < kVectors; ++i) lanes[i] = load<f32x16>(v + i * 16 * kDepth);
+            for (int i = 0; i < kVectors; ++i) {
+                lanes[i] = load<f32x16>(v + i * 16 * kDepth);
+                if constexpr (kStream) __builtin_prefetch(ahead + i * 16 * kDepth, 0, 2);
+            }
 #pragma GCC unroll 8
             for (int row = 0; row < kRows; ++row) {
                 const auto weight = load<typename Step<T>::Lane>(p + row * kScoreStride + group * kGroup + key);
@@ -95,12 +93,12 @@ __attribute__((noinline)) void weigh(
     }
 }
 
-template <class T, int kRows, int kVectors = columns_of(kRows)>
+template <class T, bool kStream, int kRows, int kVectors = columns_of(kRows)>
 AMOE_INLINE void weigh_all(const T* p, const Segment<T>& segment, int64_t num_groups, int64_t padded_dim, int64_t d, float* out) {
     for (; d + 16 * kVectors <= padded_dim; d += 16 * kVectors) {
-        weigh<T, kRows, kVectors>(p, segment.values, num_groups, padded_dim, d, out);
+        weigh<T, kStream, kRows, kVectors>(p, segment, num_groups, padded_dim, d, out);
     }
-    if constexpr (kVectors > 1) weigh_all<T, kRows, kVectors / 2>(p, segment, num_groups, padded_dim, d, out);
+    if constexpr (kVectors > 1) weigh_all<T, kStream, kRows, kVectors / 2>(p, segment, num_groups, padded_dim, d, out);
 }
 
 // ---- softmax
@@ -221,7 +219,7 @@ AMOE_INLINE void attend_tile(
         if (visible > 0) parts[i] = soften(room.scores + i * kScoreStride, visible, num_groups, rows.scale, weights);
         else std::memset(weights, 0, num_groups * kGroup * sizeof(T));
     }
-    weigh_all<T, kRows>(room.weights, segment, num_groups, rows.padded_dim, 0, room.parts);
+    weigh_all<T, kStream, kRows>(room.weights, segment, num_groups, rows.padded_dim, 0, room.parts);
     for (int i = 0; i < kRows; ++i) {
         parts[i].acc = room.parts + i * rows.padded_dim;
         if (rows.visible(row + i) > begin) sink(row + i, parts[i]);
@@ -291,6 +289,7 @@ struct Attention {
         const int32_t* table = batch.decode_tables + sequence * batch.table_stride;
         find_segment(
             shape, kv_layer, table, head, begin, std::min(context, begin + kSegment), padded_dim, room.segment, segment);
+        look_ahead(sequence, task + 1, segment);
         attend<T, true>(rows, 0, segment, begin, room, [&](int64_t row, const Part& part) {
             if (segments == 1) return put_row(part, out_row(sequence, row, head), shape.head_dim);
             float* to = parts + (task * group + row) * part_size();
@@ -301,6 +300,18 @@ struct Attention {
         if (segments == 1) return;
         const int32_t before = num_done[sequence * shape.num_kv_heads + head].fetch_add(1, std::memory_order_acq_rel);
         if (before + 1 == segments) join_segments(sequence, head, task - index % segments, segments);
+    }
+
+    // The keys of decode task `task`, if there is one, are what this thread probably reads next; it belongs to `sequence` or to
+    // the one behind it.
+    void look_ahead(int64_t sequence, int64_t task, Segment<T>& segment) const {
+        if (task >= first_task[batch.num_decodes] || !is_grouped(shape)) return;
+        if (task == first_task[sequence + 1]) ++sequence;
+        const int64_t context = batch.decode_lens[sequence], segments = num_segments(context);
+        const int64_t index = task - first_task[sequence], begin = index % segments * kSegment;
+        const int32_t* table = batch.decode_tables + sequence * batch.table_stride;
+        find_keys(
+            shape, kv_layer, table, index / segments, begin, std::min(context, begin + kSegment), segment.ahead);
     }
 
     void join_segments(int64_t sequence, int64_t head, int64_t first, int64_t segments) const {

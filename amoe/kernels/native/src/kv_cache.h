@@ -67,6 +67,8 @@ template <class T>
 struct Segment {
     const T* keys[kSegmentGroups];
     const T* values[kSegmentGroups];
+    const T* ahead[kSegmentGroups];  // keys that this thread probably reads next
+    int64_t value_offset;            // from the keys of a group to its values
 };
 
 // Room that a Segment needs: numbers.
@@ -85,36 +87,56 @@ AMOE_INLINE void copy_part_of_values(const T* group, int64_t count, int64_t dim,
     for (int64_t d = 0; d < dim; ++d) to[whole + d * kDepth] = group[whole + d * kDepth];
 }
 
-// Keys [begin, end) of a sequence, begin a multiple of kSegment, end - begin at most kSegment.
+// Where the groups of keys [begin, end) lie in grouped blocks.
+template <class T>
+AMOE_INLINE void find_keys(
+    const AttentionShape& shape, const T* layer, const int32_t* table, int64_t head, int64_t begin, int64_t end,
+    const T** keys) {
+    int64_t index = begin / shape.block_size, offset = begin % shape.block_size;
+    for (int64_t position = begin; position < end; ++index, offset = 0) {
+        const T* block = keys_at(shape, layer, table[index], head);
+        for (; offset < shape.block_size && position < end; offset += kGroup, position += kGroup) {
+            *keys++ = block + offset * shape.head_dim;
+        }
+    }
+}
+
+// Keys and values [begin, end) of plain rows, put in groups in `room`.
+template <class T>
+inline void regroup(
+    const AttentionShape& shape, const T* layer, const int32_t* table, int64_t head, int64_t begin, int64_t end,
+    int64_t padded_dim, T* room, Segment<T>& segment) {
+    const int64_t dim = shape.head_dim, block_size = shape.block_size;
+    segment.value_offset = kSegment * padded_dim;
+    std::memset(room, 0, 2 * segment.value_offset * sizeof(T));
+    for (int64_t position = begin; position < end; ++position) {
+        const T* key = keys_at(shape, layer, table[position / block_size], head) + position % block_size * dim;
+        T* group = room + (position - begin) / kGroup * kGroup * padded_dim;
+        put_grouped_key(group, position % kGroup, key, dim);
+        put_grouped_value(group + segment.value_offset, position % kGroup, key + slab_size(shape), dim, padded_dim);
+    }
+    for (int64_t index = 0; index < kSegmentGroups; ++index) {
+        segment.keys[index] = segment.ahead[index] = room + index * kGroup * padded_dim;
+        segment.values[index] = segment.keys[index] + segment.value_offset;
+    }
+}
+
+// Keys and values [begin, end) of a sequence, begin a multiple of kSegment, end - begin at most kSegment. Nothing ahead.
 template <class T>
 AMOE_INLINE void find_segment(
     const AttentionShape& shape, const T* layer, const int32_t* table, int64_t head, int64_t begin, int64_t end,
     int64_t padded_dim, T* room, Segment<T>& segment) {
-    const int64_t dim = shape.head_dim, block_size = shape.block_size;
-    if (is_grouped(shape)) {
-        for (int64_t index = 0; begin + index * kGroup < end; ++index) {
-            const int64_t position = begin + index * kGroup, left = end - position;
-            const T* keys = keys_at(shape, layer, table[position / block_size], head) + position % block_size * dim;
-            segment.keys[index] = keys;
-            segment.values[index] = keys + slab_size(shape);
-            if (left >= kGroup) continue;
-            copy_part_of_values(segment.values[index], left, dim, room);
-            segment.values[index] = room;
-        }
-        return;
+    if (!is_grouped(shape)) return regroup(shape, layer, table, head, begin, end, padded_dim, room, segment);
+    find_keys(shape, layer, table, head, begin, end, segment.keys);
+    segment.value_offset = slab_size(shape);
+    const int64_t num_groups = (end - begin + kGroup - 1) / kGroup;
+    for (int64_t index = 0; index < num_groups; ++index) {
+        segment.values[index] = segment.keys[index] + segment.value_offset;
+        segment.ahead[index] = segment.keys[index];
     }
-    T* values = room + kSegment * padded_dim;
-    std::memset(room, 0, 2 * kSegment * padded_dim * sizeof(T));
-    for (int64_t position = begin; position < end; ++position) {
-        const T* key = keys_at(shape, layer, table[position / block_size], head) + position % block_size * dim;
-        const int64_t group = (position - begin) / kGroup * kGroup * padded_dim, lane = (position - begin) % kGroup;
-        put_grouped_key(room + group, lane, key, dim);
-        put_grouped_value(values + group, lane, key + slab_size(shape), dim, padded_dim);
-    }
-    for (int64_t index = 0; index < kSegmentGroups; ++index) {
-        segment.keys[index] = room + index * kGroup * padded_dim;
-        segment.values[index] = values + index * kGroup * padded_dim;
-    }
+    if ((end - begin) % kGroup == 0) return;
+    copy_part_of_values(segment.values[num_groups - 1], (end - begin) % kGroup, shape.head_dim, room);
+    segment.values[num_groups - 1] = room;
 }
 
 }  // namespace amoe::AMOE_ISA

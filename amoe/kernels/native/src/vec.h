@@ -10,6 +10,8 @@ namespace amoe::AMOE_ISA {
 
 using bf16 = uint16_t;
 typedef float f32x16 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
@@ -84,25 +86,34 @@ AMOE_INLINE f32x16 dot_pairs(f32x16 acc, u32x16 a, u32x16 w) {
 #endif
 }
 
-AMOE_INLINE f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
-    return (f32x16)(((i32x16)yes & mask) | ((i32x16)no & ~mask));
-}
+AMOE_INLINE f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) { return mask ? yes : no; }
 AMOE_INLINE f32x16 max(f32x16 a, f32x16 b) { return select(a > b, a, b); }
 
-// A fixed tree, so that the sum of a row never depends on anything but the row.
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+AMOE_INLINE f32x8 low_half(f32x16 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+AMOE_INLINE f32x8 high_half(f32x16 v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+AMOE_INLINE f32x4 low_half(f32x8 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
+AMOE_INLINE f32x4 high_half(f32x8 v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7); }
+#else
+AMOE_INLINE f32x8 low_half(f32x16 v) { return load<f32x8>(&v); }
+AMOE_INLINE f32x8 high_half(f32x16 v) { return load<f32x8>(reinterpret_cast<const float*>(&v) + 8); }
+AMOE_INLINE f32x4 low_half(f32x8 v) { return load<f32x4>(&v); }
+AMOE_INLINE f32x4 high_half(f32x8 v) { return load<f32x4>(reinterpret_cast<const float*>(&v) + 4); }
+#endif
+
+// A fixed tree, halves onto each other, so that the sum of a row never depends on anything but the row. In registers: an
+// accumulator whose address is taken would live in memory during the whole loop before.
+template <class F>
+AMOE_INLINE float fold(f32x16 v, F&& combine) {
+    const f32x8 eight = combine(low_half(v), high_half(v));
+    const f32x4 four = combine(low_half(eight), high_half(eight));
+    return combine(combine(four[0], four[2]), combine(four[1], four[3]));
+}
 AMOE_INLINE float sum(f32x16 v) {
-    float s[16];
-    store(s, v);
-    for (int width = 8; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) s[i] += s[i + width];
-    return s[0];
+    return fold(v, [](auto a, auto b) { return a + b; });
 }
 AMOE_INLINE float largest(f32x16 v) {
-    float s[16];
-    store(s, v);
-    for (int width = 8; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) s[i] = s[i] > s[i + width] ? s[i] : s[i + width];
-    return s[0];
+    return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e^x to 2 ulp: 2^n * p(r), r in [-ln2/2, ln2/2]. 0 below -87.3 (-inf too), capped above 88.
