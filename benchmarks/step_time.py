@@ -39,7 +39,7 @@ from amoe.engine.executor import AttentionExecutor, ExpertsExecutor
 from amoe.engine.forward import ForwardExecutor
 from amoe.engine.messages import AddRequest, ToServer, ToWorker
 from amoe.engine.worker import Worker
-from amoe.models.model import Model
+from amoe.models.worker_model import WorkerModel
 from amoe.transport.shm_fabric import ShmFabric
 from amoe.types import SamplingParams
 
@@ -90,7 +90,7 @@ class ModelledWatch:
 class Stopwatch:
     """Of the blocks of a model."""
 
-    def __init__(self, model: Model, synchronize: Callable[[], None]) -> None:
+    def __init__(self, model: WorkerModel, synchronize: Callable[[], None]) -> None:
         self.seconds = 0.0
         self._synchronize = synchronize
         for name in BLOCKS:
@@ -112,7 +112,7 @@ class Stopwatch:
 
 def _watches(workers: list[Worker], synchronize: Callable[[], None]) -> list[Watch]:
     """One for each model or device: a worker that holds attention and experts has one of both."""
-    models: dict[int, Model] = {}
+    models: dict[int, WorkerModel] = {}
     waiters: dict[int, Waiter] = {}
     for worker in workers:
         blocks = worker._attention._blocks if worker._attention is not None else None

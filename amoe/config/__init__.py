@@ -18,9 +18,13 @@ from amoe.config.cluster import SteeringConfig as SteeringConfig
 from amoe.config.engine import CPU_RIDGE_TOKENS as CPU_RIDGE_TOKENS
 from amoe.config.engine import DTYPES as DTYPES
 from amoe.config.engine import GPU_RIDGE_TOKENS as GPU_RIDGE_TOKENS
+from amoe.config.engine import KERNELS as KERNELS
+from amoe.config.engine import QUANTIZATIONS as QUANTIZATIONS
 from amoe.config.engine import TRANSPORTS as TRANSPORTS
 from amoe.config.engine import DTypeName as DTypeName
 from amoe.config.engine import EngineConfig as EngineConfig
+from amoe.config.engine import KernelsName as KernelsName
+from amoe.config.engine import QuantizationName as QuantizationName
 from amoe.config.engine import TransportName as TransportName
 from amoe.config.placement import PlacementConfig as PlacementConfig
 from amoe.config.scheduling import BLOCK_SCHEDULES as BLOCK_SCHEDULES

@@ -13,8 +13,12 @@ from amoe.config.scheduling import CacheConfig, ScheduleName, SchedulerConfig
 
 DTypeName = Literal["auto", "float32", "bfloat16"]
 TransportName = Literal["shm", "tcp", "distributed"]
+KernelsName = Literal["auto", "native", "torch"]
+QuantizationName = Literal["int8"]
 DTYPES: tuple[str, ...] = get_args(DTypeName)
 TRANSPORTS: tuple[str, ...] = get_args(TransportName)
+KERNELS: tuple[str, ...] = get_args(KernelsName)
+QUANTIZATIONS: tuple[str, ...] = get_args(QuantizationName)
 CPU_RIDGE_TOKENS, GPU_RIDGE_TOKENS = 32, 222
 
 
@@ -27,6 +31,8 @@ class EngineConfig:
         dtype: `auto` is the checkpoint's.
         device: a torch device, `cpu`, `cuda` or `cuda:1`; plain `cuda` spreads workers over the GPUs there are.
             `emulated:...` has no kernels, see `amoe.engine.emulated_device`.
+        kernels: `native` are our own for CPUs, `torch` run anywhere; `auto`: native where they serve.
+        quantization: `int8` keeps the weights of experts and projections in 8 bits; native kernels only.
         max_model_len: prompt + generated tokens of a sequence; None: what the model was trained for.
         threads_per_worker: intra-op threads; None: the cores divided by the workers, at least one.
         cpu_sets: the CPUs that each worker keeps to, by rank; those that are not named run on any.
@@ -43,6 +49,8 @@ class EngineConfig:
     model: str
     dtype: DTypeName = "auto"
     device: str = "cpu"
+    kernels: KernelsName = "auto"
+    quantization: QuantizationName | None = None
     max_model_len: int | None = None
     threads_per_worker: int | None = None
     cpu_sets: tuple[tuple[int, ...], ...] = ()
@@ -62,6 +70,15 @@ class EngineConfig:
     def __post_init__(self) -> None:
         require(bool(self.model), "MODEL must name a checkpoint directory")
         require(self.dtype in DTYPES, f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        require(self.kernels in KERNELS, f"--kernels must be one of {', '.join(KERNELS)}, not {self.kernels!r}")
+        require(
+            self.quantization is None or self.quantization in QUANTIZATIONS,
+            f"--quantization must be {' or '.join(QUANTIZATIONS)}, not {self.quantization!r}",
+        )
+        require(
+            self.quantization is None or self.kernels != "torch",
+            "--quantization needs the native kernels: not --kernels torch",
+        )
         require(self.max_model_len is None or self.max_model_len >= 2, "--max-model-len must be at least 2")
         require(
             self.threads_per_worker is None or self.threads_per_worker >= 1, "--threads-per-worker must be at least 1"

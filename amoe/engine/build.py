@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from amoe.clock import Clock, MonotonicClock
@@ -21,14 +19,12 @@ from amoe.engine.forward import ForwardExecutor
 from amoe.engine.kv_plan import KVPlan
 from amoe.engine.memory import free_bytes, longest_sequence, plan_kv_cache
 from amoe.engine.messages import ControlPort, Loading, Ready
+from amoe.engine.model_loading import load_worker_model
 from amoe.engine.roles import role_of
 from amoe.engine.worker import Worker
-from amoe.kernels.attention import KVCache
 from amoe.models.checkpoint import checkpoint_digest
 from amoe.models.config import ModelConfig, load_model_config
-from amoe.models.loader import load_model, resolve_dtype
-from amoe.models.model import Blocks, Model
-from amoe.policy.placement import experts_of
+from amoe.models.worker_model import PagedCache, WorkerModel
 from amoe.transport.base import Transport
 from amoe.types import Int16Array
 
@@ -59,20 +55,14 @@ def build_worker(
     longest_sequence(config, model_config)  # refuses in a second what would be refused once the weights are loaded
     device = resolve_device(config.device, rank)
     owners = owners_at(config, model_config, rejoin)
-    model = _load(config, model_config, owners, rank, device, lambda done, total: control.send(Loading(done, total)))
+    model = load_worker_model(
+        config, model_config, owners, rank, device, lambda done, total: control.send(Loading(done, total))
+    )
     plan, kv = KVPlan(0, 0), None
     if role_of(config, rank) != "experts":
         num_sharing = _num_homes_on(config, device)
         plan = plan_kv_cache(config, model_config, model.dtype, free_bytes(device), num_sharing)
-        kv = KVCache(
-            model_config.num_layers,
-            plan.num_blocks,
-            config.cache.block_size,
-            model_config.num_key_value_heads,
-            model_config.head_dim,
-            model.dtype,
-            device,
-        )
+        kv = model.new_kv_cache(plan.num_blocks, config.cache.block_size)
     worker = _wire(config, model_config, owners, rank, model, kv, plan, ports, rejoin)
     digest = placement_digest(owners)
     ready = Ready(
@@ -88,23 +78,6 @@ def build_worker(
     return worker
 
 
-def _load(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    owners: Int16Array,
-    rank: int,
-    device: torch.device,
-    on_progress: Callable[[int, int], None],
-) -> Model:
-    placement = config.placement
-    experts: dict[int, tuple[int, ...]] = {}
-    if rank in placement.owner_ranks:
-        experts = experts_of(owners, placement.owner_ranks.index(rank), model_config.sparse_layers)
-    blocks = Blocks(attention=rank in placement.attention_ranks, experts=experts)
-    dtype = resolve_dtype(config.dtype, model_config)
-    return load_model(config.model, model_config, blocks, dtype=dtype, device=device, on_progress=on_progress)
-
-
 def _num_homes_on(config: EngineConfig, device: torch.device) -> int:
     """Attention workers that share this worker's memory."""
     return sum(1 for rank in config.placement.attention_ranks if resolve_device(config.device, rank) == device)
@@ -115,8 +88,8 @@ def _wire(
     model_config: ModelConfig,
     owners: Int16Array,
     rank: int,
-    model: Model,
-    kv: KVCache | None,
+    model: WorkerModel,
+    kv: PagedCache | None,
     plan: KVPlan,
     ports: Ports,
     rejoin: Rejoin | None,

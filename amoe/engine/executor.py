@@ -6,7 +6,7 @@ Everything is addressed by token slot: S slots at each home, H hidden size, D ex
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,10 @@ from amoe.engine.sampler import SampledTokens, sample, score
 from amoe.engine.sampling_table import SamplingTable
 from amoe.engine.token_masks import MaskArray
 from amoe.errors import CheckpointError
-from amoe.kernels.attention import AttentionBatch, ChunkSpan, KVCache
-from amoe.kernels.permute import plan_pairs
+from amoe.kernels.attention import AttentionBatch, ChunkSpan
 from amoe.models.checkpoint import checkpoint_digest
-from amoe.models.loader import load_experts
-from amoe.models.model import ExpertWeights, Model
+from amoe.models.loader import load_experts_for
+from amoe.models.worker_model import PagedCache, WorkerModel
 from amoe.types import Batch, BoolArray, Float32Array, Int32Array, Int64Array
 
 IntArray = npt.NDArray[np.int32] | npt.NDArray[np.int64]
@@ -153,8 +152,8 @@ class AttentionExecutor:
 
     def __init__(
         self,
-        model: Model,
-        kv: KVCache,
+        model: WorkerModel,
+        kv: PagedCache,
         batcher: Batcher,
         num_owners: int,
         sparse_layers: Sequence[bool],
@@ -204,7 +203,7 @@ class AttentionExecutor:
         table, rows = self._batcher.table, step.rows.astype(np.int64)
         logits = self.head(step.slots)
         histories = (table.tokens, table.prompt_len, table.num_tokens)
-        return sample(logits, sampling, rows, num_generated, *histories, grammar_masks())
+        return sample(logits, sampling, rows, num_generated, *histories, grammar_masks(), self._model.argmax)
 
     def score(self, prompt: PromptTokens, token_ids: Int64Array, num_top: int) -> SampledTokens:
         """See `AttentionBlocks`."""
@@ -249,11 +248,10 @@ class ExpertsExecutor:
         path: of the checkpoint that the experts come from.
     """
 
-    def __init__(self, model: Model, num_homes: int, slots_per_home: int, path: str) -> None:
+    def __init__(self, model: WorkerModel, num_homes: int, slots_per_home: int, path: str) -> None:
         self._model = model
         self._path = path
         self._digest = checkpoint_digest(path)
-        self._local_index = {layer: model.local_index(layer) for layer in range(model.config.num_layers)}
         self.slab = torch.zeros(
             (num_homes * slots_per_home, model.config.hidden_size), dtype=model.dtype, device=model.device
         )
@@ -265,27 +263,17 @@ class ExpertsExecutor:
 
     def held(self) -> dict[int, tuple[int, ...]]:
         """See `ExpertStore`."""
-        return {layer: experts.ids for layer, experts in self._model.weights.experts.items()}
+        return self._model.held_experts
 
-    def prepare(self, layer: int, ids: tuple[int, ...]) -> ExpertWeights:
+    def prepare(self, layer: int, ids: tuple[int, ...]) -> Any:
         """See `ExpertStore`."""
-        model = self._model
         if checkpoint_digest(self._path) != self._digest:
             raise CheckpointError(f"{self._path} has changed since this worker has read it: restart the server")
-        return load_experts(
-            self._path,
-            model.config,
-            layer,
-            ids,
-            dtype=model.dtype,
-            device=model.device,
-            held=model.weights.experts.get(layer),
-        )
+        return load_experts_for(self._model, self._path, layer, ids)
 
-    def install(self, layer: int, prepared: ExpertWeights) -> None:
+    def install(self, layer: int, prepared: Any) -> None:
         """See `ExpertStore`."""
         self._model.set_experts(layer, prepared)
-        self._local_index[layer] = self._model.local_index(layer)
 
     def keep(self, batch: Batch, slab_rows: Int32Array, kept: BoolArray) -> None:
         """See `ExpertBlocks`."""
@@ -294,6 +282,5 @@ class ExpertsExecutor:
     def experts(self, step: ExpertsStep) -> torch.Tensor:
         """See `ExpertBlocks`."""
         layer = step.block.layer
-        hidden = self.slab.index_select(0, to_device(step.slab_rows, self._model.device))
-        plan = plan_pairs(step.expert_ids, step.expert_weights, self._local_index[layer])
-        return self._model.experts(layer, hidden, plan)
+        ids, weights = torch.from_numpy(step.expert_ids), torch.from_numpy(step.expert_weights)
+        return self._model.experts(layer, self.slab, ids, weights, rows=to_device(step.slab_rows, self._model.device))

@@ -20,9 +20,8 @@ from amoe.engine.executor import attention_batch, to_device
 from amoe.engine.sampler import SampledTokens, sample, score
 from amoe.engine.sampling_table import SamplingTable
 from amoe.engine.token_masks import MaskArray
-from amoe.kernels.attention import KVCache
-from amoe.kernels.permute import plan_pairs
-from amoe.models.model import AttentionOutput, Model
+from amoe.models.model import AttentionOutput
+from amoe.models.worker_model import PagedCache, WorkerModel
 from amoe.types import Int64Array
 
 
@@ -48,13 +47,12 @@ class ForwardExecutor:
         kv: its KV cache.
     """
 
-    def __init__(self, model: Model, kv: KVCache, batcher: Batcher, clock: Clock) -> None:
+    def __init__(self, model: WorkerModel, kv: PagedCache, batcher: Batcher, clock: Clock) -> None:
         self._model = model
         self._kv = kv
         self._table = batcher.table
         self._clock = clock
         self._num_layers = model.config.num_layers
-        self._local_index = [model.local_index(layer) for layer in range(self._num_layers)]
         self._step: ForwardStep | None = None
         self._residual: torch.Tensor | None = None
 
@@ -85,8 +83,8 @@ class ForwardExecutor:
         ids = out.topk_ids.cpu().numpy()
         if len(ids) == 0:
             return out.residual, ids
-        plan = plan_pairs(ids, out.topk_weights.cpu().numpy(), self._local_index[layer])
-        return out.residual + self._model.experts(layer, out.moe_input, plan), ids
+        residual = out.residual
+        return self._model.experts(layer, out.moe_input, out.topk_ids, out.topk_weights, residual=residual), ids
 
     def sample(
         self,
@@ -100,7 +98,7 @@ class ForwardExecutor:
         table, rows = self._table, step.rows.astype(np.int64)
         logits = self._logits(self._step.head_rows)
         histories = (table.tokens, table.prompt_len, table.num_tokens)
-        return sample(logits, sampling, rows, num_generated, *histories, grammar_masks())
+        return sample(logits, sampling, rows, num_generated, *histories, grammar_masks(), self._model.argmax)
 
     def score(self, prompt: PromptTokens, token_ids: Int64Array, num_top: int) -> SampledTokens:
         """See `HeadBlock`; `prompt` is a part of the last forward step."""

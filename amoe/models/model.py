@@ -252,7 +252,7 @@ class Model:
 
         Args:
             hidden: [m, H] MoE inputs.
-            expert_ids: [n, K] global ids, int16 or int64, -1 where there is none. Those that are not here are passed over.
+            expert_ids: [n, K] global ids, int16 or int64, -1 for none. Those that are not here are passed over.
             expert_weights: [n, K] float32.
             rows: [n] int64 rows of `hidden` that the tokens are; None: all of them, in order.
             residual: [n, H] to be added; None: nothing.

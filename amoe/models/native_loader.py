@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -105,10 +106,13 @@ class _Packer:
         return WeightsBuilder(self._checkpoint, self._config, self._dtype, torch.device("cpu"))
 
     def _read(self, builder: WeightsBuilder) -> None:
-        before = self._done
-        report = self._on_progress
-        builder.fill(None if report is None else lambda done, _: report(before + done, self._total))
-        self._done += builder.total_bytes
+        builder.fill(None)
+        self._report(builder.total_bytes)
+
+    def _report(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        if self._on_progress is not None:
+            self._on_progress(self._done, self._total)
 
     def _matrix(self, weight: torch.Tensor, *, quantize: bool = False) -> PackedMatrix:
         packed = PackedMatrix.of(weight, quantize=quantize)
@@ -159,13 +163,21 @@ class _Packer:
             ids, config.hidden_size, config.moe_intermediate_size, self._dtype, quantize=self._quantize
         )
         held_at = {} if held is None else {expert: local for local, expert in enumerate(held.ids)}
-        for local, expert in enumerate(ids):
+
+        def fill(local: int) -> int:
+            """Returns the bytes of the checkpoint that have been read."""
+            expert = ids[local]
             if held is not None and expert in held_at:
                 packed.copy(local, held, held_at[expert])
-                continue
+                return 0
             builder = self._builder()
             weights = builder.experts(layer, (expert,))
-            self._read(builder)
+            builder.fill(None)
             packed.put(local, weights.w13[0], weights.w2[0])
+            return builder.total_bytes
+
+        with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="amoe-pack") as threads:
+            for num_bytes in threads.map(fill, range(len(ids))):
+                self._report(num_bytes)
         self.num_bytes += packed.num_bytes
         return packed

@@ -17,6 +17,8 @@ from amoe.config import (
     CPU_RIDGE_TOKENS,
     DTYPES,
     GPU_RIDGE_TOKENS,
+    KERNELS,
+    QUANTIZATIONS,
     SCHEDULES,
     SCHEDULING_POLICIES,
     CacheConfig,
@@ -69,6 +71,17 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         default=engine.device,
         help="cpu, cuda, cuda:1; plain cuda spreads the workers; emulated:h100,slow=20: workers that wait instead of "
         "computing (docs/emulation.md)",
+    )
+    group.add_argument(
+        "--kernels",
+        choices=KERNELS,
+        default=engine.kernels,
+        help="native: amoe's own for CPUs; torch: any device; auto: native where they serve",
+    )
+    group.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="int8: weights of experts and projections in 8 bits (CPU); default: as they are in the checkpoint",
     )
     group.add_argument(
         "--max-model-len",
@@ -298,6 +311,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         model=args.model or str(builtin_model_path()),
         dtype=args.dtype,
         device=args.device,
+        kernels=args.kernels,
+        quantization=args.quantization,
         max_model_len=args.max_model_len,
         threads_per_worker=args.threads_per_worker,
         max_waiting=args.max_waiting,

@@ -1,6 +1,17 @@
 """The compiled module. Addresses are `tensor.data_ptr()`, 0 for what there is not; `src/args.h` says what they mean."""
 
 def supported() -> list[str]: ...
+def pack(
+    low: int,
+    low_rows: int,
+    high: int,
+    high_rows: int,
+    rows_per_panel: int,
+    steps: int,
+    num_panels: int,
+    out: int,
+    lane_bytes: int,
+) -> None: ...
 
 class Weights:
     def __init__(self, data: int, scales: int, rows: int, depth: int, is_int8: bool) -> None: ...

@@ -21,7 +21,7 @@ PANEL = 32
 HALF = PANEL // 2
 _HUGE_PAGE = 2 << 20
 # An element of packed storage: what one lane of the kernels takes in one step.
-_LANES = {torch.bfloat16: torch.int32, torch.float32: torch.float32, torch.int8: torch.int16}
+LANES = {torch.bfloat16: torch.int32, torch.float32: torch.float32, torch.int8: torch.int16}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PackedMatrix:
         """Pack weight [N, K], as int8 if `quantize`."""
         rows, depth = weight.shape
         stored, scales = quantize_rows(weight) if quantize else (weight, None)
-        packed = empty(packed_shape(rows, depth, stored.dtype), _LANES[stored.dtype])
+        packed = empty(packed_shape(rows, depth, stored.dtype), LANES[stored.dtype])
         pack_into(packed, stored)
         if scales is not None:
             scales = _padded(scales, len(packed) * PANEL)
@@ -57,11 +57,6 @@ class PackedMatrix:
     @property
     def nbytes(self) -> int:
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
-
-    def unpack(self) -> torch.Tensor:
-        """[N, K] as it was, or what int8 has left of it in float32."""
-        numbers = self.data.transpose(1, 2).contiguous().view(self.dtype).view(-1, self.depth)[: self.rows]
-        return numbers if self.scales is None else numbers.float() * self.scales[: self.rows, None]
 
 
 @dataclass(frozen=True)
@@ -90,19 +85,19 @@ class PackedExperts:
         """Room for the experts `ids`; `put` fills it."""
         stored = torch.int8 if quantize else dtype
         count, gate_up_rows = len(ids), 2 * HALF * math.ceil(intermediate / HALF)
-        w13 = empty((count, *packed_shape(gate_up_rows, hidden, stored)), _LANES[stored])
-        w2 = empty((count, *packed_shape(hidden, intermediate, stored)), _LANES[stored])
+        w13 = empty((count, *packed_shape(gate_up_rows, hidden, stored)), LANES[stored])
+        w2 = empty((count, *packed_shape(hidden, intermediate, stored)), LANES[stored])
         w13_scales, w2_scales = (torch.zeros((count, w.shape[1] * PANEL)) if quantize else None for w in (w13, w2))
         handle = _native.Experts(
-            _first_of(w13, w13_scales, gate_up_rows, hidden),
-            _first_of(w2, w2_scales, hidden, intermediate),
+            weights_handle(w13, w13_scales, gate_up_rows, hidden),
+            weights_handle(w2, w2_scales, hidden, intermediate),
             count,
             hidden,
             intermediate,
-            w13[0].nbytes,
-            w2[0].nbytes,
-            0 if w13_scales is None else w13_scales.shape[1],
-            0 if w2_scales is None else w2_scales.shape[1],
+            w13.stride(0) * w13.itemsize,
+            w2.stride(0) * w2.itemsize,
+            0 if w13_scales is None else w13_scales.stride(0),
+            0 if w2_scales is None else w2_scales.stride(0),
         )
         return cls(tuple(ids), w13, w2, w13_scales, w2_scales, handle)
 
@@ -117,12 +112,11 @@ class PackedExperts:
             (w13, self.w13, self.w13_scales, True),
             (w2, self.w2, self.w2_scales, False),
         ):
-            if is_gated:
-                source = interleave(source)
             if scales is not None:
                 source, row_scales = quantize_rows(source)
+                row_scales = interleave(row_scales) if is_gated else row_scales
                 scales[local, : len(row_scales)] = row_scales
-            pack_into(packed[local], source)
+            pack_into(packed[local], source, is_gated=is_gated)
 
     def copy(self, local: int, other: PackedExperts, other_local: int) -> None:
         """Expert `local` is what `other_local` of `other` is."""
@@ -134,29 +128,39 @@ class PackedExperts:
 
 def packed_shape(rows: int, depth: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Of packed storage; an odd depth cannot be packed in pairs."""
-    step = _LANES[dtype].itemsize // dtype.itemsize
+    step = LANES[dtype].itemsize // dtype.itemsize
     if depth % step:
         raise ValueError(f"a depth of {depth} is odd")
     return math.ceil(rows / PANEL), depth // step, PANEL
 
 
-def pack_into(packed: torch.Tensor, weight: torch.Tensor) -> None:
-    """weight [N, K] into packed [P, K / 2 or K, 32]; rows beyond N become zero."""
-    lanes = weight.contiguous().view(_LANES[weight.dtype])
-    whole = len(lanes) // PANEL
-    if whole:
-        packed[:whole].copy_(lanes[: whole * PANEL].view(whole, PANEL, -1).transpose(1, 2))
-    if len(packed) > whole:
-        rest = lanes[whole * PANEL :]
-        packed[whole:] = 0
-        packed[whole, :, : len(rest)] = rest.T
+def pack_into(packed: torch.Tensor, weight: torch.Tensor, *, is_gated: bool = False) -> None:
+    """weight [N, K] into packed [P, K / 2 or K, 32]; rows beyond N become zero.
+
+    Args:
+        is_gated: the first half of the rows are gates, the other half what they belong to: see `interleave`.
+    """
+    lanes = weight.contiguous().view(LANES[weight.dtype])
+    num_rows, row_bytes = len(lanes), lanes.stride(0) * lanes.itemsize
+    low_rows = num_rows // 2 if is_gated else num_rows
+    second = num_rows // 2 if is_gated else HALF
+    _native.pack(
+        lanes.data_ptr(),
+        low_rows,
+        lanes.data_ptr() + second * row_bytes,
+        max(0, num_rows - second),
+        HALF if is_gated else PANEL,
+        lanes.shape[1],
+        len(packed),
+        packed.data_ptr(),
+        lanes.itemsize,
+    )
 
 
-def interleave(gate_up: torch.Tensor) -> torch.Tensor:
-    """[2I, H] gate rows, then up rows, as alternating 16 gate and 16 up rows; I is filled up with zeros to 16."""
-    gate, up = (_padded(half, HALF * math.ceil(len(half) / HALF)) for half in gate_up.chunk(2))
-    depth = gate_up.shape[1]
-    return torch.stack((gate.view(-1, HALF, depth), up.view(-1, HALF, depth)), dim=1).view(-1, depth)
+def interleave(rows: torch.Tensor) -> torch.Tensor:
+    """[2I, ...] gates, then what they belong to, as alternating groups of 16 of each; I is filled up to 16 with zeros."""
+    halves = [_padded(half, HALF * math.ceil(len(half) / HALF)) for half in rows.chunk(2)]
+    return torch.stack([half.view(-1, HALF, *rows.shape[1:]) for half in halves], dim=1).flatten(0, 2)
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,13 +172,9 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def weights_handle(packed: torch.Tensor, scales: torch.Tensor | None, rows: int, depth: int) -> _native.Weights:
-    """What the kernels take; keep the tensors alive as long as it."""
+    """What the kernels take of a matrix, or of the first of a stack; keep the tensors alive as long as it."""
     address = 0 if scales is None else scales.data_ptr()
     return _native.Weights(packed.data_ptr(), address, rows, depth, packed.dtype == torch.int16)
-
-
-def _first_of(stacked: torch.Tensor, scales: torch.Tensor | None, rows: int, depth: int) -> _native.Weights:
-    return weights_handle(stacked[0], None if scales is None else scales[0], rows, depth)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "pack.h"
 
 namespace py = pybind11;
 
@@ -141,6 +142,16 @@ AttentionBatch make_batch(
             at<int64_t>(chunk_table_start)};
 }
 
+void pack(
+    Address low, int64_t low_rows, Address high, int64_t high_rows, int64_t rows_per_panel, int64_t steps, int64_t num_panels,
+    Address out, int64_t lane_bytes) {
+    const auto run = [&](auto lane) {
+        using Lane = decltype(lane);
+        pack_panels<Lane>(at<Lane>(low), low_rows, at<Lane>(high), high_rows, rows_per_panel, steps, num_panels, at<Lane>(out));
+    };
+    lane_bytes == 4 ? run(uint32_t{}) : run(uint16_t{});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -150,6 +161,7 @@ PYBIND11_MODULE(_native, m) {
         for (const Kernels* kernels : supported()) names.push_back(kernels->name);
         return names;
     });
+    m.def("pack", &pack, Unlocked());
     py::class_<Weights>(m, "Weights").def(py::init(&make_weights));
     py::class_<Experts>(m, "Experts").def(py::init(&make_experts));
     py::class_<AttentionShape>(m, "AttentionShape").def(py::init(&make_shape));
