@@ -66,7 +66,7 @@ def test_named_model_shapes_the_core_and_the_costs() -> None:
     with cluster_of(config_of(device, PlacementConfig(colocated=8), max_model_len=4096)) as cluster:
         (request,) = cluster.generate([list(range(3, 40))], SamplingParams(max_tokens=2, logprobs=1))
         assert len(request.token_ids) == len(request.logprobs) == 2
-        stats = cluster.workers[0].stats.snapshot(cluster.workers[0].core, None, 0.0)
+        stats = cluster.workers[0].stats.snapshot(cluster.workers[0].core, 0.0)
         assert len(stats.expert_pairs) == 61
         assert len(stats.expert_pairs[0]) == 256
         assert 0.0 < stats.modelled_s < stats.busy_s

@@ -122,6 +122,7 @@ class EngineShell:
         self.worker = Worker(
             core,
             home,
+            home,
             FakeExperts(),
             transport=self,
             control=self,
@@ -175,7 +176,7 @@ class FakeExperts:
 
 
 class FakeHome:
-    """As `amoe.engine.home.Home`, with recorded answers instead of kernels."""
+    """As `amoe.engine.home.Home` and `AttentionSide`, with recorded answers instead of kernels."""
 
     def __init__(self, core: WorkerCore, answers: RecordedAnswers) -> None:
         self.core = core.attention
@@ -194,7 +195,7 @@ class FakeHome:
     def steer(self, message: Steer) -> None:
         self.core.set_shares(np.frombuffer(message.shares, "<f4").reshape(self.core.replica_shape))
 
-    def run_attention(self, step, now):
+    def run(self, step, now):
         assert self.answers.is_for(step)
         # The simulator tells the core when the step has ended, the engine when it has begun.
         at = self.answers.entry.now

@@ -37,7 +37,7 @@ def make_config(
         dtype="float32",
         threads_per_worker=1,
         max_model_len=max_model_len,
-        placement=PlacementConfig(colocated=2),
+        placement=PlacementConfig(colocated=1 if schedule == "forward" else 2),
         scheduler=SchedulerConfig(schedule=schedule, max_num_seqs=rows, max_num_batched_tokens=128),
         cache=CacheConfig(block_size=BLOCK_SIZE, num_blocks=num_blocks, enable_prefix_caching=caching),
     )
@@ -61,7 +61,7 @@ def tokens_computed(cluster: InprocCluster) -> int:
     """That have entered the model at any worker."""
     total = 0.0
     for worker in cluster.workers:
-        snapshot = worker.stats.snapshot(worker.core, worker._home, 0.0).iteration_tokens
+        snapshot = worker.stats.snapshot(worker.core, 0.0).iteration_tokens
         total += 0.0 if snapshot is None else snapshot.total
     return int(total)
 
@@ -139,7 +139,7 @@ def test_the_first_choice_goes_at_any_time(caching: bool, turns: int, path: Path
     cluster.close()
 
 
-@pytest.mark.parametrize("schedule", ["waves", "lockstep", "progress"])
+@pytest.mark.parametrize("schedule", ["waves", "lockstep", "progress", "forward"])
 @pytest.mark.parametrize("caching", [True, False])
 def test_too_little_room_for_all(caching: bool, schedule: str, path: Path) -> None:
     """Few blocks and rows: choices wait, are preempted, come back; strangers with the same prompt come between."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from amoe.clock import ManualClock
+from amoe.core.steps import ForwardStep
 from amoe.types import Batch, BatchKind
 from tests.unit.core.fake_model import Oracle
 from tests.unit.core.scenario import PATIENT, Request, Scenario, random_shares
@@ -147,11 +148,11 @@ class Cluster:
 
     def turn(self, worker: VirtualWorker) -> bool:
         """One turn of a worker's loop. Returns whether it did anything."""
-        before = worker.core.attention and worker.batcher.slots.num_free
+        before = worker.batcher and worker.batcher.slots.num_free
         announcements = worker.core.start(self.clock.now())
         for outgoing in announcements:
             self.send(worker._packed(outgoing, None))
-        started = bool(announcements) or before != (worker.core.attention and worker.batcher.slots.num_free)
+        started = bool(announcements) or before != (worker.batcher and worker.batcher.slots.num_free)
         step = worker.core.next_step(self.clock.now())
         if step is None:
             return started
@@ -159,7 +160,8 @@ class Cluster:
         for batch in worker.run(step, self.clock.now()):
             self.send(batch)
         slowness = 1 + 9 * (worker.rank % 2)
-        worker.core.observe(step, slowness * 1e-3 * (1 + step.num_tokens))
+        if not isinstance(step, ForwardStep):
+            worker.core.observe(step, slowness * 1e-3 * (1 + step.num_tokens))
         return True
 
     # ---- what must hold

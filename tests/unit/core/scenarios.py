@@ -28,6 +28,7 @@ SCHEDULES = (
     *(("lockstep", 1), ("lockstep", 2), ("lockstep", 3)),
     *WAVES,
 )
+FORWARD = (("forward", 1),)  # of one worker alone
 LAYERS = tuple(
     tuple(letter == "s" for letter in word) for word in ("sds", "s", "ss", "ds", "sd", "sss", "dssd", "ssss")
 )

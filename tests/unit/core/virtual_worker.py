@@ -15,7 +15,7 @@ import numpy as np
 from amoe.config import EngineConfig
 from amoe.core.members import Roster
 from amoe.core.routed_experts import take_routed
-from amoe.core.steps import AttentionStep, ExpertsStep, HeadStep
+from amoe.core.steps import AttentionStep, ExpertsStep, ForwardStep, HeadStep, Step
 from amoe.core.worker import ModelShape, WorkerCore
 from amoe.types import Batch, BatchKind
 from tests.unit.core import fake_model
@@ -92,7 +92,7 @@ class VirtualWorker:
 
     @property
     def batcher(self):
-        return self.core.attention.batcher
+        return self.core.batcher
 
     def add(self, request: Request) -> None:
         self.streamed[request.request_id] = []
@@ -138,8 +138,11 @@ class VirtualWorker:
         else:
             self.partials[self.owner_of_rank[batch.src], batch.slots[kept]] = batch.payload[kept]
 
-    def run(self, step: AttentionStep | HeadStep | ExpertsStep, now: float) -> list[Batch]:
+    def run(self, step: Step, now: float) -> list[Batch]:
         """Run a step and tell the core. Returns what is to be sent."""
+        if isinstance(step, ForwardStep):
+            self._run_forward(step)
+            return []
         if isinstance(step, ExpertsStep):
             held = np.append(self.held[step.block.layer], True)[step.expert_ids].all(axis=1)
             assert held.all() or self.may_get_strays, "the expert does not live here"
@@ -158,9 +161,8 @@ class VirtualWorker:
         hidden = self._combined(step.block.layer, step.slots, step.rows, step.positions)
         layer = step.block.layer
         if layer == 0:
-            for span in step.chunks:
-                self.num_prefilled[self.batcher.table.sequences[span.row].request_id] += span.end - span.start
-        residual = fake_model.mix(hidden, self._attend(step, hidden))
+            self._count_prefilled(step)
+        residual = fake_model.mix(hidden, self._attend(step, layer, hidden))
         if not self.spec.sparse_layers[layer]:
             self.residual[step.slots] = fake_model.mix(residual, fake_model.DENSE)
             return [self._packed(out, None) for out in self.core.attention.on_attention(step, None, None, now)]
@@ -172,8 +174,42 @@ class VirtualWorker:
         outgoing = self.core.attention.on_attention(step, topk_ids, topk_weights, now, scores)
         return [self._packed(out, moe_input) for out in outgoing]
 
+    def _run_forward(self, step: ForwardStep) -> None:
+        """All layers, and the head: no other than those that it names get so far."""
+        assert step.num_tokens > 0
+        self._count_prefilled(step)
+        hidden = fake_model.embed(self.batcher.table.tokens[step.rows, step.positions], step.positions)
+        expert_ids = {}
+        for layer, sparse in enumerate(self.spec.sparse_layers):
+            residual = fake_model.mix(hidden, self._attend(step, layer, hidden))
+            if layer == self.spec.num_layers - 1 and step.wanted is not None:
+                residual = residual[step.wanted]
+            if not sparse:
+                hidden = fake_model.mix(residual, fake_model.DENSE)
+                continue
+            moe_input = fake_model.mix(residual, fake_model.NORM)
+            expert_ids[layer], weights = fake_model.route(moe_input, layer, self.spec)
+            hidden = fake_model.mix(residual, fake_model.run_experts(moe_input, layer, expert_ids[layer], weights))
+        assert len(hidden) == step.num_wanted
+        self.core.forward.on_forward(step, expert_ids)
+        if step.head is None:
+            assert len(hidden) == 0
+            return
+        rows = np.arange(len(hidden)) if step.head_rows is None else step.head_rows
+        self.residual[step.head.slots] = hidden[rows]
+        if step.head.prompt is not None:
+            self.residual[step.head.prompt.slots] = hidden[step.prompt_rows]
+        self._score(step.head)
+        self._run_head(step.head)
+
+    def _count_prefilled(self, step: AttentionStep | ForwardStep) -> None:
+        for span in step.chunks:
+            self.num_prefilled[self.batcher.table.sequences[span.row].request_id] += span.end - span.start
+
     def _combined(self, layer, slots, rows=None, positions=None):
         """Hidden states [n] that enter a block: embeddings, or residuals with what the experts have said."""
+        if self.core.forward is not None:  # they have said it within the step
+            return self.residual[slots]
         if layer == 0:
             return fake_model.embed(self.batcher.table.tokens[rows, positions], positions)
         if not self.spec.sparse_layers[layer - 1]:
@@ -182,9 +218,8 @@ class VirtualWorker:
         total = np.where(answered, self.partials[:, slots], np.uint64(0)).sum(axis=0, dtype=np.uint64)
         return fake_model.mix(self.residual[slots], total)
 
-    def _attend(self, step: AttentionStep, hidden):
+    def _attend(self, step: AttentionStep | ForwardStep, layer: int, hidden):
         """Sums [n] over the KV entries up to each token; every entry is compared with the oracle's."""
-        layer = step.block.layer
         spans = [(i, i + 1, int(row)) for i, row in enumerate(step.rows[: step.num_decodes])]
         spans += [(span.start, span.end, span.row) for span in step.chunks]
         assert [row for start, end, row in spans for _ in range(start, end)] == step.rows.tolist()
@@ -243,7 +278,7 @@ class VirtualWorker:
             if is_last:
                 finished[index] = True
                 self.terminal[sequence.request_id] += 1
-        self.core.attention.on_head(step, token_ids, finished)
+        (self.core.forward or self.core.attention).on_head(step, token_ids, finished)
 
     def _check_routed(self, sequence) -> None:
         """All tokens up to the one before the sampled one have been told, each once, with the oracle's experts."""
