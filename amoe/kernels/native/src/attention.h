@@ -18,7 +18,7 @@ namespace amoe::AMOE_ISA {
 // A tile of rows and columns whose accumulators fill the registers.
 constexpr int kTileRows = kMaxRows >= 8 ? 8 : 2;
 constexpr int kTileAccumulators = 2 * kTileRows;
-constexpr int columns_of(int rows) { return std::min(8, kTileAccumulators / rows); }
+constexpr int columns_of(int rows) { return std::min<int>(kTileGroups, kTileAccumulators / rows); }
 
 constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kScoreStride = kSegment + 16;  // rows of a tile must not share a set of the cache
@@ -53,12 +53,13 @@ __attribute__((noinline)) void score(
     }
 }
 
-template <class T, bool kStream, int kRows, int kGroups = columns_of(kRows)>
-AMOE_INLINE void score_all(const T* q, int64_t padded_dim, const Segment<T>& segment, int64_t done, int64_t num_groups, float* s) {
-    for (; done + kGroups <= num_groups; done += kGroups) {
-        score<T, kStream, kRows, kGroups>(q, padded_dim, segment.keys + done, segment.value_offset, s + done * kGroup);
+// All of num_groups groups, and whatever follows up to a whole tile: a few scores too many take no longer than a narrow tile.
+template <class T, bool kStream, int kRows>
+AMOE_INLINE void score_all(const T* q, int64_t padded_dim, const Segment<T>& segment, int64_t num_groups, float* s) {
+    constexpr int kGroups = columns_of(kRows);
+    for (int64_t group = 0; group < num_groups; group += kGroups) {
+        score<T, kStream, kRows, kGroups>(q, padded_dim, segment.keys + group, segment.value_offset, s + group * kGroup);
     }
-    if constexpr (kGroups > 1) score_all<T, kStream, kRows, kGroups / 2>(q, padded_dim, segment, done, num_groups, s);
 }
 
 // out [kRows, padded_dim], kVectors * 16 dimensions from `d` on: values weighted by p (rows kScoreStride apart). A stream also
@@ -211,7 +212,7 @@ AMOE_INLINE void attend_tile(
     const int64_t seen = std::min(kSegment, rows.visible(row + kRows - 1) - begin);
     if (seen <= 0) return;
     const int64_t num_groups = (seen + kGroup - 1) / kGroup;
-    score_all<T, kStream, kRows>(rows.queries + row * rows.padded_dim, rows.padded_dim, segment, 0, num_groups, room.scores);
+    score_all<T, kStream, kRows>(rows.queries + row * rows.padded_dim, rows.padded_dim, segment, num_groups, room.scores);
     Part parts[kRows];
     for (int i = 0; i < kRows; ++i) {
         const int64_t visible = std::max<int64_t>(0, std::min(kSegment, rows.visible(row + i) - begin));

@@ -60,12 +60,13 @@ AMOE_INLINE void write_token(
 
 constexpr int64_t kSegment = 512;  // keys whose softmax is taken together; a segment begins at a multiple of it
 constexpr int64_t kSegmentGroups = kSegment / kGroup;
+constexpr int64_t kTileGroups = 8;  // the most that are taken at once
 
 // The groups of one segment of a sequence's keys and values, wherever they lie. Values behind the end are zeros: whatever a
 // former user left in the block, a weight of zero makes nothing of it.
 template <class T>
 struct Segment {
-    const T* keys[kSegmentGroups];
+    const T* keys[kSegmentGroups];  // behind the last group, it again, up to a multiple of kTileGroups
     const T* values[kSegmentGroups];
     const T* ahead[kSegmentGroups];  // keys that this thread probably reads next
     int64_t value_offset;            // from the keys of a group to its values
@@ -134,6 +135,7 @@ AMOE_INLINE void find_segment(
         segment.values[index] = segment.keys[index] + segment.value_offset;
         segment.ahead[index] = segment.keys[index];
     }
+    for (int64_t index = num_groups; index % kTileGroups != 0; ++index) segment.keys[index] = segment.keys[num_groups - 1];
     if ((end - begin) % kGroup == 0) return;
     copy_part_of_values(segment.values[num_groups - 1], (end - begin) % kGroup, shape.head_dim, room);
     segment.values[num_groups - 1] = room;
