@@ -11,7 +11,8 @@ generated greedily after each, whatever they are. Every token is stamped when it
 asked for it; with T the moment at which every sequence has its first token,
 
 - prefill: prompt tokens / (T - start), so it includes the sampling of the first tokens;
-- decode: tokens that came after T / (last token - T): 63 per sequence where all prompts are computed together;
+- decode: tokens that came from T until the first sequence has its last one / that time: all sequences decode, and
+  nothing else happens; 63 tokens per sequence where all prompts are computed together;
 - end to end: all generated tokens / (last token - start).
 
 amoe: the engine as `amoe serve` runs it, workers in their own processes, without HTTP and detokenizer.

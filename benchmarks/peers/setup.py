@@ -68,17 +68,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that say where the peers are."""
     parser.add_argument("--systems", type=_names, default=NAMES, metavar="A,B", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint (default: made in the cache directory)")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amoe" / "peers"
-    parser.add_argument("--cache", type=Path, default=cache, metavar="DIR", help="of models and logs (%(default)s)")
+    parser.add_argument(
+        "--cache", type=Path, default=default_cache(), metavar="DIR", help="of models and logs (%(default)s)"
+    )
     parser.add_argument(
         "--threads", type=positive, default=2, metavar="N", help="of every system (default %(default)s)"
     )
-    parser.add_argument("--amoe-flags", default="", metavar="FLAGS", help="of `amoe serve`, besides")
+    parser.add_argument(
+        "--amoe-flags", default="", metavar="FLAGS", help="of `amoe serve`, besides --threads-per-worker"
+    )
     parser.add_argument("--vllm-python", metavar="PATH", default=os.environ.get("VLLM_PYTHON", sys.executable))
     parser.add_argument("--transformers-python", metavar="PATH", default=sys.executable)
     parser.add_argument("--llama-server", metavar="PATH", default="llama-server", help="(default: on $PATH)")
     parser.add_argument("--llama-converter", type=Path, metavar="PATH", help="convert_hf_to_gguf.py of llama.cpp")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the checkpoint in bf16 (default: converted)")
+
+
+def default_cache() -> Path:
+    """Where models are kept: the user's cache directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amoe" / "peers"
 
 
 def positive(text: str) -> int:
@@ -117,7 +125,7 @@ def prepare(args: argparse.Namespace) -> Setup:
         model=model.resolve(),
         logs=args.cache,
         threads=args.threads,
-        amoe_flags=tuple(args.amoe_flags.split()),
+        amoe_flags=_amoe_flags(args),
         vllm_python=args.vllm_python if has_vllm else None,
         transformers_python=args.transformers_python if has_transformers else None,
         llama_server=server,
@@ -125,6 +133,12 @@ def prepare(args: argparse.Namespace) -> Setup:
         gguf=gguf,
         missing={name: _HOW_TO[name] for name in args.systems if not found[name]},
     )
+
+
+def _amoe_flags(args: argparse.Namespace) -> tuple[str, ...]:
+    """The user's, and as many threads as the others have unless they say something else."""
+    given = tuple(args.amoe_flags.split())
+    return given if "--threads-per-worker" in given else ("--threads-per-worker", str(args.threads), *given)
 
 
 def _has(python: str, module: str) -> bool:

@@ -81,12 +81,17 @@ class DrivenSystem:
         answer = self._driver.ask({"prompts": prompts, "output_len": point.output_len})
         return timing_of(point, answer["started_at"], answer["arrivals"])
 
+    def tell_shares(self) -> list[list[float]]:
+        """[num_layers][num_experts] of each layer's pairs since the start. Raises `AmoeError`."""
+        assert self._driver is not None, "it is started first"
+        return self._driver.ask({"tell": "expert_shares"})["expert_shares"]
+
     def stop(self) -> None:
         """End the driver."""
         if self._driver is not None:
             if self._tells_shares:
                 with contextlib.suppress(AmoeError):  # it may be stopped because it failed
-                    self.shares = self._driver.ask({"tell": "expert_shares"})["expert_shares"]
+                    self.shares = self.tell_shares()
             self._driver.stop()
             self._driver = None
 
@@ -128,6 +133,7 @@ class LlamaBatchedBench:
             prefill_s=rows[1]["t_pp"],
             decode_tokens=point.batch * point.output_len,
             decode_s=rows[1]["t_tg"],
+            total_s=rows[1]["t_pp"] + rows[1]["t_tg"],
         )
 
     def stop(self) -> None:

@@ -35,14 +35,15 @@ class Timing:
     Attributes:
         prefill_tokens: of all prompts.
         prefill_s: from the start until every sequence has its first token.
-        decode_tokens: that came after that moment.
-        decode_s: from that moment to the last token.
+        decode_tokens, decode_s: that came, and how long it was, from then until the first sequence has its last token.
+        total_s: from the start to the last token of all.
     """
 
     prefill_tokens: int
     prefill_s: float
     decode_tokens: int
     decode_s: float
+    total_s: float
 
     @property
     def prefill_rate(self) -> float:
@@ -51,7 +52,7 @@ class Timing:
 
     @property
     def decode_rate(self) -> float:
-        """Generated tokens per second while all sequences generate; NaN if there was only one token each."""
+        """Generated tokens per second while all sequences generate; NaN if that never was."""
         return self.decode_tokens / self.decode_s if self.decode_s > 0 else float("nan")
 
 
@@ -69,12 +70,13 @@ def timing_of(point: Point, started_at: float, arrivals: Sequence[Sequence[float
     if len(arrivals) != point.batch or lengths != {point.output_len}:
         raise AmoeError(f"{point} was answered by {len(arrivals)} sequences of {sorted(lengths)} tokens")
     times = np.asarray(arrivals)
-    all_started = float(times[:, 0].max())
+    all_started, first_ended = float(times[:, 0].max()), float(times[:, -1].min())
     return Timing(
         prefill_tokens=point.batch * point.input_len,
         prefill_s=all_started - started_at,
-        decode_tokens=int((times > all_started).sum()),
-        decode_s=float(times.max()) - all_started,
+        decode_tokens=int(((times > all_started) & (times <= first_ended)).sum()),
+        decode_s=max(0.0, first_ended - all_started),
+        total_s=float(times.max()) - started_at,
     )
 
 
@@ -96,5 +98,4 @@ class Sample:
     @property
     def end_to_end(self) -> float:
         """Generated tokens per second from the start to the last token, prefill included."""
-        tokens = self.point.batch * self.point.output_len
-        return tokens / (self.timing.prefill_s + self.timing.decode_s)
+        return self.point.batch * self.point.output_len / self.timing.total_s

@@ -28,12 +28,17 @@ def config(tmp_path):
 
 
 class TestTiming:
-    def test_decoding_begins_when_every_sequence_has_its_first_token(self):
-        point = Point(batch=2, input_len=10, output_len=3)
-        # The second sequence starts late: the first one's token at 3.0 came while it was still computed.
-        timing = timing_of(point, 1.0, [[2.0, 3.0, 5.0], [4.0, 5.0, 6.0]])
-        assert timing == Timing(prefill_tokens=20, prefill_s=3.0, decode_tokens=3, decode_s=2.0)
-        assert (timing.prefill_rate, timing.decode_rate) == (pytest.approx(20 / 3), 1.5)
+    def test_decoding_is_while_all_sequences_do_nothing_else(self):
+        point = Point(batch=2, input_len=10, output_len=4)
+        # The second sequence starts late, when the first has two tokens, and is alone at the end.
+        timing = timing_of(point, 1.0, [[2.0, 3.0, 5.0, 6.0], [4.0, 5.0, 6.0, 7.0]])
+        assert timing == Timing(prefill_tokens=20, prefill_s=3.0, decode_tokens=4, decode_s=2.0, total_s=6.0)
+        assert (timing.prefill_rate, timing.decode_rate) == (pytest.approx(20 / 3), 2.0)
+
+    def test_sequences_that_never_decode_together_have_no_rate(self):
+        timing = timing_of(Point(2, 10, 2), 1.0, [[2.0, 3.0], [4.0, 5.0]])
+        assert math.isnan(timing.decode_rate)
+        assert timing.total_s == 4.0
 
     def test_in_step_all_tokens_but_the_first_are_decoded(self):
         times = [1.0 + 0.1 * step for step in range(64)]
@@ -57,7 +62,7 @@ class TestTiming:
 
 
 def _sample(system, number, *, decode_s, point=Point(8, 64, 64), bandwidth=50e9):  # noqa: B008
-    timing = Timing(prefill_tokens=512, prefill_s=1.0, decode_tokens=8 * 63, decode_s=decode_s)
+    timing = Timing(prefill_tokens=512, prefill_s=1.0, decode_tokens=8 * 63, decode_s=decode_s, total_s=1.0 + decode_s)
     return Sample(system=system, point=point, round=number, timing=timing, memory_bandwidth=bandwidth)
 
 
