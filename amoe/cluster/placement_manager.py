@@ -210,8 +210,10 @@ class PlacementManager:
         """Until cancelled: give experts to whoever has lost all while it was away, and rebalance every now and then."""
         while True:
             changed = asyncio.ensure_future(self._changed.wait())
-            done, _ = await asyncio.wait({changed}, timeout=self._interval_s or None)
-            changed.cancel()
+            try:
+                done, _ = await asyncio.wait({changed}, timeout=self._interval_s or None)
+            finally:
+                changed.cancel()
             try:
                 if done:
                     await self._employ_idle()

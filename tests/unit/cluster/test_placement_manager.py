@@ -373,3 +373,14 @@ async def test_the_background_moves_only_for_a_gain(monkeypatch: pytest.MonkeyPa
     await asyncio.sleep(0.02)
     cluster.check_settled()
     background.cancel()
+
+
+async def test_who_stops_the_background_stops_all_of_it() -> None:
+    cluster = Cluster()
+    others = asyncio.all_tasks()
+    background = asyncio.create_task(cluster.manager.run())
+    await asyncio.sleep(0)
+    background.cancel()
+    await asyncio.gather(background, return_exceptions=True)
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() <= others
