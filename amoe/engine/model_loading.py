@@ -29,7 +29,7 @@ def uses_native(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, de
     Raises:
         ConfigError: they are asked for, and cannot be had.
     """
-    reason = _reason_against(model, dtype, device)
+    reason = _reason_against(model, dtype, device, quantizes=config.quantization is not None)
     if config.kernels == "native" or config.quantization is not None:
         if reason:
             asked = "--kernels native" if config.kernels == "native" else f"--quantization {config.quantization}"
@@ -38,15 +38,20 @@ def uses_native(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, de
     return config.kernels == "auto" and not reason and native.choose_isa() != _SLOWEST
 
 
-def _reason_against(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
+def _reason_against(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, quantizes: bool) -> str:
     """Why the native kernels cannot serve; "" if they can."""
     if device.type != "cpu":
         return "the native kernels are for CPUs"
     if not native.is_available():
         return "the native kernels have not been built: install a C++ compiler and amoe again"
-    widths = (model.moe_intermediate_size, model.intermediate_size, model.shared_expert_intermediate_size)
-    if dtype == torch.bfloat16 and any(width % 2 for width in widths):
-        return "the native kernels take even widths of experts and MLPs only"
+    widths = (
+        model.hidden_size,
+        model.moe_intermediate_size,
+        model.intermediate_size,
+        model.shared_expert_intermediate_size,
+    )
+    if (dtype == torch.bfloat16 or quantizes) and any(width % 2 for width in widths):
+        return "the native kernels take even widths of models, experts and MLPs only"
     return ""
 
 

@@ -158,7 +158,7 @@ def pack_into(packed: torch.Tensor, weight: torch.Tensor, *, is_gated: bool = Fa
 
 
 def interleave(rows: torch.Tensor) -> torch.Tensor:
-    """[2I, ...] gates, then what they belong to, as alternating groups of 16 of each; I is filled up to 16 with zeros."""
+    """[2I, ...] gates, then what they belong to, as alternating groups of 16; I is filled up to 16 with zeros."""
     halves = [_padded(half, HALF * math.ceil(len(half) / HALF)) for half in rows.chunk(2)]
     return torch.stack([half.view(-1, HALF, *rows.shape[1:]) for half in halves], dim=1).flatten(0, 2)
 

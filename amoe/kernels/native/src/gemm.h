@@ -52,6 +52,7 @@ struct Columns {
 template <class T, bool kInt8>
 AMOE_INLINE Columns columns(const char* panel, int64_t step) {
     if constexpr (kInt8) {
+        static_assert(Step<T>::kDepth == 2);
         const int8_t* at = reinterpret_cast<const int8_t*>(panel) + step * 2 * kPanel;
 #if AMOE_HAS_BF16
         const auto widen = [&](int quarter) { return (__m512)load_f32(at + 16 * quarter); };
@@ -184,6 +185,31 @@ struct Target {
     }
 };
 
+typedef int16_t i16x16 __attribute__((vector_size(32)));
+
+// An int8 panel as one of T, in memory of this thread.
+template <class T>
+AMOE_INLINE const char* widen_panel(const char* panel, int64_t depth) {
+    using Lane = typename Step<T>::Lane;
+    static thread_local Buffer room;
+    Lane* wide = room.get<Lane>(depth / Step<T>::kDepth * kPanel);
+    for (int64_t pair = 0; pair < depth / 2; ++pair) {
+        if constexpr (Step<T>::kDepth == 2) {
+            const Columns pairs = columns<T, true>(panel, pair);
+            store(wide + pair * kPanel, pairs.low);
+            store(wide + pair * kPanel + 16, pairs.high);
+        } else {
+            for (int half = 0; half < kPanel; half += 16) {
+                const auto both = load<i16x16>(panel + (pair * kPanel + half) * 2);
+                const i16x16 first = both << 8 >> 8, second = both >> 8;
+                store(wide + 2 * pair * kPanel + half, __builtin_convertvector(first, f32x16));
+                store(wide + (2 * pair + 1) * kPanel + half, __builtin_convertvector(second, f32x16));
+            }
+        }
+    }
+    return reinterpret_cast<const char*>(wide);
+}
+
 // One panel times rows [begin, end) of tiles; `sink(c, tile)` takes the [size, 32] products.
 template <class T, class Sink>
 AMOE_INLINE void multiply_panel(
@@ -191,15 +217,21 @@ AMOE_INLINE void multiply_panel(
     const typename Step<T>::Lane* packed, Sink&& sink) {
     alignas(64) float c[kMaxRows * kPanel];
     const int64_t steps = w.depth / Step<T>::kDepth;
+    // int8 weights are widened as they are multiplied, or once for several tiles; only pairs can be widened on the way.
+    const bool is_widened = w.is_int8 && (end - begin > 1 || Step<T>::kDepth == 1);
+    if (is_widened) panel = widen_panel<T>(panel, w.depth);
     for (int64_t tile = begin; tile < end; ++tile) {
         // The last pass over a panel fetches the next one; the passes before it read the caches.
         const char* ahead = tile + 1 == end ? next_panel : panel;
         const auto* rows = packed + tiles.begin(tile) * steps;
-        if (w.is_int8) {
-            if constexpr (Step<T>::kDepth == 2) multiply_rows<T, true>(tiles.size(tile), rows, panel, steps, c, ahead);
-        } else {
-            multiply_rows<T, false>(tiles.size(tile), rows, panel, steps, c, ahead);
+        if constexpr (Step<T>::kDepth == 2) {
+            if (w.is_int8 && !is_widened) {
+                multiply_rows<T, true>(tiles.size(tile), rows, panel, steps, c, ahead);
+                sink(c, tile);
+                continue;
+            }
         }
+        multiply_rows<T, false>(tiles.size(tile), rows, panel, steps, c, ahead);
         sink(c, tile);
     }
 }

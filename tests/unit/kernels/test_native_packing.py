@@ -1,0 +1,143 @@
+"""Weights in panels: what is packed comes out again, and what fills panels up is zero."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from amoe.kernels.native import reference
+from amoe.kernels.native.packing import (
+    PANEL,
+    PackedExperts,
+    PackedMatrix,
+    empty,
+    interleave,
+    pack_into,
+    packed_shape,
+    quantize_rows,
+)
+from tests.unit.kernels.native_cases import each_dtype, needs_native
+from tests.unit.kernels.native_products import each_kind, random
+
+pytestmark = needs_native
+
+HUGE_PAGE = 2 << 20
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 100), pairs=st.integers(1, 40), dtype=st.sampled_from([torch.bfloat16, torch.float32]))
+def test_a_matrix_comes_out_as_it_went_in(rows, pairs, dtype):
+    weight = random(rows, 2 * pairs, dtype=dtype)
+    packed = PackedMatrix.of(weight)
+    assert torch.equal(reference.unpacked_matrix(packed), weight)
+    assert not reference.unpacked(packed.data, None)[rows:].any(), "what fills up the last panel"
+    assert packed.nbytes == -(-rows // PANEL) * PANEL * 2 * pairs * dtype.itemsize
+
+
+@each_dtype
+def test_where_a_number_lies(dtype):
+    weight = torch.arange(40 * 6).view(40, 6).to(dtype)
+    data = PackedMatrix.of(weight).data
+    if dtype == torch.float32:
+        assert data.shape == (2, 6, PANEL)
+        assert data[1, 4, 3] == weight[35, 4]
+    else:
+        assert data.shape == (2, 3, PANEL)
+        assert torch.equal(data[1, 2, 3:4].view(dtype), weight[35, 4:6])
+
+
+def test_memory_that_is_not_contiguous_is_packed_as_what_it_shows():
+    weight = random(64, 50)
+    assert torch.equal(reference.unpacked_matrix(PackedMatrix.of(weight.T)), weight.T)
+
+
+def test_memory_is_overwritten_up_to_the_end_of_the_last_panel():
+    packed = torch.full(packed_shape(33, 8, torch.float32), 7.0)
+    pack_into(packed, random(33, 8))
+    assert (packed[1, :, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_an_odd_depth_has_no_pairs(dtype):
+    with pytest.raises(ValueError, match="a depth of 45 is odd"):
+        packed_shape(64, 45, dtype)
+    assert packed_shape(64, 45, torch.float32) == (2, 45, PANEL)
+
+
+@pytest.mark.parametrize("intermediate", [16, 36, 5])
+def test_gate_and_up_rows_that_belong_together_share_a_panel(intermediate):
+    gate, up = random(intermediate, 3), random(intermediate, 3, seed=1)
+    panels = interleave(torch.cat((gate, up))).view(-1, 2, 16, 3)
+    assert torch.equal(panels[:, 0].flatten(0, 1)[:intermediate], gate)
+    assert torch.equal(panels[:, 1].flatten(0, 1)[:intermediate], up)
+    assert not panels.transpose(0, 1).flatten(1, 2)[:, intermediate:].any()
+
+
+@each_kind
+@pytest.mark.parametrize(("hidden", "intermediate"), [(48, 36), (64, 32), (34, 2)])
+def test_experts_come_out_as_they_went_in(kind, hidden, intermediate):
+    packed = PackedExperts.empty((1, 4, 6), hidden, intermediate, kind.dtype, quantize=kind.quantize)
+    put = [
+        (random(2 * intermediate, hidden, seed=n, dtype=kind.dtype), random(hidden, intermediate, dtype=kind.dtype) * n)
+        for n in (1, 2, 3)
+    ]
+    for local in (2, 0, 1):
+        packed.put(local, *put[local])
+    for local, weights in enumerate(put):
+        for ours, expected in zip(reference.unpacked_expert(packed, local, hidden, intermediate), weights, strict=True):
+            if kind.quantize:
+                quantized, scales = quantize_rows(expected)
+                expected = quantized.float() * scales[:, None]
+            assert torch.equal(ours, expected)
+
+
+@each_kind
+def test_an_expert_that_is_copied_is_the_same(kind):
+    first, second = (PackedExperts.empty(ids, 48, 36, kind.dtype, quantize=kind.quantize) for ids in ((1, 4), (4, 6)))
+    for local in (0, 1):
+        first.put(local, random(72, 48, seed=local, dtype=kind.dtype), random(48, 36, seed=local, dtype=kind.dtype))
+        second.put(local, random(72, 48, seed=8, dtype=kind.dtype), random(48, 36, seed=9, dtype=kind.dtype))
+    before = reference.unpacked_expert(second, 1, 48, 36)
+    second.copy(0, first, 1)
+    pairs = zip(reference.unpacked_expert(second, 0, 48, 36), reference.unpacked_expert(first, 1, 48, 36), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    after = reference.unpacked_expert(second, 1, 48, 36)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "its neighbour"
+
+
+@each_kind
+def test_bytes_are_those_of_the_memory(kind):
+    packed = PackedExperts.empty((0, 1), 64, 48, kind.dtype, quantize=kind.quantize)
+    numbers = 2 * 3 * 64 * 48
+    if kind.quantize:
+        assert packed.num_bytes == numbers + 4 * 2 * (96 + 64), "a byte each, and a scale for each row"
+    else:
+        assert packed.num_bytes == numbers * kind.dtype.itemsize
+
+
+def test_no_experts_take_no_memory():
+    assert PackedExperts.empty((), 64, 48, torch.bfloat16, quantize=True).num_bytes == 0
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_rows_are_quantized_to_half_a_step(seed):
+    weight = random(20, 30, seed=seed) * random(20, 1, seed=seed + 1).exp()
+    weight[3] = 0
+    quantized, scales = quantize_rows(weight)
+    assert quantized.dtype == torch.int8
+    assert (quantized.float() * scales[:, None] - weight).abs().le(scales[:, None] * 0.5001).all()
+    assert quantized.abs().amax(dim=1).tolist() == [0 if row == 3 else 127 for row in range(20)]
+    assert not quantized[3].any() and scales[3] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.float32])
+def test_large_memory_begins_at_a_huge_page(dtype):
+    large = empty((3, HUGE_PAGE // dtype.itemsize), dtype)
+    assert large.data_ptr() % HUGE_PAGE == 0
+    assert large.shape == (3, HUGE_PAGE // dtype.itemsize) and large.dtype == dtype and large.is_contiguous()
+    large.fill_(3)
+    assert (large == 3).all()
+    assert empty((3, 5), dtype).shape == (3, 5)
