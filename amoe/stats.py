@@ -151,7 +151,7 @@ class WorkerStats:
         home_s: of these, in attention blocks and heads; experts_s: in experts.
         expert_work: units of work that the experts did, see `amoe.policy.steering`, cumulative.
         modelled_s: seconds that an emulated device's kernels were to take, cumulative; 0 at a real one.
-        steps: blocks run, cumulative.
+        steps: steps run, cumulative: single blocks, or all of them as one.
         num_running, num_waiting: sequences (attention workers).
         kv_blocks_used, kv_blocks_total: blocks of the KV cache; cached but unreferenced blocks are not used.
         token_slots_used: tokens in flight (attention workers).

@@ -100,9 +100,9 @@ class Stopwatch:
         self.seconds = 0.0
 
     def _timed(self, block: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **named: Any) -> Any:
             start = time.perf_counter()
-            out = block(*args)
+            out = block(*args, **named)
             self._synchronize()
             self.seconds += time.perf_counter() - start
             return out

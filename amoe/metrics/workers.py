@@ -168,7 +168,9 @@ def _work_families(stats: list[WorkerStats]) -> Iterator[Metric]:
         "tokens that waited for those (held).",
         labels=("worker", "reason"),
     )
-    steps = CounterMetricFamily("amoe:worker_steps", "Blocks run.", labels=("worker",))
+    steps = CounterMetricFamily(
+        "amoe:worker_steps", "Steps run: single blocks, or all of them as one.", labels=("worker",)
+    )
     loops = CounterMetricFamily("amoe:worker_loops", "Turns of a worker's loop.", labels=("worker",))
     decisions = CounterMetricFamily(
         "amoe:scheduler_decisions",

@@ -114,6 +114,18 @@ async def test_stop_string_within_a_longer_output_cuts_its_tokens(make):
     assert worker.aborted == []  # it has ended there too
 
 
+async def test_columns_of_tokens_reach_the_sequences_that_are_still_open(make):
+    engine, (worker,) = make()
+    worker.runs.clear()
+    a, b, c = engine.tokenizer.encode("abc")
+    first, second = engine.start([([a], SamplingParams(max_tokens=9)), ([b], SamplingParams(max_tokens=9))])
+    worker.say(Outputs([], [0, 1, 77], [b, c, a]))  # 77 has been aborted, while the worker was still at it
+    worker.say(Outputs([SequenceOutput(1, [a], finish_reason="length")], [0], [c]))
+    worker.say(Outputs([SequenceOutput(0, [], finish_reason="length")]))
+    results = [await read(generation) for generation in (first, second)]
+    assert [(result.text, result.token_ids) for result in results] == [("bc", [b, c]), ("ca", [c, a])]
+
+
 async def test_leaving_the_iteration_frees_the_sequence(make):
     engine, (worker,) = make()
     stream = engine.generate([5, 6], SamplingParams(max_tokens=50))

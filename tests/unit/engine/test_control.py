@@ -72,7 +72,7 @@ outputs = st.builds(
 to_server = st.one_of(
     st.builds(Loading, ids, ids),
     st.builds(Ready, ids, ids, ids, ids),
-    st.builds(Outputs, st.lists(outputs, max_size=3)),
+    st.builds(Outputs, st.lists(outputs, max_size=3), st.lists(ids, max_size=3), st.lists(ids, max_size=3)),
     st.builds(Failed, st.text(), st.booleans()),
     st.builds(
         Heartbeat,

@@ -72,6 +72,13 @@ def test_outputs_go_to_whoever_asked(ends: Ends) -> None:
     assert ends.parent.receive() == []
 
 
+def test_columns_of_tokens_go_to_whoever_asked(ends: Ends) -> None:
+    other = REQUESTS_PER_FRONT
+    ends.port.send(Outputs([SequenceOutput(other + 1, [9])], [other + 7, 3, other + 2], [11, 12, 13]))
+    assert ends.fronts[0].receive() == [Outputs([], [3], [12])]
+    assert ends.fronts[1].receive() == [Outputs([SequenceOutput(other + 1, [9])], [other + 7, other + 2], [11, 13])]
+
+
 @pytest.mark.parametrize(
     ("message", "parent_hears", "fronts_hear"),
     [

@@ -6,9 +6,11 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from amoe.clock import ManualClock
+from amoe.core.steps import ForwardStep
 from amoe.engine.messages import Pulse
 from amoe.engine.pulse import LONG_TURN_S, PulseThread, StepTimes, Turn
 from amoe.engine.watchdog import FIRST_STEP_S, Watchdog
@@ -190,6 +192,20 @@ def test_a_pulse_tells_of_long_turns_only():
     times.observe(step(4), 0.25)
     pulse.look(control.send)
     assert sent == [Pulse(LONG_TURN_S, 0.0), Pulse(LONG_TURN_S, None), Pulse(LONG_TURN_S, 0.5)]
+
+
+def test_a_forward_step_is_as_usual_as_those_of_its_size():
+    def forward(num_tokens: int) -> ForwardStep:
+        slots = np.zeros(num_tokens, np.int32)
+        return ForwardStep(slots, slots, slots, num_tokens)
+
+    times = StepTimes()
+    for _ in range(5):
+        times.observe(forward(1), 0.01)
+    assert times.usual_s(forward(1)) == pytest.approx(0.01)
+    assert times.usual_s(forward(2048)) is None  # a thousand times a decode step would be no limit at all
+    times.observe(forward(1024), 0.5)
+    assert times.usual_s(forward(2000)) == pytest.approx(0.5 * 2000 / 1024)
 
 
 def test_the_thread_runs_beside_a_loop_that_hangs():
