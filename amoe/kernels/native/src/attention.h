@@ -37,7 +37,7 @@ __attribute__((noinline)) void score(
 #pragma GCC unroll 8
         for (int group = 0; group < kGroups; ++group) {
             k[group] = load<f32x16>(keys[group] + d * kGroup);
-            if constexpr (kStream) __builtin_prefetch(keys[group] + value_offset + d * kGroup, 0, 2);
+            if constexpr (kStream) __builtin_prefetch(keys[group] + value_offset + d * kGroup, 0, 3);
         }
 #pragma GCC unroll 8
         for (int row = 0; row < kRows; ++row) {
@@ -77,7 +77,7 @@ __attribute__((noinline)) void weigh(
 #pragma GCC unroll 8
             for (int i = 0; i < kVectors; ++i) {
                 lanes[i] = load<f32x16>(v + i * 16 * kDepth);
-                if constexpr (kStream) __builtin_prefetch(ahead + i * 16 * kDepth, 0, 2);
+                if constexpr (kStream) __builtin_prefetch(ahead + i * 16 * kDepth, 0, 3);
             }
 #pragma GCC unroll 8
             for (int row = 0; row < kRows; ++row) {
