@@ -32,7 +32,7 @@ class EngineConfig:
         device: a torch device, `cpu`, `cuda` or `cuda:1`; plain `cuda` spreads workers over the GPUs there are.
             `emulated:...` has no kernels, see `amoe.engine.emulated_device`.
         kernels: `native` are our own for CPUs, `torch` run anywhere; `auto`: native where they serve.
-        quantization: `int8` keeps the weights of experts and projections in 8 bits; native kernels only.
+        quantization: `int8` keeps the weights of experts, projections and LM head in 8 bits; native kernels only.
         max_model_len: prompt + generated tokens of a sequence; None: what the model was trained for.
         threads_per_worker: intra-op threads; None: the cores divided by the workers, at least one.
         cpu_sets: the CPUs that each worker keeps to, by rank; those that are not named run on any.

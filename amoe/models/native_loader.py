@@ -33,7 +33,7 @@ def load_native_model(
     """As `loader.load_model`, for `context`. Peak memory: the final size, and one matrix or one expert.
 
     Args:
-        quantize: experts and projections become int8; embedding, head, routers and norms stay as they are.
+        quantize: experts, projections and the LM head become int8; embedding, routers and norms stay as they are.
 
     Raises:
         CheckpointError: as `load_model`.
@@ -134,7 +134,7 @@ class _Packer:
         head = builder.head()
         self._read(builder)
         self._kept(head.embedding, head.norm)
-        return NativeHead(head.embedding, head.norm, self._matrix(head.lm_head))
+        return NativeHead(head.embedding, head.norm, self._matrix(head.lm_head, quantize=self._quantize))
 
     def attention(self, layer: int) -> NativeAttention:
         builder = self._builder()

@@ -81,7 +81,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantization",
         choices=QUANTIZATIONS,
-        help="int8: weights of experts and projections in 8 bits (CPU); default: as they are in the checkpoint",
+        help="int8: weights of experts, projections and LM head in 8 bits (CPU); default: as in the checkpoint",
     )
     group.add_argument(
         "--max-model-len",

@@ -164,6 +164,8 @@ def dequantized(path: Any, ours: NativeModel) -> Model:
     """The torch model with the weights that int8 has left of them."""
     config = ours.config
     model = load_model(path, config, Blocks.whole(config), dtype=torch.float32, device="cpu")
+    assert model.weights.head is not None and ours.weights.head is not None
+    model.weights.head.lm_head.copy_(reference.unpacked_matrix(ours.weights.head.lm_head))
     for layer, (weights, packed) in enumerate(zip(model.weights.attention, ours.weights.attention, strict=True)):
         weights.qkv.copy_(reference.unpacked_matrix(packed.qkv))
         weights.out.copy_(reference.unpacked_matrix(packed.out))
@@ -200,10 +202,9 @@ def test_bytes_of_int8_are_a_byte_for_each_number_and_a_scale_for_each_row(check
     head, layers = model.weights.head, model.weights.attention
     assert head is not None
     expected = head.embedding.nbytes + head.norm.nbytes + head.lm_head.nbytes
-    assert head.lm_head.scales is None
     for weights in layers:
         expected += weights.qkv.nbytes + weights.out.nbytes
-        for matrix in (weights.qkv, weights.out):
+        for matrix in (weights.qkv, weights.out, head.lm_head):
             assert matrix.nbytes == matrix.data.numel() * 2 + 4 * len(matrix.data) * 32
         names = ("input_norm", "post_norm", "qkv_bias", "q_norm", "k_norm", "shared_gate", "router")
         expected += sum(part.nbytes for name in names if (part := getattr(weights, name)) is not None)
