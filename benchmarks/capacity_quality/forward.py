@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from amoe.kernels.attention import AttentionBatch, ChunkSpan
-from amoe.models.model import AttentionOutput, Model
+from amoe.models.model import AttentionOutput
+from amoe.models.worker_model import WorkerModel
 from amoe.types import Float32Array, Int64Array
 
 BLOCK_SIZE = 16
@@ -42,7 +43,7 @@ Decide = Callable[[int, Rows, AttentionOutput], tuple[Int64Array, Float32Array]]
 class Forward:
     """A cache for `num_sequences` sequences of at most `length` tokens, and the passes that fill it."""
 
-    def __init__(self, model: Model, num_sequences: int, length: int) -> None:
+    def __init__(self, model: WorkerModel, num_sequences: int, length: int) -> None:
         self.model = model
         self._blocks = -(-length // BLOCK_SIZE)  # of a sequence
         self._tables = torch.arange(num_sequences * self._blocks).view(num_sequences, self._blocks)
