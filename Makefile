@@ -7,13 +7,13 @@ PORT ?= 8000
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-all check format gpu study clean
+.PHONY: help venv serve test test-all check format gpu study bench-peers clean
 
 help:  ## Show the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# A stamp, so that a change of the dependencies installs them again.
-$(VENV)/installed: pyproject.toml constraints.txt
+# A stamp, so that a change of the dependencies or of the C++ sources installs again.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard amoe/kernels/native/src/*)
 	@echo "installing into $(VENV): some minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable .
@@ -52,6 +52,9 @@ format: $(VENV)/installed-dev  ## Format the code and fix what the linter can
 study: $(VENV)/installed-dev  ## Run the study of schedules, tables and plots in benchmarks/results/study (about half an hour on two quiet cores)
 	$(BIN)/python -m benchmarks.study --again $(ARGS)
 
+bench-peers: $(VENV)/installed-dev  ## Measure amoe beside llama.cpp, transformers and vLLM, those that are here (ARGS="--help" says how)
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
 # On a GPU machine the environment is often a given one: whichever python has a torch that sees the GPU is taken.
 gpu:  ## Run tests/gpu and a short benchmark, where there is a GPU
 	@for python in $(PYTHON) $(BIN)/python; do \
@@ -63,4 +66,4 @@ gpu:  ## Run tests/gpu and a short benchmark, where there is a GPU
 	echo "no GPU here that $(PYTHON) or $(BIN)/python can use: nothing to do"
 
 clean:  ## Remove the virtual environment and what tools have left
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info amoe/kernels/native/*.so
