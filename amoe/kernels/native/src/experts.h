@@ -58,6 +58,7 @@ inline PairOrder order_pairs(
 template <class T>
 AMOE_INLINE void activate(
     const float* c, const float* scales, int size, int64_t column, int count, typename Step<T>::Lane* tile) {
+    using Lane = typename Step<T>::Lane;
     constexpr int kDepth = Step<T>::kDepth;
     for (int row = 0; row < size; ++row) {
         f32x16 gate = load_f32(c + row * kPanel), up = load_f32(c + row * kPanel + 16);
@@ -67,8 +68,14 @@ AMOE_INLINE void activate(
         }
         alignas(64) T activated[16];
         store_f32(activated, silu(gate) * up);
-        for (int i = 0; i < count; i += kDepth) {
-            std::memcpy(tile + (column + i) / kDepth * size + row, activated + i, sizeof(typename Step<T>::Lane));
+        Lane lanes[16 / kDepth];
+        std::memcpy(lanes, activated, sizeof(lanes));
+        Lane* to = tile + column / kDepth * size + row;
+        if (count == 16) {  // a length known here: as a loop it would be vectorised, badly
+#pragma GCC unroll 16
+            for (int i = 0; i < 16 / kDepth; ++i) to[i * size] = lanes[i];
+        } else {
+            for (int i = 0; i < count / kDepth; ++i) to[i * size] = lanes[i];
         }
     }
 }
@@ -86,7 +93,9 @@ void experts(
     const int64_t hidden_steps = e.hidden / Step<T>::kDepth, inner_steps = e.intermediate / Step<T>::kDepth;
     Lane* packed = scratch.rows.get<Lane>(order.count * hidden_steps);
     Lane* activated = scratch.activated.get<Lane>(order.count * inner_steps);
-    float* products = scratch.products.get<float>(order.count * e.hidden);
+    // Rows a power of two apart would fall into the same few places of the first-level cache.
+    const int64_t product_stride = e.hidden + 16;
+    float* products = scratch.products.get<float>(order.count * product_stride);
 
     pool.run(order.num_experts, [&](int64_t index, int) {
         const Tiles tiles(order.begin[index + 1] - order.begin[index]);
@@ -126,7 +135,7 @@ void experts(
                });
     for_panels(e.w2, e.w2_bytes, e.w2_scales, activated,
                [&](const float* c, const float* scales, int64_t panel, int64_t place, int size) {
-                   const Target<T, float> target{products, e.hidden};
+                   const Target<T, float> target{products, product_stride};
                    const int64_t column = panel * kPanel;
                    const int count = static_cast<int>(std::min<int64_t>(kPanel, e.hidden - column));
                    for (int row = 0; row < size; ++row) target.put_row(c + row * kPanel, scales, place + row, column, count);
@@ -139,7 +148,7 @@ void experts(
             T* to = out + token * e.hidden;
             const auto pair_row = [&](int64_t k) {
                 const int64_t place = order.place[token * top_k + k];
-                return place < 0 ? nullptr : products + place * e.hidden;
+                return place < 0 ? nullptr : products + place * product_stride;
             };
             int64_t column = 0;
             for (; column + 16 <= e.hidden; column += 16) {
