@@ -156,7 +156,15 @@ def _served(results: Results) -> str:
 
 
 def _footprints(footprints: Sequence[Footprint]) -> str:
-    head = ["system", "ready s", "first token s", "PSS idle GB", "RSS idle GB", "PSS, 64 at once GB", "RSS GB"]
+    head = [
+        "system",
+        "ready s",
+        "first token s",
+        "PSS idle GB",
+        "RSS idle GB",
+        "PSS under load GB",
+        "RSS under load GB",
+    ]
     head += ["checkpoint GB", "read by calls GB", "read from storage GB"]
     rows = []
     for f in footprints:
