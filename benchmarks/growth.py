@@ -277,8 +277,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--amoe-flags", default="", metavar="FLAGS", help="of `amoe serve`, besides")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/growth"), metavar="DIR")
     args = parser.parse_args(argv)
-    chosen = [sweep for sweep in sweeps() if sweep.title in args.sweeps.split(",")]
-    if not chosen:
+    asked = args.sweeps.split(",")
+    chosen = [sweep for sweep in sweeps() if sweep.title in asked]
+    if len(chosen) < len(asked):
         parser.error(f"--sweeps {args.sweeps}: must be of batch, context, experts")
     args.cache.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)

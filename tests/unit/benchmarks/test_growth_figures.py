@@ -51,7 +51,8 @@ def test_experts_change_nothing_else():
     assert (few.top_k, few.hidden_size) == (many.top_k, many.hidden_size)
 
 
-def test_a_sweep_that_does_not_exist_is_refused(capsys):
+@pytest.mark.parametrize("asked", ["batches", "batch,contexts", ""])
+def test_a_sweep_that_does_not_exist_is_refused(asked, capsys):
     with pytest.raises(SystemExit):
-        main(["--sweeps", "batches"])
+        main(["--sweeps", asked])
     assert "must be of batch, context, experts" in capsys.readouterr().err
