@@ -49,21 +49,33 @@ struct Columns {
     f32x16 low, high;  // columns 0..15 and 16..31 of one step of k, as lanes
 };
 
+// Sixteen pairs of int8 as floats: the first of each, and the second.
+AMOE_INLINE Columns split_pairs(const char* from) {
+    const u32x16 pairs = __builtin_convertvector(load<u16x16>(from), u32x16);
+    const i32x16 even = (i32x16)(pairs << 24) >> 24, odd = (i32x16)(pairs << 16) >> 24;
+    return {__builtin_convertvector(even, f32x16), __builtin_convertvector(odd, f32x16)};
+}
+
+// Sixteen pairs of int8 as pairs of bf16: small integers are exact in it.
+AMOE_INLINE f32x16 bf16_pairs(const char* from) {
+#if AMOE_HAS_BF16
+    const auto widen = [&](int half) {  // no __builtin_convertvector: GCC would do int8 number by number
+        const __m512i wide = _mm512_maskz_cvtepi8_epi32(0xffff, load<__m128i>(from + 16 * half));
+        return (__m512)__builtin_convertvector((i32x16)wide, f32x16);
+    };
+    return (f32x16)_mm512_cvtne2ps_pbh(widen(1), widen(0));
+#else
+    const Columns pairs = split_pairs(from);  // the upper half of a float's bits are those of the bf16
+    return (f32x16)(((u32x16)pairs.low >> 16) | ((u32x16)pairs.high & 0xffff0000u));
+#endif
+}
+
 template <class T, bool kInt8>
 AMOE_INLINE Columns columns(const char* panel, int64_t step) {
     if constexpr (kInt8) {
         static_assert(Step<T>::kDepth == 2);
-        const int8_t* at = reinterpret_cast<const int8_t*>(panel) + step * 2 * kPanel;
-#if AMOE_HAS_BF16
-        const auto widen = [&](int quarter) { return (__m512)load_f32(at + 16 * quarter); };
-        return {(f32x16)_mm512_cvtne2ps_pbh(widen(1), widen(0)), (f32x16)_mm512_cvtne2ps_pbh(widen(3), widen(2))};
-#else
-        u16x16 halves[4];  // small integers are exact in bf16: its bits are the upper half of the float's
-        for (int i = 0; i < 4; ++i) {
-            halves[i] = __builtin_convertvector((u32x16)load_f32(at + 16 * i) >> 16, u16x16);
-        }
-        return {load<f32x16>(&halves[0]), load<f32x16>(&halves[2])};
-#endif
+        const char* at = panel + step * 2 * kPanel;
+        return {bf16_pairs(at), bf16_pairs(at + kPanel)};
     } else {
         constexpr int64_t kBytes = kPanel * sizeof(typename Step<T>::Lane);
         const char* at = panel + step * kBytes;
@@ -185,8 +197,6 @@ struct Target {
     }
 };
 
-typedef int16_t i16x16 __attribute__((vector_size(32)));
-
 // An int8 panel as one of T, in memory of this thread.
 template <class T>
 AMOE_INLINE const char* widen_panel(const char* panel, int64_t depth) {
@@ -200,10 +210,9 @@ AMOE_INLINE const char* widen_panel(const char* panel, int64_t depth) {
             store(wide + pair * kPanel + 16, pairs.high);
         } else {
             for (int half = 0; half < kPanel; half += 16) {
-                const auto both = load<i16x16>(panel + (pair * kPanel + half) * 2);
-                const i16x16 first = both << 8 >> 8, second = both >> 8;
-                store(wide + 2 * pair * kPanel + half, __builtin_convertvector(first, f32x16));
-                store(wide + (2 * pair + 1) * kPanel + half, __builtin_convertvector(second, f32x16));
+                const Columns pairs = split_pairs(panel + (pair * kPanel + half) * 2);
+                store(wide + 2 * pair * kPanel + half, pairs.low);
+                store(wide + (2 * pair + 1) * kPanel + half, pairs.high);
             }
         }
     }

@@ -15,7 +15,6 @@ typedef float f32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef int8_t i8x16 __attribute__((vector_size(16)));
 
 #define AMOE_INLINE inline __attribute__((always_inline))
 
@@ -55,7 +54,6 @@ AMOE_INLINE f32x16 load_f32(const bf16* from) {
     return (f32x16)wide;
 }
 AMOE_INLINE f32x16 load_f32(const float* from) { return load<f32x16>(from); }
-AMOE_INLINE f32x16 load_f32(const int8_t* from) { return __builtin_convertvector(load<i8x16>(from), f32x16); }
 
 AMOE_INLINE u16x16 round_bf16(f32x16 v) {
 #if AMOE_HAS_BF16
