@@ -17,6 +17,7 @@ from amoe.clock import Clock
 from amoe.core.batcher import Batcher
 from amoe.core.steps import ForwardStep, HeadStep, PromptTokens
 from amoe.engine.executor import attention_batch, to_device
+from amoe.engine.messages import HoldExperts, Holding
 from amoe.engine.sampler import SampledTokens, sample, score
 from amoe.engine.sampling_table import SamplingTable
 from amoe.engine.token_masks import MaskArray
@@ -85,6 +86,13 @@ class ForwardExecutor:
             return out.residual, ids
         residual = out.residual
         return self._model.experts(layer, out.moe_input, out.topk_ids, out.topk_weights, residual=residual), ids
+
+    def hold(self, order: HoldExperts) -> Holding:
+        """The answer to whoever says which experts to hold: all of them are here, and none can go."""
+        config, every = self._model.config, list(range(self._model.config.num_experts))
+        is_whole = order.experts == [every if is_sparse else [] for is_sparse in config.sparse_layers]
+        complaint = "" if is_whole else "a worker that takes tokens through the whole model holds all experts"
+        return Holding(order.order, self._model.parameter_bytes, complaint)
 
     def sample(
         self,

@@ -231,6 +231,9 @@ class Worker:
             if isinstance(message, Topology):
                 self._on_topology(message)
                 continue
+            if isinstance(message, HoldExperts) and self._forward is not None:
+                self._control.send(self._forward.hold(message))
+                continue
             if isinstance(message, HoldExperts):
                 assert self._loading is not None, "only workers that may hold experts are told to"
                 self._loading.order(message)
