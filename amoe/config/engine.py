@@ -79,6 +79,10 @@ class EngineConfig:
             self.quantization is None or self.kernels != "torch",
             "--quantization needs the native kernels: not --kernels torch",
         )
+        require(
+            self.quantization is None or self.device == "cpu",
+            f"--quantization {self.quantization} is for --device cpu, not {self.device}",
+        )
         require(self.max_model_len is None or self.max_model_len >= 2, "--max-model-len must be at least 2")
         require(
             self.threads_per_worker is None or self.threads_per_worker >= 1, "--threads-per-worker must be at least 1"

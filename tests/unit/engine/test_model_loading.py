@@ -100,6 +100,7 @@ def test_pairs_of_numbers_need_even_widths(checkpoint_factory: Any, monkeypatch:
     ("options", "complaint"),
     [
         ({"quantization": "int8", "kernels": "torch"}, "--quantization needs the native kernels"),
+        ({"quantization": "int8", "device": "cuda:1"}, "--quantization int8 is for --device cpu, not cuda:1"),
         ({"quantization": "int4"}, "--quantization must be int8, not 'int4'"),
         ({"kernels": "cuda"}, "--kernels must be one of auto, native, torch, not 'cuda'"),
     ],
