@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 from tests.checkpoints import make_checkpoint
@@ -15,6 +16,10 @@ from tests.checkpoints import make_checkpoint
 settings.register_profile("same", deadline=None, database=None, derandomize=True)
 settings.register_profile("thorough", deadline=None, database=None, max_examples=1000, print_blob=True)
 settings.load_profile("same")
+
+# Tests run side by side, and beside the servers that they start: more threads of torch here would spend their time
+# on waiting for each other. Workers have as many as they are told.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
