@@ -10,7 +10,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -90,8 +90,13 @@ class InprocCluster:
     take the place of the one that copies batches from worker to worker, and `make_clock` of clocks that move by a step
     whenever they are read.
 
+    Attributes:
+        expected: kinds of messages that a healthy worker sends here.
+
     Where experts have replicas, every few turns another home is told to choose them by other shares.
     """
+
+    expected: ClassVar[tuple[type, ...]] = (Outputs, Heartbeat, Ready, Loading)
 
     def __init__(
         self,
@@ -203,7 +208,7 @@ class InprocCluster:
     def _collect(self, rank: int) -> None:
         messages, self.controls[rank].outbox = self.controls[rank].outbox, []
         for message in messages:
-            assert isinstance(message, Outputs | Heartbeat | Ready | Loading), message
+            assert isinstance(message, self.expected), message
             for output in message.each() if isinstance(message, Outputs) else ():
                 request = self.requests[output.request_id]
                 assert request.finish_reason is None, "output after the terminal event"
