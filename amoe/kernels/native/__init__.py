@@ -59,9 +59,14 @@ def make_context(
 
     Args:
         dtype: of activations, bfloat16 or float32.
-        cpus: one for each thread, the caller's first; empty: the system decides.
+        cpus: one for each thread, the caller's first, which is not moved there: the others leave that one free; empty:
+            the system decides.
 
     Raises:
-        ConfigError: see `choose_isa`.
+        ConfigError: see `choose_isa`; or the system gives no more threads.
     """
-    return _native.Context(isa or choose_isa(), num_threads, list(cpus), dtype == torch.bfloat16)
+    isa = isa or choose_isa()
+    try:
+        return _native.Context(isa, num_threads, list(cpus), dtype == torch.bfloat16)
+    except RuntimeError as error:
+        raise ConfigError(f"--threads-per-worker {num_threads}: this system gives no more threads ({error})") from error

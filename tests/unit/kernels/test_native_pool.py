@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -95,7 +97,7 @@ def test_pools_of_several_callers_do_not_meet():
 @needs_native
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system pins no threads")
 def test_threads_keep_to_their_cpus():
-    """The caller's thread is pinned too: here one that ends with the test."""
+    """The caller's stays where it was: threads that it starts later would have to share its one CPU."""
     cpus = sorted(os.sched_getaffinity(0))
     wanted = [cpus[-1], cpus[0]]
     found = []
@@ -110,8 +112,21 @@ def test_threads_keep_to_their_cpus():
     caller = threading.Thread(target=work)
     caller.start()
     caller.join()
-    assert found == [{wanted[0]}, {wanted[1]}]
-    assert sorted(os.sched_getaffinity(0)) == cpus
+    assert found == [set(cpus), {wanted[1]}]
+
+
+@needs_native
+def test_the_system_gives_no_more_threads():
+    """Each needs room for its stack. Those that there are end, and the process lives."""
+    before = threads_now()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (256 << 20), hard))
+    try:
+        with pytest.raises(ConfigError, match="--threads-per-worker 2000: this system gives no more threads"):
+            native.make_context(torch.float32, 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert threads_now() <= before
 
 
 @each_isa

@@ -55,13 +55,19 @@ void pin_to(int cpu) {
 ThreadPool::ThreadPool(int num_threads, std::vector<int> cpus)
     : num_threads_(std::max(1, num_threads)), ranges_(new Range[std::max(1, num_threads)]) {
     const auto cpu_of = [&](int thread) { return thread < static_cast<int>(cpus.size()) ? cpus[thread] : -1; };
-    if (cpu_of(0) >= 0) pin_to(cpu_of(0));
-    for (int thread = 1; thread < num_threads_; ++thread) {
-        threads_.emplace_back([this, thread, cpu = cpu_of(thread)] { live(thread, cpu); });
+    try {
+        for (int thread = 1; thread < num_threads_; ++thread) {
+            threads_.emplace_back([this, thread, cpu = cpu_of(thread)] { live(thread, cpu); });
+        }
+    } catch (...) {  // the system gives no more
+        stop();
+        throw;
     }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
     stopped_.store(true);
     epoch_.fetch_add(1);
     epoch_.notify_all();

@@ -15,7 +15,9 @@ namespace amoe {
 
 class ThreadPool {
 public:
-    // `cpus`: the CPU of each thread, the caller's first; empty: the system decides.
+    // `cpus`: the CPU of each thread, the caller's first; empty: the system decides. The caller's own thread stays where it
+    // may run already: threads that it starts later would share its one CPU, and the others leave that one free.
+    // Throws std::system_error if the system gives no more threads.
     ThreadPool(int num_threads, std::vector<int> cpus);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
@@ -44,6 +46,7 @@ private:
     void run_erased(int64_t num_tasks, Task task, void* context);
     void work(int thread);
     void live(int thread, int cpu);
+    void stop();
 
     const int num_threads_;
     std::unique_ptr<Range[]> ranges_;
