@@ -7,10 +7,8 @@ layers, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from amoe.clock import Clock
@@ -21,23 +19,10 @@ from amoe.engine.messages import HoldExperts, Holding
 from amoe.engine.sampler import SampledTokens, sample, score
 from amoe.engine.sampling_table import SamplingTable
 from amoe.engine.token_masks import MaskArray
-from amoe.models.model import AttentionOutput
+from amoe.models.forward import forward
+from amoe.models.model import Passed
 from amoe.models.worker_model import PagedCache, WorkerModel
 from amoe.types import Int64Array
-
-
-class Passed(NamedTuple):
-    """What a step through all layers has brought.
-
-    Attributes:
-        residual: [w, H] behind the last layer.
-        expert_ids: by layer, of those that have experts, [n, K]; of the last layer [w, K]. On the host.
-        marks: [2L] when attention(0), experts(0), attention(1)... were through, by the worker's clock.
-    """
-
-    residual: torch.Tensor
-    expert_ids: dict[int, npt.NDArray[np.int64]]
-    marks: list[float]
 
 
 class ForwardExecutor:
@@ -53,7 +38,6 @@ class ForwardExecutor:
         self._kv = kv
         self._table = batcher.table
         self._clock = clock
-        self._num_layers = model.config.num_layers
         self._step: ForwardStep | None = None
         self._residual: torch.Tensor | None = None
 
@@ -63,29 +47,10 @@ class ForwardExecutor:
         batch = attention_batch(self._table, step, self._kv.block_size, device)
         positions = to_device(step.positions, device)
         residual = model.embed(to_device(self._table.tokens[step.rows, step.positions], device))
-        expert_ids: dict[int, npt.NDArray[np.int64]] = {}
-        marks: list[float] = []
-        for layer in range(self._num_layers):
-            out = model.attention(layer, residual, positions, self._kv, batch)
-            marks.append(self._clock.now())
-            if layer == self._num_layers - 1 and step.wanted is not None:
-                out = _rows(out, to_device(step.wanted, device))
-            residual, ids = self._experts(layer, out)
-            marks.append(self._clock.now())
-            if ids is not None:
-                expert_ids[layer] = ids
-        self._step, self._residual = step, residual
-        return Passed(residual, expert_ids, marks)
-
-    def _experts(self, layer: int, out: AttentionOutput) -> tuple[torch.Tensor, npt.NDArray[np.int64] | None]:
-        """Residuals [n, H] behind a layer, and the experts [n, K] of its tokens; none at a dense layer."""
-        if out.topk_ids is None or out.topk_weights is None or out.moe_input is None:
-            return out.residual, None
-        ids = out.topk_ids.cpu().numpy()
-        if len(ids) == 0:
-            return out.residual, ids
-        residual = out.residual
-        return self._model.experts(layer, out.moe_input, out.topk_ids, out.topk_weights, residual=residual), ids
+        wanted = None if step.wanted is None else to_device(step.wanted, device)
+        passed = forward(model, residual, positions, self._kv, batch, wanted, self._clock.now)
+        self._step, self._residual = step, passed.residual
+        return passed
 
     def hold(self, order: HoldExperts) -> Holding:
         """The answer to whoever says which experts to hold: all of them are here, and none can go."""
@@ -121,13 +86,3 @@ class ForwardExecutor:
         if rows is not None and len(rows) < len(residual):
             residual = residual.index_select(0, to_device(rows, residual.device))
         return self._model.head(residual)
-
-
-def _rows(out: AttentionOutput, rows: torch.Tensor) -> AttentionOutput:
-    """Those rows of everything."""
-    residual, *others = out
-    return AttentionOutput(residual.index_select(0, rows), *(_rows_of(tensor, rows) for tensor in others))
-
-
-def _rows_of(tensor: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
-    return None if tensor is None else tensor.index_select(0, rows)

@@ -174,7 +174,7 @@ class Worker:
         self.core.forward.on_forward(step, passed.expert_ids)
         if step.head is not None:
             self._home.run_head(step.head)
-        self.stats.observe_forward(step, passed.expert_ids, [began, *passed.marks, self._clock.now()])
+        self.stats.observe_forward(step, passed.expert_ids, passed.seconds, self._clock.now() - began)
 
     def _run_block(self, step: AttentionStep | HeadStep | ExpertsStep) -> None:
         if isinstance(step, ExpertsStep):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -68,27 +68,35 @@ class StatsKeeper:
             self.expert_work += count_work(counts, self._ridge_tokens)
 
     def observe_forward(
-        self, step: ForwardStep, expert_ids: Mapping[int, npt.NDArray[np.int64]], marks: Sequence[float]
+        self,
+        step: ForwardStep,
+        expert_ids: Mapping[int, npt.NDArray[np.int64]],
+        seconds: npt.NDArray[np.float64],
+        total_s: float,
     ) -> None:
         """All blocks have run as one step: each of them counts as if it had run alone.
 
         Args:
             expert_ids: by layer, of those that have experts, [n, K].
-            marks: [2L + 2] when the step began, and when attention(0), experts(0), attention(1)... and the head ended.
+            seconds: [L, 2] that attention and experts have taken.
+            total_s: that the step has taken: what is left over is the head's, or, where there was none, attention(0)'s.
         """
         self.steps += 1
-        seconds = np.diff(marks)
+        rest = total_s - float(seconds.sum())
+        attention_s = seconds[:, 0].copy()
+        if step.num_wanted == 0:
+            attention_s[0] += rest
         num_layers, num_last = len(self._expert_pairs), step.num_wanted
         tokens = np.full(num_layers, step.num_tokens)
         self._iterations.observe(0, step.num_tokens)
-        self._count_blocks(BlockKind.ATTENTION, np.arange(num_layers), tokens, seconds[:-1:2])
+        self._count_blocks(BlockKind.ATTENTION, np.arange(num_layers), tokens, attention_s)
         tokens[-1] = num_last
         sparse = np.fromiter(expert_ids, np.int64, len(expert_ids))
         # The MLP of a dense layer is a part of its attention block: what the clock says of its experts is nothing.
         ran = sparse[tokens[sparse] > 0]
-        self._count_blocks(BlockKind.EXPERTS, ran, tokens[ran], seconds[1:-1:2][ran])
+        self._count_blocks(BlockKind.EXPERTS, ran, tokens[ran], seconds[ran, 1])
         if num_last:
-            self._count_blocks(BlockKind.HEAD, np.array([num_layers]), np.array([num_last]), seconds[-1:])
+            self._count_blocks(BlockKind.HEAD, np.array([num_layers]), np.array([num_last]), np.array([rest]))
         counts = count_pairs_by_layer(list(expert_ids.values()), self._expert_pairs.shape[1])
         self._expert_pairs[sparse] += counts
         self.expert_work += count_work(counts, self._ridge_tokens)

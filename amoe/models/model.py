@@ -123,6 +123,20 @@ class AttentionOutput(NamedTuple):
     scores: torch.Tensor | None
 
 
+class Passed(NamedTuple):
+    """What all layers together give.
+
+    Attributes:
+        residual: [w, H] behind the last layer.
+        expert_ids: by layer, of those that have experts, [n, K]; of the last layer [w, K]. On the host.
+        seconds: [L, 2] that the attention and the experts of each layer have taken.
+    """
+
+    residual: torch.Tensor
+    expert_ids: dict[int, npt.NDArray[np.int64]]
+    seconds: npt.NDArray[np.float64]
+
+
 class Model:
     """The blocks of one worker. `load_model` makes it."""
 

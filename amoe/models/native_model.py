@@ -18,10 +18,9 @@ from amoe.kernels.native.kv_cache import NativeBatch, NativeKVCache
 from amoe.kernels.native.packing import PackedExperts, PackedMatrix
 from amoe.models.config import ModelConfig
 from amoe.models.layers import rope_frequencies
-from amoe.models.model import AttentionOutput, Blocks
+from amoe.models.model import AttentionOutput, Blocks, Passed
 
 _QK_NORMS = {"none": 0, "head": 1, "full": 2}
-_ONE_EXPERT = 0  # a gated MLP is an expert that every token goes to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +86,7 @@ class NativeModel:
         self._context = context
         self._rope = _rope_table(config) if blocks.attention else torch.empty(0)
         self._layers: list[_native.AttentionLayer] = []
+        self._blocks_of_layers: list[_native.LayerBlocks] | None = None
         self._local_index: dict[int, torch.Tensor] = {}
         for layer in weights.experts:
             self._index(layer)
@@ -102,6 +102,7 @@ class NativeModel:
         """Hold these experts of a layer from now on, in place of those that were here; none is fine."""
         before = self.weights.experts.pop(layer, None)
         self.parameter_bytes += experts.num_bytes - (0 if before is None else before.num_bytes)
+        self._blocks_of_layers = None
         if experts.ids:
             self.weights.experts[layer] = experts
             self._index(layer)
@@ -132,10 +133,11 @@ class NativeModel:
             head_dim**-0.5,
         )
         self._layers = [self._handle(shape, weights) for weights in self.weights.attention]
+        self._blocks_of_layers = None
         return cache
 
     def _handle(self, shape: _native.AttentionShape, weights: NativeAttention) -> _native.AttentionLayer:
-        config = self.config
+        config, mlp = self.config, weights.mlp or weights.shared
         return _native.AttentionLayer(
             shape,
             config.rms_norm_eps,
@@ -151,6 +153,8 @@ class NativeModel:
             config.top_k,
             config.norm_topk_prob,
             config.round_topk_weights,
+            None if mlp is None else mlp.handle,
+            _address(weights.shared_gate),
         )
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -163,9 +167,6 @@ class NativeModel:
     ) -> AttentionOutput:
         """See `Model.attention`. `kv` is the last one that `new_kv_cache` has made."""
         config, weights, n = self.config, self.weights.attention[layer], len(residual)
-        prepared = batch.prepared
-        if not isinstance(prepared, NativeBatch):
-            prepared = batch.prepared = NativeBatch(batch)
         out, normed = torch.empty_like(residual), torch.empty_like(residual)
         sparse = weights.router is not None
         ids = torch.empty((n, config.top_k), dtype=torch.int64)
@@ -173,7 +174,7 @@ class NativeModel:
         scores = torch.empty((n, config.num_experts)) if sparse else None
         self._context.attention(
             self._layers[layer],
-            prepared.handle,
+            _prepared(batch).handle,
             residual.data_ptr(),
             n,
             positions.data_ptr(),
@@ -185,21 +186,9 @@ class NativeModel:
             topk_weights.data_ptr(),
             _address(scores),
         )
-        if weights.mlp is not None:
-            self._mlp(weights.mlp, normed, torch.ones(n), out)
         if not sparse:
             return AttentionOutput(out, None, None, None, None)
-        if weights.shared is not None and weights.shared_gate is not None:
-            gate = torch.sigmoid(F.linear(normed, weights.shared_gate).float())
-            self._mlp(weights.shared, normed, gate, out)
         return AttentionOutput(out, normed, ids, topk_weights, scores)
-
-    def _mlp(self, weights: PackedExperts, hidden: torch.Tensor, factors: torch.Tensor, residual: torch.Tensor) -> None:
-        """Add a gated MLP of hidden [n, H], times factors [n], to residual [n, H]."""
-        n = len(hidden)
-        ids = torch.full((n,), _ONE_EXPERT, dtype=torch.int64)
-        addresses = (ids.data_ptr(), factors.data_ptr(), 1, 0, residual.data_ptr(), residual.data_ptr())
-        self._context.experts(weights.handle, hidden.data_ptr(), 0, n, *addresses)
 
     def experts(
         self,
@@ -228,6 +217,53 @@ class NativeModel:
             out.data_ptr(),
         )
         return out
+
+    def forward(
+        self,
+        residual: torch.Tensor,
+        positions: torch.Tensor,
+        kv: NativeKVCache,
+        batch: AttentionBatch,
+        wanted: torch.Tensor | None = None,
+    ) -> Passed:
+        """See `Passed`. One native call for all layers; `residual` is overwritten."""
+        config, n = self.config, len(residual)
+        out = residual.new_empty((n if wanted is None else len(wanted), config.hidden_size))
+        ids = np.empty((config.num_layers, n, config.top_k), np.int64)
+        seconds = np.empty((config.num_layers, 2))
+        self._context.forward(
+            self._whole_layers(kv),
+            _prepared(batch).handle,
+            residual.data_ptr(),
+            n,
+            positions.data_ptr(),
+            batch.slot_mapping.data_ptr(),
+            _address(wanted),
+            len(out),
+            out.data_ptr(),
+            ids.ctypes.data,
+            seconds.ctypes.data,
+        )
+        last = ids[-1].reshape(-1)[: out.shape[0] * config.top_k].reshape(len(out), config.top_k)
+        return Passed(out, {layer: ids[layer] for layer in self.weights.experts} | self._last(last), seconds)
+
+    def _last(self, ids: npt.NDArray[np.int64]) -> dict[int, npt.NDArray[np.int64]]:
+        last = self.config.num_layers - 1
+        return {last: ids} if last in self.weights.experts else {}
+
+    def _whole_layers(self, kv: NativeKVCache) -> list[_native.LayerBlocks]:
+        """All layers, made anew whenever experts or the cache have changed."""
+        if self._blocks_of_layers is None:
+            self._blocks_of_layers = [
+                _native.LayerBlocks(
+                    attention,
+                    self.weights.experts[layer].handle if layer in self.weights.experts else None,
+                    _address(self._local_index.get(layer)),
+                    kv.layers[layer].data_ptr(),
+                )
+                for layer, attention in enumerate(self._layers)
+            ]
+        return self._blocks_of_layers
 
     def head(self, residual: torch.Tensor) -> torch.Tensor:
         """See `Model.head`."""
@@ -258,6 +294,14 @@ class NativeModel:
         n, vocab_size = logits.shape
         self._context.argmax(logits.data_ptr(), n, vocab_size, ids.ctypes.data)
         return ids
+
+
+def _prepared(batch: AttentionBatch) -> NativeBatch:
+    """`batch` as the kernels take it, made once for all layers."""
+    prepared = batch.prepared
+    if not isinstance(prepared, NativeBatch):
+        prepared = batch.prepared = NativeBatch(batch)
+    return prepared
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -61,7 +61,12 @@ class AttentionLayer:
         top_k: int,
         normalises: bool,
         rounds: bool,
+        mlp: Experts | None,
+        mlp_gate: int,
     ) -> None: ...
+
+class LayerBlocks:
+    def __init__(self, attention: AttentionLayer, experts: Experts | None, local_index: int, kv_layer: int) -> None: ...
 
 class AttentionBatch:
     def __init__(
@@ -151,5 +156,19 @@ class Context:
         ids: int,
         weights: int,
         scores: int,
+    ) -> None: ...
+    def forward(
+        self,
+        layers: list[LayerBlocks],
+        batch: AttentionBatch,
+        residual: int,
+        n: int,
+        positions: int,
+        slots: int,
+        wanted: int,
+        num_wanted: int,
+        out: int,
+        ids: int,
+        seconds: int,
     ) -> None: ...
     def argmax(self, logits: int, n: int, vocab_size: int, ids: int) -> None: ...

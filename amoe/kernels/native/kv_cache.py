@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from amoe.kernels.attention import AttentionBatch, host_zeros
+from amoe.kernels.attention import AttentionBatch
 from amoe.kernels.native import _native
+from amoe.kernels.native.memory import empty
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class NativeKVCache:
     ) -> NativeKVCache:
         """A cache that takes memory only where it is written."""
         shape = (num_blocks, num_kv_heads, 2, block_size * head_dim)
-        return cls([host_zeros(shape, dtype) for _ in range(num_layers)], num_blocks, block_size)
+        return cls([empty(shape, dtype) for _ in range(num_layers)], num_blocks, block_size)
 
 
 class NativeBatch:

@@ -9,17 +9,16 @@ Shape letters: N rows (outputs), K depth (inputs), P panels, E experts, H hidden
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from amoe.kernels.native import _native
+from amoe.kernels.native.memory import empty
 
 PANEL = 32
 HALF = PANEL // 2
-_HUGE_PAGE = 2 << 20
 # An element of packed storage: what one lane of the kernels takes in one step.
 LANES = {torch.bfloat16: torch.int32, torch.float32: torch.float32, torch.int8: torch.int16}
 
@@ -175,18 +174,6 @@ def weights_handle(packed: torch.Tensor, scales: torch.Tensor | None, rows: int,
     """What the kernels take of a matrix, or of the first of a stack; keep the tensors alive as long as it."""
     address = 0 if scales is None else scales.data_ptr()
     return _native.Weights(packed.data_ptr(), address, rows, depth, packed.dtype == torch.int16)
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Memory in huge pages, where it is large and the system has them: streams of weights would miss the TLB."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % _HUGE_PAGE
-    return whole[start : start + num_bytes].view(dtype).view(shape)
 
 
 def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:

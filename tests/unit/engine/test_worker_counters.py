@@ -73,7 +73,7 @@ def blocks_of(stats: WorkerStats) -> dict[tuple[str, int], float]:
 def test_all_blocks_in_one_step_count_like_blocks_alone(core: Any):
     """As if attention(0), attention(1), experts(1) and the head had run one by one; layer 0 is dense."""
     keeper, apart = (StatsKeeper(0, "colocated", 2, 4, ridge_tokens=2) for _ in range(2))
-    keeper.observe_forward(forward(2), {1: np.array([[0, 2], [2, 3]])}, [1.0, 1.5, 1.5, 1.75, 2.75, 3.0])
+    keeper.observe_forward(forward(2), {1: np.array([[0, 2], [2, 3]])}, np.array([[0.5, 0.0], [0.25, 1.0]]), 2.0)
     apart.observe(attention(0, 2), 0.5)
     apart.observe(attention(1, 2), 0.25)
     apart.observe(experts([[0, 2], [2, 3]]), 1.0)
@@ -87,14 +87,15 @@ def test_all_blocks_in_one_step_count_like_blocks_alone(core: Any):
 def test_tokens_that_nobody_wants_to_see_end_before_the_last_experts(core: Any):
     keeper = StatsKeeper(0, "colocated", 2, 4)
     ids = {0: np.array([[0], [1], [1]]), 1: np.array([[3]])}
-    keeper.observe_forward(forward(3, [2]), ids, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    keeper.observe_forward(forward(3, [2]), ids, np.ones((2, 2)), 5.0)
     none = {0: np.array([[0], [1], [1]]), 1: np.empty((0, 1), np.int64)}
-    keeper.observe_forward(forward(3, []), none, [0.0, 1.0, 2.0, 3.0, 3.0, 3.0])
+    keeper.observe_forward(forward(3, []), none, np.array([[1.0, 1.0], [1.0, 0.0]]), 4.0)
     stats = keeper.snapshot(core, 9.0)
     assert stats.expert_pairs == [[2, 4, 0, 0], [0, 0, 0, 1]]
     sizes = {("attention", 0): 6.0, ("attention", 1): 6.0, ("experts", 0): 6.0, ("experts", 1): 1.0, ("head", 2): 1.0}
     assert blocks_of(stats) == sizes
     assert [sum(item.counts) for item in stats.batch_sizes if (item.kind, item.layer) == ("experts", 1)] == [1]
+    assert stats.busy_by_block == {"attention": 2.0 + 3.0, "experts": 2.0 + 1.0, "head": 1.0}
 
 
 def test_an_expert_worker_tells_of_experts_alone(core: Any):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amoe.kernels.native import reference
+from amoe.kernels.native.memory import HUGE_PAGE, empty
 from amoe.kernels.native.packing import (
     PANEL,
     PackedExperts,
     PackedMatrix,
-    empty,
     interleave,
     pack_into,
     packed_shape,
@@ -23,7 +25,7 @@ from tests.unit.kernels.native_products import each_kind, random
 
 pytestmark = needs_native
 
-HUGE_PAGE = 2 << 20
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @settings(max_examples=60, deadline=None)
@@ -141,3 +143,22 @@ def test_large_memory_begins_at_a_huge_page(dtype):
     large.fill_(3)
     assert (large == 3).all()
     assert empty((3, 5), dtype).shape == (3, 5)
+
+
+def huge_bytes(address: int) -> int:
+    """Of the mapping that holds an address, those that lie in huge pages."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in (first := line.split(" ", 1)[0]):
+            start, end = (int(part, 16) for part in first.split("-"))
+            inside = start <= address < end
+        elif inside and line.startswith("AnonHugePages:"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+@pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="this system gives huge pages to nobody")
+def test_large_memory_lies_in_huge_pages():
+    large = empty((8 * HUGE_PAGE,), torch.int8)
+    large.fill_(1)
+    assert huge_bytes(large.data_ptr() + HUGE_PAGE) >= HUGE_PAGE

@@ -64,6 +64,8 @@ struct AttentionLayer {
     Weights qkv, out, router;           // no router in a dense layer
     int64_t top_k = 0;
     bool normalises = false, rounds = false;  // the weights of the chosen experts
+    Experts mlp;                              // of a dense layer, or the shared expert: a single one; else none
+    const void* mlp_gate = nullptr;           // [H] its output is times sigmoid(gate . x); null: as it is
 };
 
 // One attention block on n tokens. H hidden size, K experts per token, E experts.
@@ -79,6 +81,28 @@ struct AttentionArgs {
     int64_t* ids;    // [n, K]
     float* weights;  // [n, K]
     float* scores;   // [n, E], or null
+};
+
+// A whole layer: what `forward` marches through.
+struct LayerBlocks {
+    AttentionLayer attention;
+    Experts experts;             // none in a dense layer
+    const int64_t* local_index;  // see ExpertsArgs
+    void* kv_layer;
+};
+
+// All layers on n tokens. L layers.
+struct ForwardArgs {
+    void* residual;  // [n, H]; overwritten
+    int64_t n;
+    const int64_t* positions;
+    const int64_t* slots;
+    AttentionBatch batch;
+    const int64_t* wanted;  // [num_wanted] ascending rows that pass the last layer's experts; null: all
+    int64_t num_wanted;
+    void* out;        // [num_wanted, H] residuals behind the last layer
+    int64_t* ids;     // [L, n, K], of the last layer only [num_wanted, K]; of a dense layer nothing is written
+    double* seconds;  // [L, 2] that attention and experts have taken
 };
 
 }  // namespace amoe

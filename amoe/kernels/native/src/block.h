@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "experts.h"
 #include "gemm.h"
 #include "norm.h"
 #include "rope.h"
@@ -45,6 +46,33 @@ void run_linear_to(ThreadPool& pool, Scratch& scratch, const LinearArgs& a) {
     multiply_packed<T, Out>(pool, a.weights, packed, a.n, target);
 }
 
+// sigmoid(x . gate) for x [width].
+template <class T>
+float gate_of(const T* x, const T* gate, int64_t width) {
+    f32x16 total = {};
+    for (int64_t i = 0; i < width; i += 16) {
+        const int64_t count = std::min<int64_t>(16, width - i);
+        total += count == 16 ? load_f32(x + i) * load_f32(gate + i) : load_part(x + i, count) * load_part(gate + i, count);
+    }
+    return 1.0f / (1.0f + std::exp(-sum(total)));
+}
+
+// Adds the layer's MLP of x [n, H] to out [n, H].
+template <class T>
+void add_mlp(ThreadPool& pool, Scratch& scratch, const AttentionLayer& layer, const T* x, int64_t n, T* out) {
+    constexpr int64_t kRows = 16;
+    const T* gate = static_cast<const T*>(layer.mlp_gate);
+    int64_t* ids = scratch.factors.get<int64_t>(2 * n);  // everybody goes to the one expert: 0
+    float* factors = reinterpret_cast<float*>(ids + n);
+    std::fill(ids, ids + n, 0);
+    pool.run((n + kRows - 1) / kRows, [&](int64_t task, int) {
+        for (int64_t row = task * kRows; row < std::min(n, (task + 1) * kRows); ++row) {
+            factors[row] = gate == nullptr ? 1.0f : gate_of(x + row * layer.mlp.hidden, gate, layer.mlp.hidden);
+        }
+    });
+    experts<T>(pool, scratch, layer.mlp, x, nullptr, n, ids, factors, 1, nullptr, out, out);
+}
+
 // See AttentionLayer and AttentionArgs.
 template <class T>
 void run_attention(ThreadPool& pool, Scratch& scratch, const AttentionLayer& layer, const AttentionArgs& a) {
@@ -69,11 +97,13 @@ void run_attention(ThreadPool& pool, Scratch& scratch, const AttentionLayer& lay
 
     T* normed = static_cast<T*>(a.normed);
     packed = pack_normed<T>(pool, scratch.rows, out, hidden, a.n, hidden, weight(layer.post_norm), layer.eps, normed);
-    if (layer.router.data == nullptr) return;
-    float* logits = scratch.logits.get<float>(a.n * layer.router.rows);
-    multiply_packed<T, float>(pool, layer.router, packed, a.n, {logits, layer.router.rows, nullptr, nullptr});
-    route<T>(
-        pool, logits, a.n, layer.router.rows, layer.top_k, layer.normalises, layer.rounds, a.ids, a.weights, a.scores);
+    if (layer.router.data != nullptr) {
+        float* logits = scratch.logits.get<float>(a.n * layer.router.rows);
+        multiply_packed<T, float>(pool, layer.router, packed, a.n, {logits, layer.router.rows, nullptr, nullptr});
+        route<T>(
+            pool, logits, a.n, layer.router.rows, layer.top_k, layer.normalises, layer.rounds, a.ids, a.weights, a.scores);
+    }
+    if (layer.mlp.count > 0) add_mlp<T>(pool, scratch, layer, normed, a.n, out);
 }
 
 }  // namespace amoe::AMOE_ISA

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "forward.h"
 #include "kernels.h"
 #include "pack.h"
 
@@ -35,7 +36,10 @@ std::vector<const Kernels*> supported() {
 class Context {
 public:
     Context(const std::string& isa, int num_threads, std::vector<int> cpus, bool is_bf16)
-        : kernels_(find(isa)), of_(is_bf16 ? kernels_.of_bf16 : kernels_.of_float), pool_(num_threads, std::move(cpus)) {}
+        : is_bf16_(is_bf16),
+          kernels_(find(isa)),
+          of_(is_bf16 ? kernels_.of_bf16 : kernels_.of_float),
+          pool_(num_threads, std::move(cpus)) {}
 
     int num_threads() const { return pool_.num_threads(); }
 
@@ -83,6 +87,15 @@ public:
             at<float>(scores));
     }
 
+    void forward(
+        const std::vector<const LayerBlocks*>& layers, const AttentionBatch& batch, Address residual, int64_t n,
+        Address positions, Address slots, Address wanted, int64_t num_wanted, Address out, Address ids, Address seconds) {
+        amoe::forward(
+            of_, pool_, scratch_, layers, is_bf16_ ? 2 : 4,
+            {at<void>(residual), n, at<int64_t>(positions), at<int64_t>(slots), batch, at<int64_t>(wanted), num_wanted,
+             at<void>(out), at<int64_t>(ids), at<double>(seconds)});
+    }
+
     void argmax(Address logits, int64_t n, int64_t vocab_size, Address ids) {
         kernels_.argmax(pool_, at<float>(logits), n, vocab_size, at<int64_t>(ids));
     }
@@ -104,6 +117,7 @@ private:
         throw std::invalid_argument("this processor has no instruction set " + isa);
     }
 
+    const bool is_bf16_;
     const Kernels& kernels_;
     const KernelsOf& of_;
     ThreadPool pool_;
@@ -129,9 +143,14 @@ AttentionShape make_shape(
 AttentionLayer make_layer(
     const AttentionShape& shape, float eps, Address input_norm, Address post_norm, Address qkv_bias, Address q_norm,
     Address k_norm, Address rope_table, const Weights& qkv, const Weights& out, const Weights* router, int64_t top_k,
-    bool normalises, bool rounds) {
+    bool normalises, bool rounds, const Experts* mlp, Address mlp_gate) {
     return {shape, eps, at<void>(input_norm), at<void>(post_norm), at<void>(qkv_bias), at<void>(q_norm), at<void>(k_norm),
-            at<float>(rope_table), qkv, out, router == nullptr ? Weights{} : *router, top_k, normalises, rounds};
+            at<float>(rope_table), qkv, out, router == nullptr ? Weights{} : *router, top_k, normalises, rounds,
+            mlp == nullptr ? Experts{} : *mlp, at<void>(mlp_gate)};
+}
+
+LayerBlocks make_blocks(const AttentionLayer& attention, const Experts* experts, Address local_index, Address kv_layer) {
+    return {attention, experts == nullptr ? Experts{} : *experts, at<int64_t>(local_index), at<void>(kv_layer)};
 }
 
 AttentionBatch make_batch(
@@ -166,6 +185,7 @@ PYBIND11_MODULE(_native, m) {
     py::class_<Experts>(m, "Experts").def(py::init(&make_experts));
     py::class_<AttentionShape>(m, "AttentionShape").def(py::init(&make_shape));
     py::class_<AttentionLayer>(m, "AttentionLayer").def(py::init(&make_layer));
+    py::class_<LayerBlocks>(m, "LayerBlocks").def(py::init(&make_blocks));
     py::class_<AttentionBatch>(m, "AttentionBatch").def(py::init(&make_batch));
     py::class_<Context>(m, "Context")
         .def(py::init<const std::string&, int, std::vector<int>, bool>())
@@ -173,6 +193,7 @@ PYBIND11_MODULE(_native, m) {
         .def("linear", &Context::linear, Unlocked())
         .def("experts", &Context::experts, Unlocked())
         .def("attention", &Context::attention, Unlocked())
+        .def("forward", &Context::forward, Unlocked())
         .def("rms_norm", &Context::rms_norm, Unlocked())
         .def("qk_rope_write", &Context::qk_rope_write, Unlocked())
         .def("paged_attention", &Context::paged_attention, Unlocked())

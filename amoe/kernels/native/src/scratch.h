@@ -44,6 +44,10 @@ struct Scratch {
     Buffer products;   // [pairs, H] float32 products of the down projections
     Buffer logits;     // of the router
     Buffer order;      // pairs sorted by expert
+    Buffer factors;    // of the tokens of an MLP
+    Buffer residual;   // between the blocks of a layer
+    Buffer normed;     // what its experts get
+    Buffer weights;    // of its chosen experts
 };
 
 }  // namespace amoe

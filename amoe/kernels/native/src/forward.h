@@ -1,0 +1,16 @@
+// All layers of a model in one call, for a worker that holds it whole.
+#pragma once
+
+#include <vector>
+
+#include "args.h"
+#include "kernels.h"
+
+namespace amoe {
+
+// See ForwardArgs. `number_bytes`: of an activation.
+void forward(
+    const KernelsOf& kernels, ThreadPool& pool, Scratch& scratch, const std::vector<const LayerBlocks*>& layers,
+    int64_t number_bytes, const ForwardArgs& args);
+
+}  // namespace amoe
