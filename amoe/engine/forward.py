@@ -38,8 +38,18 @@ class ForwardExecutor:
         self._kv = kv
         self._table = batcher.table
         self._clock = clock
+        self._num_heads = 0
         self._step: ForwardStep | None = None
         self._residual: torch.Tensor | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return self._model.config.num_layers
+
+    @property
+    def progress(self) -> int:
+        """Goes up with every layer of a step, and every call of the head. Any thread may ask, also inside a step."""
+        return self._model.progress + self._num_heads
 
     def forward(self, step: ForwardStep) -> Passed:
         """Take the tokens of a step through all layers. What is the same in all of them is looked up once."""
@@ -85,4 +95,6 @@ class ForwardExecutor:
         residual = self._residual
         if rows is not None and len(rows) < len(residual):
             residual = residual.index_select(0, to_device(rows, residual.device))
-        return self._model.head(residual)
+        logits = self._model.head(residual)
+        self._num_heads += 1
+        return logits

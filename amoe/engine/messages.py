@@ -173,8 +173,8 @@ class Pulse(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Worker to server, from beside the worker's loop: the process lives, its loop is inside one turn.
 
     Attributes:
-        step_s: for so long.
-        usual_s: what a step of that size usually takes; None: it is the first of its kind.
+        step_s: for so long; of a step that goes through all layers, for so long in one of them.
+        usual_s: what a step of that size, or a layer of it, usually takes; None: it is the first of its kind.
     """
 
     step_s: float

@@ -22,9 +22,13 @@ class StepTimes:
 
     A token of a large step costs far less than one of a small step where each reads all weights of a model, so that a
     step of a size that has never been seen is the first of its kind.
+
+    Args:
+        num_layers: of a step on all blocks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int = 1) -> None:
+        self._num_layers = num_layers
         self._spent: dict[Kind, list[float]] = defaultdict(lambda: [0.0, 0])
 
     def observe(self, step: Step, seconds: float) -> None:
@@ -34,9 +38,10 @@ class StepTimes:
         spent[1] += step.num_tokens
 
     def usual_s(self, step: Step) -> float | None:
-        """What so many tokens have taken on average; None: there have been none."""
+        """What so many tokens have taken on average, in each layer if it was all; None: there have been none."""
         seconds, num_tokens = self._spent.get(_kind_of(step), (0.0, 0))
-        return seconds / num_tokens * step.num_tokens if num_tokens else None
+        num_parts = self._num_layers if isinstance(step, ForwardStep) else 1
+        return seconds / num_tokens * step.num_tokens / num_parts if num_tokens else None
 
 
 def _kind_of(step: Step) -> Kind:
@@ -57,13 +62,27 @@ class Turn:
 
 
 class PulseThread:
-    """Runs while its `with` block does. Costs two reads of an attribute per half second, unless a turn is long."""
+    """Runs while its `with` block does. Costs a few reads of attributes per half second, unless a turn is long.
 
-    def __init__(self, turn: Turn, times: StepTimes, control: ControlPort, clock: Clock) -> None:
+    Args:
+        progress: goes up as a step gets on, if the steps here have parts: a number that may be asked for at any time.
+    """
+
+    def __init__(
+        self,
+        turn: Turn,
+        times: StepTimes,
+        control: ControlPort,
+        clock: Clock,
+        progress: Callable[[], int] = lambda: 0,
+    ) -> None:
         self._turn = turn
         self._times = times
         self._control = control
         self._clock = clock
+        self._progress = progress
+        self._seen: tuple[float | None, int] = (None, 0)  # the turn, and the progress in it
+        self._since = 0.0  # it is there
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="amoe-pulse", daemon=True)
 
@@ -80,8 +99,17 @@ class PulseThread:
             self.look(self._control.send)
 
     def look(self, send: Callable[[Pulse], None]) -> None:
-        """Send a pulse if the turn is a long one."""
-        since, step = self._turn.since, self._turn.step
-        if since is None or (seconds := self._clock.now() - since) < LONG_TURN_S:
+        """Send a pulse if the turn is a long one: a step that gets on is a sign of life, not of a hang."""
+        since, step, now = self._turn.since, self._turn.step, self._clock.now()
+        self._follow(since, now)
+        if since is None or now - since < LONG_TURN_S:
             return
-        send(Pulse(seconds, 0.0 if step is None else self._times.usual_s(step)))
+        send(Pulse(now - self._since, 0.0 if step is None else self._times.usual_s(step)))
+
+    def _follow(self, since: float | None, now: float) -> None:
+        """Note since when the loop is where it is: in this turn, or in this part of its step."""
+        seen, self._seen = self._seen, (since, self._progress())
+        if since != seen[0]:
+            self._since = now if since is None else since
+        elif self._seen != seen:
+            self._since = now

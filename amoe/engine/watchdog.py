@@ -10,10 +10,12 @@ a step of that size usually takes. From these, four cases are told apart:
 - *hung inside a step*: pulses, but no heartbeat. A long step is not a hang: a huge prefill on a slow processor may
   take its time. It may take several times what the tokens so far have taken on average, and never is it suspected
   before the stall timeout; the first step of its kind, which may compile a kernel, has no average and gets a minute.
+  Where a step goes through all layers, this holds of each of them, not of the step.
 - *turning without progress*: heartbeats, but no block runs although tokens or sequences wait, for an answer that never
   comes. Whoever waits for a worker in one of the first two cases, or in a step that is long but allowed, is only its
   victim, and not counted.
-- *dead*: no heartbeat for the heartbeat timeout, whatever the thread says. The others may end; this is final.
+- *dead*: no heartbeat for the heartbeat timeout, and no layer of a step that has ended in that time, whatever else the
+  thread says. The others may end; this is final.
 
 A process that ends is noticed at once, by whoever has started it.
 """
@@ -111,9 +113,13 @@ class Watchdog:
         worker.steps = stats.steps
 
     def pulse(self, rank: int, step_s: float, usual_s: float | None) -> None:
-        """A pulse has come: the loop is `step_s` seconds into a step that usually takes `usual_s`."""
+        """A pulse has come: the loop is `step_s` seconds into a step, or a layer of one, that usually takes `usual_s`.
+
+        So it has turned, or got a layer further, `step_s` seconds ago.
+        """
         worker = self._workers[rank]
         worker.silence_s = worker.idle_s = 0.0
+        worker.no_heartbeat_s = min(worker.no_heartbeat_s, step_s)
         worker.step_s = step_s
         worker.step_limit_s = step_limit_s(usual_s, self.stall_timeout_s)
 
@@ -128,7 +134,7 @@ class Watchdog:
 
     @property
     def silent(self) -> int | None:
-        """A worker whose loop has not turned for `heartbeat_timeout_s`."""
+        """A worker whose loop has not turned, nor got a layer further, for `heartbeat_timeout_s`."""
         limit = self.heartbeat_timeout_s
         return next((rank for rank, worker in self._workers.items() if worker.no_heartbeat_s >= limit), None)
 

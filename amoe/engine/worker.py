@@ -76,7 +76,7 @@ class Worker:
         self._next_control = 0.0
         self._stopped = False
         self._turn = Turn()
-        self._times = StepTimes()
+        self._times = StepTimes() if forward is None else StepTimes(forward.num_layers)
 
     @property
     def is_stopped(self) -> bool:
@@ -90,7 +90,7 @@ class Worker:
         if self._home is not None:
             self._home.warm_up()
         try:
-            with PulseThread(self._turn, self._times, self._control, self._clock):
+            with PulseThread(self._turn, self._times, self._control, self._clock, self._progress):
                 while not self._stopped:
                     if not self.turn():
                         self._sleep(poller)
@@ -99,6 +99,10 @@ class Worker:
                 self._home.close()
             if self._loading is not None:
                 self._loading.close()
+
+    def _progress(self) -> int:
+        """How far forward steps have come, for the thread beside the loop."""
+        return 0 if self._forward is None else self._forward.progress
 
     def _sleep(self, poller: select.poll) -> None:
         """Until something comes, or the next timer."""

@@ -156,6 +156,7 @@ class Model:
         self.dtype = dtype
         self.device = device
         self.parameter_bytes = parameter_bytes
+        self.progress = 0  # see `WorkerModel`
         self._scale = config.head_dim**-0.5
         self._views: dict[int, ExpertViews] = {
             layer: expert_views(experts.w13, experts.w2) for layer, experts in weights.experts.items()
@@ -215,6 +216,7 @@ class Model:
             kv: the cache, written at `batch.slot_mapping`.
             batch: where the tokens stand.
         """
+        self.progress += 1
         config, weights = self.config, self.weights.attention[layer]
         q, k, v = self._project(layer, rms_norm(residual, weights.input_norm, config.rms_norm_eps), positions)
         attended = paged_attention(q, k, v, kv, layer, batch, self._scale)

@@ -91,6 +91,11 @@ class NativeModel:
         for layer in weights.experts:
             self._index(layer)
 
+    @property
+    def progress(self) -> int:
+        """See `WorkerModel`."""
+        return self._context.progress
+
     # ---- experts that come and go
 
     @property

@@ -111,7 +111,7 @@ class LifeSigns:
                 accusation.beats = 0 if has_it else accusation.beats + 1
 
     def pulse(self, rank: int, step_s: float, limit_s: float) -> None:
-        """A pulse has come: the loop is `step_s` seconds into a step that may take `limit_s`."""
+        """A pulse has come: the loop is `step_s` seconds into a step, or a layer of one, that may take `limit_s`."""
         if (signs := self._workers.get(rank)) is not None:
             signs.silence_s, signs.has_begun = 0.0, True
             signs.step_s, signs.step_limit_s = step_s, limit_s

@@ -125,9 +125,19 @@ def test_a_first_step_may_compile():
 
 def test_a_step_does_not_outlive_the_heartbeat_timeout():
     watchdog = Watchdog(range(1))
-    for _ in range(250):
-        watchdog.pulse(0, 1.0, 1e9)
+    for count in range(250):
+        watchdog.pulse(0, count * PERIOD_S, 1e9)
         watchdog.advance(PERIOD_S)
+    assert watchdog.silent == 0
+
+
+def test_a_step_that_gets_on_outlives_the_heartbeat_timeout():
+    watchdog = Watchdog(range(1))
+    for count in range(500):
+        watchdog.advance(PERIOD_S)
+        watchdog.pulse(0, count * PERIOD_S % 4.0, None)
+        assert watchdog.silent is None and watchdog.stalled is None
+    watchdog.advance(watchdog.heartbeat_timeout_s)
     assert watchdog.silent == 0
 
 
@@ -177,6 +187,11 @@ def step(num_tokens: int) -> Any:
     return SimpleNamespace(block=BlockId(BlockKind.EXPERTS, 0), num_tokens=num_tokens)
 
 
+def forward_step(num_tokens: int) -> ForwardStep:
+    slots = np.zeros(num_tokens, np.int32)
+    return ForwardStep(slots, slots, slots, num_tokens)
+
+
 def test_a_pulse_tells_of_long_turns_only():
     clock, turn, times, sent = ManualClock(10.0), Turn(), StepTimes(), []
     control: Any = SimpleNamespace(send=sent.append)
@@ -195,17 +210,54 @@ def test_a_pulse_tells_of_long_turns_only():
 
 
 def test_a_forward_step_is_as_usual_as_those_of_its_size():
-    def forward(num_tokens: int) -> ForwardStep:
-        slots = np.zeros(num_tokens, np.int32)
-        return ForwardStep(slots, slots, slots, num_tokens)
-
     times = StepTimes()
     for _ in range(5):
-        times.observe(forward(1), 0.01)
-    assert times.usual_s(forward(1)) == pytest.approx(0.01)
-    assert times.usual_s(forward(2048)) is None  # a thousand times a decode step would be no limit at all
-    times.observe(forward(1024), 0.5)
-    assert times.usual_s(forward(2000)) == pytest.approx(0.5 * 2000 / 1024)
+        times.observe(forward_step(1), 0.01)
+    assert times.usual_s(forward_step(1)) == pytest.approx(0.01)
+    assert times.usual_s(forward_step(2048)) is None  # a thousand times a decode step would be no limit at all
+    times.observe(forward_step(1024), 0.5)
+    assert times.usual_s(forward_step(2000)) == pytest.approx(0.5 * 2000 / 1024)
+
+
+class SlowStep:
+    """A first step through 48 layers of 4 s each, as a watchdog sees it, from a fake clock."""
+
+    def __init__(self, stops_in: int | None = None) -> None:
+        self._clock, self._watchdog = ManualClock(), Watchdog(range(1))
+        self._stops_in = stops_in
+        self._control: Any = SimpleNamespace(
+            send=lambda pulse: self._watchdog.pulse(0, pulse.step_s, pulse.usual_s),
+        )
+        turn = Turn(since=0.0, step=forward_step(2048))
+        self._pulses = PulseThread(turn, StepTimes(48), self._control, self._clock, self._progress)
+
+    def _progress(self) -> int:
+        layer = int(self._clock.now() / 4.0)
+        return layer if self._stops_in is None else min(layer, self._stops_in)
+
+    def seconds_until_lost(self) -> float | None:
+        while self._clock.now() < 48 * 4.0:
+            self._clock.advance(PERIOD_S)
+            self._watchdog.advance(PERIOD_S)
+            self._pulses.look(self._control.send)
+            if self._watchdog.stalled is not None or self._watchdog.silent is not None:
+                return self._clock.now()
+        return None
+
+
+def test_a_step_through_all_layers_is_no_hang_as_long_as_it_gets_on():
+    assert SlowStep().seconds_until_lost() is None
+    seconds = SlowStep(stops_in=10).seconds_until_lost()
+    assert seconds == pytest.approx(10 * 4.0 + FIRST_STEP_S, abs=1.0)
+
+
+def test_what_is_usual_is_told_of_a_layer():
+    """A hang within a long step is noticed long before ten such steps would be over."""
+    times = StepTimes(48)
+    times.observe(forward_step(2048), 192.0)
+    times.observe(step(8), 1.0)
+    assert times.usual_s(forward_step(2048)) == pytest.approx(4.0)
+    assert times.usual_s(step(8)) == pytest.approx(1.0)
 
 
 def test_the_thread_runs_beside_a_loop_that_hangs():

@@ -30,7 +30,7 @@ private:
 
 void forward(
     const KernelsOf& kernels, ThreadPool& pool, Scratch& scratch, const std::vector<const LayerBlocks*>& layers,
-    int64_t number_bytes, const ForwardArgs& a) {
+    int64_t number_bytes, const ForwardArgs& a, std::atomic<int64_t>& progress) {
     const int64_t row_bytes = layers[0]->attention.qkv.depth * number_bytes, num_layers = static_cast<int64_t>(layers.size());
     void* before = a.residual;
     void* behind = scratch.residual.get<char>(a.n * row_bytes);
@@ -63,6 +63,7 @@ void forward(
             std::swap(before, behind);
         }
         a.seconds[2 * index + 1] = watch.lap();
+        progress.fetch_add(1, std::memory_order_relaxed);
     }
 }
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -42,6 +43,9 @@ public:
           pool_(num_threads, std::move(cpus)) {}
 
     int num_threads() const { return pool_.num_threads(); }
+
+    // Layers that `forward` has gone through since the beginning. For any thread at any time.
+    int64_t progress() const { return progress_.load(std::memory_order_relaxed); }
 
     void linear(
         Address x, int64_t x_stride, int64_t n, Address norm, float eps, const Weights& weights, Address bias,
@@ -93,7 +97,8 @@ public:
         amoe::forward(
             of_, pool_, scratch_, layers, is_bf16_ ? 2 : 4,
             {at<void>(residual), n, at<int64_t>(positions), at<int64_t>(slots), batch, at<int64_t>(wanted), num_wanted,
-             at<void>(out), at<int64_t>(ids), at<double>(seconds)});
+             at<void>(out), at<int64_t>(ids), at<double>(seconds)},
+            progress_);
     }
 
     void argmax(Address logits, int64_t n, int64_t vocab_size, Address ids) {
@@ -122,6 +127,7 @@ private:
     const KernelsOf& of_;
     ThreadPool pool_;
     Scratch scratch_;
+    std::atomic<int64_t> progress_{0};
 };
 
 Weights make_weights(Address data, Address scales, int64_t rows, int64_t depth, bool is_int8) {
@@ -190,6 +196,7 @@ PYBIND11_MODULE(_native, m) {
     py::class_<Context>(m, "Context")
         .def(py::init<const std::string&, int, std::vector<int>, bool>())
         .def_property_readonly("num_threads", &Context::num_threads)
+        .def_property_readonly("progress", &Context::progress)
         .def("linear", &Context::linear, Unlocked())
         .def("experts", &Context::experts, Unlocked())
         .def("attention", &Context::attention, Unlocked())
