@@ -16,12 +16,13 @@ asked for it; with T the moment at which every sequence has its first token,
 - end to end: all generated tokens / (last token - start).
 
 amoe: the engine as `amoe serve` runs it, workers in their own processes, without HTTP and detokenizer.
-vLLM: the engine of its `LLM` class with the core in the same process, `step()` by hand, no detokenizer, 4,096 tokens
-per step (all of 64 × 64 at once); threads bound, tcmalloc and Intel's OpenMP preloaded where they are found, compiled.
+vLLM: the engine of its `LLM` class with the core in the same process, `step()` by hand, no detokenizer; threads bound,
+tcmalloc and Intel's OpenMP preloaded where they are found, compiled.
 transformers: `generate` with its grouped_mm experts; a streamer stamps each step.
 llama.cpp: `llama-batched-bench`, which stamps the prompts' pass and 64 steps: random tokens, no sampling.
-All: 1 GiB of KV cache (transformers: what it needs), no prefix cache, the same number of threads, bf16. Before every
-run two threads read memory: the bandwidth of a shared machine varies, and decoding with it.
+All: bf16, the same number of threads, 1 GiB of KV cache and up to 4,096 tokens per step, so that 64 prompts of 64 fit
+into one (transformers: what they need), no prefix cache. Before every run as many threads read memory: the bandwidth of
+a shared machine varies, and decoding with it.
 
 Roofline. Bytes of a step (all dense weights, the experts that are hit, the cache) over the bandwidth, or its operations
 over the peak of torch's bf16 matrix product, whichever takes longer. The experts hit follow from how often each was
@@ -131,9 +132,10 @@ def _measure(args: argparse.Namespace, setup: Setup) -> None:
         if "served" in args.parts:
             _run_served(args, setup, results)
         if "memory" in args.parts:
-            for plan in server_plans(setup, args.systems):
-                _note(f"{plan.name}: memory and start")
-                results.footprints.append(footprint(plan, points[-1], config.vocab_size))
+            for number in range(args.rounds):
+                for plan in server_plans(setup, args.systems, max(args.batches)):
+                    _note(f"round {number + 1}: {plan.name}, memory and start")
+                    results.footprints.append(footprint(plan, points[-1], config.vocab_size))
     finally:
         # The best of two, far apart: others on the machine take of it.
         results.machine = replace(results.machine, peak=max(results.machine.peak, measured_peak(setup.threads)))
@@ -149,6 +151,7 @@ def _run_offline(args: argparse.Namespace, setup: Setup, results: Results) -> No
         repeats=args.repeats,
         vocab_size=results.config.vocab_size,
         seed=args.seed,
+        threads=setup.threads,
         keep_loaded=args.keep_loaded,
         note=_note,
     )
@@ -164,12 +167,13 @@ def _run_offline(args: argparse.Namespace, setup: Setup, results: Results) -> No
 
 def _run_served(args: argparse.Namespace, setup: Setup, results: Results) -> None:
     rounds = ServedRounds(
-        plans=server_plans(setup, args.systems),
+        plans=server_plans(setup, args.systems, max(args.batches)),
         points=results.decode_points,
         num_rounds=args.rounds,
         repeats=args.repeats,
         vocab_size=results.config.vocab_size,
         seed=args.seed,
+        threads=setup.threads,
         note=_note,
     )
     results.served = rounds.samples

@@ -9,7 +9,7 @@ import numpy as np
 
 from amoe.bench.report import memory_bandwidth
 from amoe.clock import MonotonicClock
-from benchmarks.peers.setup import KV_CACHE_GIB, STEP_TOKENS, Setup
+from benchmarks.peers.setup import STEP_TOKENS, Setup
 from benchmarks.peers.systems import WARMUP, DrivenSystem, LlamaBatchedBench, System
 from benchmarks.peers.timing import Point, Sample
 
@@ -26,17 +26,14 @@ def systems_of(setup: Setup, names: Sequence[str], vocab_size: int) -> list[Syst
         log = setup.logs / f"{name.lower()}-driver.log"
         return DrivenSystem(name, command, env or {}, log, warmup, tells_shares=name == "amoe")
 
-    kv_cache = f"{KV_CACHE_GIB}G"
-    found: dict[str, System] = {
-        "amoe": driven("amoe", sys.executable, "--kv-cache-memory-bytes", kv_cache, *setup.amoe_flags)
-    }
+    found: dict[str, System] = {"amoe": driven("amoe", sys.executable, *setup.amoe_flags)}
     if setup.vllm_python is not None:
         env = setup.vllm_env | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         flags = ("--max-num-batched-tokens", str(STEP_TOKENS))
         found["vLLM"] = driven("vLLM", setup.vllm_python, *flags, env=env)
     if setup.llama_batched_bench is not None and setup.gguf is not None:
         found["llama.cpp"] = LlamaBatchedBench(
-            setup.llama_batched_bench, setup.gguf, threads=setup.threads, context=KV_CACHE_GIB * 16384
+            setup.llama_batched_bench, setup.gguf, threads=setup.threads, context=setup.kv_tokens
         )
     if setup.transformers_python is not None:
         found["transformers"] = driven("transformers", setup.transformers_python, "--threads", str(setup.threads))
@@ -48,6 +45,7 @@ class OfflineRounds:
 
     Args:
         repeats: runs of a point in a round.
+        threads: of the probe of memory.
         keep_loaded: all systems stay loaded and take turns at every point, which needs memory for all; otherwise each
             is started anew in every round, and takes its turn with all points.
         note: told what happens.
@@ -62,6 +60,7 @@ class OfflineRounds:
         repeats: int,
         vocab_size: int,
         seed: int,
+        threads: int,
         keep_loaded: bool,
         note: Note,
     ) -> None:
@@ -71,6 +70,7 @@ class OfflineRounds:
         self._repeats = repeats
         self._vocab_size = vocab_size
         self._seed = seed
+        self._threads = threads
         self._keep_loaded = keep_loaded
         self._note = note
         self._clock = MonotonicClock()
@@ -115,7 +115,7 @@ class OfflineRounds:
         for repeat in range(self._repeats):
             rng = np.random.default_rng((self._seed, number, repeat, *point.key))  # the same prompts for all systems
             prompts = point.prompts(rng, self._vocab_size)
-            bandwidth = memory_bandwidth(self._clock, 2)
+            bandwidth = memory_bandwidth(self._clock, self._threads)
             timing = system.run(point, prompts)
             sample = Sample(system=system.name, point=point, round=number, timing=timing, memory_bandwidth=bandwidth)
             self.samples.append(sample)

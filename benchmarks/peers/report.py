@@ -167,8 +167,12 @@ def _footprints(footprints: Sequence[Footprint]) -> str:
     ]
     head += ["checkpoint GB", "read by calls GB", "read from storage GB"]
     rows = []
-    for f in footprints:
-        sizes = (f.idle.pss, f.idle.rss, f.busy.pss, f.busy.rss, f.checkpoint, f.read_calls, f.read_storage)
-        times = [f"{f.ready_s:.1f}", f"{f.first_token_s:.1f}"]
-        rows.append([f.system, *times, *(f"{size / _GB:.2f}" for size in sizes)])
+    for system in dict.fromkeys(f.system for f in footprints):
+        mine = [f for f in footprints if f.system == system]
+        times = [Middle.of([f.ready_s for f in mine]), Middle.of([f.first_token_s for f in mine])]
+        sizes = [
+            (f.idle.pss, f.idle.rss, f.busy.pss, f.busy.rss, f.checkpoint, f.read_calls, f.read_storage) for f in mine
+        ]
+        medians = [Middle.of(column).median / _GB for column in zip(*sizes, strict=True)]
+        rows.append([system, *(_range(time, lambda x: f"{x:.1f}") for time in times), *(f"{x:.2f}" for x in medians)])
     return _table(head, rows)

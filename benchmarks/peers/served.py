@@ -60,6 +60,7 @@ class ServedRounds:
     """Runs every point on every server, `num_rounds` times in turn; each is started anew in every round.
 
     Attributes:
+        threads: of the probe of memory.
         samples: what was measured until now.
     """
 
@@ -69,6 +70,7 @@ class ServedRounds:
     repeats: int
     vocab_size: int
     seed: int
+    threads: int
     note: Callable[[str], None]
     samples: list[ServedSample] = field(default_factory=list)
 
@@ -89,7 +91,7 @@ class ServedRounds:
         return self.samples
 
     def _measure(self, server: Server, point: Point, number: int, repeat: int) -> None:
-        bandwidth = memory_bandwidth(MonotonicClock(), 2)
+        bandwidth = memory_bandwidth(MonotonicClock(), self.threads)
         run = self._send(server, point, (self.seed, number, repeat, *point.key))
         name = server.plan.name
         self.samples.append(ServedSample(system=name, point=point, round=number, run=run, memory_bandwidth=bandwidth))

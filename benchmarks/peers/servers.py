@@ -13,11 +13,10 @@ from pathlib import Path
 
 from amoe.errors import AmoeError
 from benchmarks.peers.process import Child
-from benchmarks.peers.setup import KV_CACHE_GIB, STEP_TOKENS, Setup
+from benchmarks.peers.setup import STEP_TOKENS, Setup
 
 _START_TIMEOUT_S = 300.0
 _POLL_S = 0.05
-_SLOTS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,19 +92,19 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def server_plans(setup: Setup, names: Sequence[str]) -> list[ServerPlan]:
-    """Of those that are there and serve."""
+def server_plans(setup: Setup, names: Sequence[str], num_slots: int) -> list[ServerPlan]:
+    """Of those that are there and serve; `num_slots` sequences at once."""
     plans = {"amoe": _amoe(setup)}
     if setup.vllm_python is not None:
         plans["vLLM"] = _vllm(setup, setup.vllm_python)
     if setup.llama_server is not None:
-        plans["llama.cpp"] = _llama(setup, setup.llama_server)
+        plans["llama.cpp"] = _llama(setup, setup.llama_server, num_slots)
     return [plans[name] for name in names if name in plans]
 
 
 def _amoe(setup: Setup) -> ServerPlan:
     command = [sys.executable, "-m", "amoe.cli", "serve", str(setup.model), "--served-model-name", "model"]
-    command += ["--kv-cache-memory-bytes", f"{KV_CACHE_GIB}G", "--no-enable-prefix-caching", *setup.amoe_flags]
+    command += ["--no-enable-prefix-caching", *setup.amoe_flags]
     log = setup.logs / "amoe-server.log"
     return ServerPlan(name="amoe", command=[*command, "--port"], model="model", log=log, files=_shards(setup))
 
@@ -118,10 +117,10 @@ def _vllm(setup: Setup, python: str) -> ServerPlan:
     return ServerPlan(name="vLLM", command=command, model="model", log=log, files=_shards(setup), env=setup.vllm_env)
 
 
-def _llama(setup: Setup, program: Path) -> ServerPlan:
+def _llama(setup: Setup, program: Path, num_slots: int) -> ServerPlan:
     command = [str(program), "-m", str(setup.gguf), "-t", str(setup.threads), "-tb", str(setup.threads)]
     # A slot per sequence, all in one cache of the size that the others have; no cache of prompts in memory.
-    command += ["-np", str(_SLOTS), "-c", str(KV_CACHE_GIB * 16384), "-b", str(STEP_TOKENS), "--cache-ram", "0"]
+    command += ["-np", str(num_slots), "-c", str(setup.kv_tokens), "-b", str(STEP_TOKENS), "--cache-ram", "0"]
     assert setup.gguf is not None, "the server is not taken for found without it"
     log = setup.logs / "llama-server.log"
     return ServerPlan(name="llama.cpp", command=[*command, "--port"], model="model", log=log, files=[setup.gguf])

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from amoe.errors import AmoeError
+from amoe.models.config import load_model_config
 from benchmarks.make_checkpoint import SIZES, make_checkpoint
 
 NAMES = ("amoe", "vLLM", "llama.cpp", "transformers")
 KV_CACHE_GIB = 1  # of every system: 16,384 tokens of the default model
+_BYTES_PER_ELEMENT = 2  # of the cache
 STEP_TOKENS = 4096  # that a step may take: 64 prompts of 64
 
 _HOW_TO = {
@@ -34,6 +36,7 @@ class Setup:
         model, gguf: the checkpoint, in Hugging Face format and in llama.cpp's.
         logs: directory of what the systems print.
         threads: that each system computes with.
+        kv_tokens: that the cache holds, which is of `KV_CACHE_GIB` for every system.
         amoe_flags: of `amoe serve`, as the engine takes them.
         missing: system to what would have to be done to have it.
     """
@@ -41,6 +44,7 @@ class Setup:
     model: Path
     logs: Path
     threads: int
+    kv_tokens: int
     amoe_flags: tuple[str, ...] = ()
     vllm_python: str | None = None
     transformers_python: str | None = None
@@ -75,7 +79,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--threads", type=positive, default=2, metavar="N", help="of every system (default %(default)s)"
     )
     parser.add_argument(
-        "--amoe-flags", default="", metavar="FLAGS", help="of `amoe serve`, besides --threads-per-worker"
+        "--amoe-flags", default="", metavar="FLAGS", help="of `amoe serve`: they win over those that all have"
     )
     parser.add_argument("--vllm-python", metavar="PATH", default=os.environ.get("VLLM_PYTHON", sys.executable))
     parser.add_argument("--transformers-python", metavar="PATH", default=sys.executable)
@@ -125,6 +129,7 @@ def prepare(args: argparse.Namespace) -> Setup:
         model=model.resolve(),
         logs=args.cache,
         threads=args.threads,
+        kv_tokens=_kv_tokens(model),
         amoe_flags=_amoe_flags(args),
         vllm_python=args.vllm_python if has_vllm else None,
         transformers_python=args.transformers_python if has_transformers else None,
@@ -135,10 +140,16 @@ def prepare(args: argparse.Namespace) -> Setup:
     )
 
 
+def _kv_tokens(model: Path) -> int:
+    config = load_model_config(str(model))
+    per_token = 2 * config.num_layers * config.num_key_value_heads * config.head_dim * _BYTES_PER_ELEMENT
+    return KV_CACHE_GIB * 2**30 // per_token
+
+
 def _amoe_flags(args: argparse.Namespace) -> tuple[str, ...]:
-    """The user's, and as many threads as the others have unless they say something else."""
-    given = tuple(args.amoe_flags.split())
-    return given if "--threads-per-worker" in given else ("--threads-per-worker", str(args.threads), *given)
+    """What all have alike, and the user's, which win."""
+    alike = ("--threads-per-worker", str(args.threads), "--kv-cache-memory-bytes", f"{KV_CACHE_GIB}G")
+    return (*alike, "--max-num-batched-tokens", str(STEP_TOKENS), *args.amoe_flags.split())
 
 
 def _has(python: str, module: str) -> bool:
