@@ -34,7 +34,8 @@ class SchedulerConfig:
         max_waves: of an automatic choice.
         micro_batches: 1 to 3, ping-pong micro-batches of `lockstep`.
         max_num_seqs: running sequences.
-        max_num_batched_tokens: prompt tokens in flight, and so the largest prefill chunk.
+        max_num_batched_tokens: prompt tokens in flight, and so the largest prefill chunk; in `forward`, fewer where
+            others decode, see `amoe.policy.prompt_budget`.
         scheduling_policy: order in which waiting sequences are admitted, see `amoe.policy.admission.place_in_line`.
     """
 

@@ -58,7 +58,7 @@ class Batcher:
         self._has_capacity = has_capacity
         self._scheduling_policy = scheduler.scheduling_policy
         self._caching = cache.enable_prefix_caching
-        self._max_prefill_tokens = scheduler.max_num_batched_tokens
+        self.max_prefill_tokens = scheduler.max_num_batched_tokens  # in flight; may change between two starts
         self.max_model_len = max_model_len
         self.blocks = BlockManager(num_blocks, cache.block_size)
         self.slots = TokenSlots(scheduler.num_token_slots)
@@ -182,7 +182,12 @@ class Batcher:
     @property
     def num_ready(self) -> int:
         """Sequences that `start` could bring a step further; an estimate from above."""
-        return int(self._decode_ready.sum()) + len(self._prefilling) + len(self.waiting) - self.waiting.num_aside
+        return self.num_decodes_ready + len(self._prefilling) + len(self.waiting) - self.waiting.num_aside
+
+    @property
+    def num_decodes_ready(self) -> int:
+        """Those of them that decode."""
+        return int(self._decode_ready.sum())
 
     def start(self, now: float = 0.0, max_decodes: int | None = None) -> Entry:
         """Tokens that start an iteration now: decode tokens that are due, then prefill chunks within the budget."""
@@ -206,7 +211,7 @@ class Batcher:
 
     @property
     def _prefill_budget(self) -> int:
-        return self._max_prefill_tokens - self._prefill_in_flight
+        return max(0, self.max_prefill_tokens - self._prefill_in_flight)
 
     def _start_decodes(self, limit: int | None) -> Int32Array:
         self._grow(np.flatnonzero(self._decode_ready))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from amoe.core.batcher import Batcher, Entry
 from amoe.core.routed_experts import RoutedExperts
 from amoe.core.steps import ChunkSpan, ForwardStep, HeadStep, PromptTokens
+from amoe.policy.prompt_budget import learn_token_s, prompt_budget
 from amoe.types import BlockId, BlockKind, BoolArray
 
 
@@ -28,6 +29,8 @@ class ForwardCore:
     def __init__(self, batcher: Batcher, sparse_layers: Sequence[bool]) -> None:
         self.batcher = batcher
         self._num_layers = len(sparse_layers)
+        self._max_prefill_tokens = batcher.max_prefill_tokens
+        self._token_s: float | None = None  # see `amoe.policy.prompt_budget`
         self._head = BlockId(BlockKind.HEAD, self._num_layers)
         self._routed = RoutedExperts(batcher.table, batcher.slots.num_slots, sparse_layers)
 
@@ -37,8 +40,11 @@ class ForwardCore:
         The step has to run, and be told to `on_forward` and, if it has one, to `on_head`, before anything else happens
         here.
         """
-        if self.batcher.num_ready == 0:
+        num_ready, num_decodes = self.batcher.num_ready, self.batcher.num_decodes_ready
+        if num_ready == 0:
             return None
+        budget = prompt_budget(self._max_prefill_tokens, num_decodes, num_ready - num_decodes, self._token_s)
+        self.batcher.max_prefill_tokens = budget
         entry = self.batcher.start(now)
         return self._step(entry) if entry.num_tokens else None
 
@@ -93,6 +99,11 @@ class ForwardCore:
             slots, rows = (step.slots, step.rows) if goes_on is None else (step.slots[goes_on], step.rows[goes_on])
             self._routed.record(layer, slots, rows, ids, ids.shape[1])
         self._routed.passed(step)
+
+    def observe(self, step: ForwardStep, seconds: float) -> None:
+        """`step` has taken so long, with its head."""
+        num_prompt_tokens = step.num_tokens - step.num_decodes
+        self._token_s = learn_token_s(self._token_s, self._max_prefill_tokens, num_prompt_tokens, seconds)
 
     def on_head(self, step: HeadStep, token_ids: npt.NDArray[np.int64], finished: BoolArray) -> None:
         """The head has sampled `token_ids` [n], and seen the step's prompts; the sequences `finished` [n] end."""

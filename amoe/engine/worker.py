@@ -178,7 +178,9 @@ class Worker:
         self.core.forward.on_forward(step, passed.expert_ids)
         if step.head is not None:
             self._home.run_head(step.head)
-        self.stats.observe_forward(step, passed.expert_ids, passed.seconds, self._clock.now() - began)
+        seconds = self._clock.now() - began
+        self.stats.observe_forward(step, passed.expert_ids, passed.seconds, seconds)
+        self.core.forward.observe(step, seconds)
 
     def _run_block(self, step: AttentionStep | HeadStep | ExpertsStep) -> None:
         if isinstance(step, ExpertsStep):

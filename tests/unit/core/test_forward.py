@@ -85,13 +85,13 @@ def test_an_iteration_is_one_step(scenario):
 # ---- single steps
 
 
-def make_core(max_prefill: int = 8, num_blocks: int = 20) -> WorkerCore:
+def make_core(max_prefill: int = 8, num_blocks: int = 20, max_model_len: int = 40, max_num_seqs: int = 4) -> WorkerCore:
     config = EngineConfig(
         model="m",
-        scheduler=SchedulerConfig(schedule="forward", max_num_seqs=4, max_num_batched_tokens=max_prefill),
+        scheduler=SchedulerConfig(schedule="forward", max_num_seqs=max_num_seqs, max_num_batched_tokens=max_prefill),
         cache=CacheConfig(block_size=4),
     )
-    return WorkerCore(config, ModelShape((True, True), 6), 0, num_kv_blocks=num_blocks, max_model_len=40)
+    return WorkerCore(config, ModelShape((True, True), 6), 0, num_kv_blocks=num_blocks, max_model_len=max_model_len)
 
 
 def add(core: WorkerCore, request_id: int, length: int, **params) -> None:
@@ -99,7 +99,7 @@ def add(core: WorkerCore, request_id: int, length: int, **params) -> None:
     core.batcher.add(request_id, prompt, SamplingParams(max_tokens=4, **params))
 
 
-def run(core: WorkerCore, *finished: int) -> ForwardStep:
+def run(core: WorkerCore, *finished: int, seconds: float = 0.0) -> ForwardStep:
     """The next step, whose tokens all go to expert 0; the sequences in the rows `finished` end."""
     step = core.next_step(0.0)
     sizes = (step.num_tokens, step.num_wanted)
@@ -107,6 +107,7 @@ def run(core: WorkerCore, *finished: int) -> ForwardStep:
     if step.head is not None:
         ends = np.isin(step.head.rows, finished)
         core.forward.on_head(step.head, np.full(len(ends), 7), ends)
+    core.forward.observe(step, seconds)
     return step
 
 
@@ -163,6 +164,27 @@ def test_nothing_to_do_is_idleness_and_every_step_is_counted():
     counted = {(item.block, item.reason): item.count for item in core.decisions.snapshot()}
     assert counted == {("forward", "only"): 2, ("none", "idle"): 2}
     assert core.batcher.slots.num_free == core.batcher.slots.num_slots
+
+
+def test_who_decodes_is_not_kept_waiting_by_a_long_prompt():
+    core = make_core(max_prefill=2000, max_model_len=4000, num_blocks=2000)
+    add(core, 0, 2000)
+    assert run(core, seconds=1.0).num_tokens == 2000  # nobody waits: a millisecond for two tokens
+    add(core, 1, 2000)
+    assert run(core, seconds=0.5).num_tokens == 1 + 500
+    assert run(core, seconds=0.5).num_tokens == 1 + 400  # that was slower
+    assert run(core, 0, seconds=0.5).num_tokens == 1 + 320
+    assert run(core).num_tokens == 2000 - 500 - 400 - 320, "nobody else is here any more"
+
+
+def test_a_crowd_of_prompts_goes_first():
+    core = make_core(max_prefill=2000, max_model_len=4000, num_blocks=4000, max_num_seqs=20)
+    add(core, 0, 10)
+    run(core)
+    for request_id in range(1, 10):
+        add(core, request_id, 900)
+    assert run(core).num_tokens == 1 + 2000
+    assert [run(core).num_tokens for _ in range(2)] == [3 + 512, 3 + 512]
 
 
 def test_no_room_for_the_next_one_is_waited_for():
