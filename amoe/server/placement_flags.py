@@ -106,19 +106,23 @@ def settled(args: argparse.Namespace, host: HostTopology | None = None) -> tuple
     Raises:
         ConfigError, CheckpointError: what is wrong with the flags or with the model.
     """
-    _check_binding(args)
+    sets = cpu_sets(args)
+    is_given = any(getattr(args, name) is not None for name in _CHOOSING)
+    if not is_given and len(sets) > 1:  # as many workers as the user has named CPUs for
+        args, is_given = argparse.Namespace(**vars(args) | {"colocated": len(sets)}), True
     if args.device != "cpu":
+        _check_binding(sets, placement_config(args).num_workers)
         return args, ""
     host = host or read_host()
-    placement = placement_config(args)
-    is_given = any(getattr(args, name) is not None for name in _CHOOSING)
+    is_given = is_given or bool(sets)
     plan = choose(
         host,
-        placement=placement if is_given else None,
+        placement=placement_config(args) if is_given else None,
         threads_per_worker=args.threads_per_worker,
         binding=args.cpu_bind,
         most_workers=None if is_given else _most_workers(args, host),
     )
+    _check_binding(sets, plan.placement.num_workers)
     chosen = {"threads_per_worker": plan.threads_per_worker, "cpu_bind": plan.cpu_sets or "none"}
     if not is_given and plan.placement.colocated:
         chosen["colocated"] = plan.placement.colocated
@@ -138,15 +142,16 @@ def _most_workers(args: argparse.Namespace, host: HostTopology) -> int | None:
     return load_model_config(args.model or builtin_model_path()).num_experts
 
 
-def _check_binding(args: argparse.Namespace) -> None:
-    sets, workers = cpu_sets(args), placement_config(args).num_workers
+def _check_binding(sets: tuple[tuple[int, ...], ...], num_workers: int) -> None:
     if not sets:
         return
     missing = {cpu for cpus in sets for cpu in cpus} - usable_cpus()
     if missing:
         raise ConfigError(f"--cpu-bind: this process may not run on CPUs {cpu_list(sorted(missing))}")
-    if len(sets) != workers:
+    if any(len(set(cpus)) < len(cpus) for cpus in sets):
+        raise ConfigError("--cpu-bind names a CPU twice for one worker: two threads would take turns on it")
+    if len(sets) != num_workers:
         raise ConfigError(
-            f"--cpu-bind names the CPUs of {len(sets)} worker(s), and there are {workers}: separate those of each "
+            f"--cpu-bind names the CPUs of {len(sets)} worker(s), and there are {num_workers}: separate those of each "
             "worker by ; as in --colocated 2 --cpu-bind '0-7;8-15'"
         )

@@ -70,6 +70,18 @@ def test_other_devices_have_no_nodes(device: str):
     assert settled(args, TWO_NODES) == (args, "")
 
 
+def test_as_many_workers_as_cpus_are_named_for():
+    config = settle("--cpu-bind 0;0", ONE_NODE)
+    assert config.placement == PlacementConfig(colocated=2) and config.cpu_sets == ((0,), (0,))
+    assert settle("--cpu-bind 0").placement == PlacementConfig()
+
+
+def test_replicas_go_with_the_workers_that_are_chosen():
+    assert settle("--redundant-experts 2").placement == PlacementConfig(colocated=2, redundant_experts=2)
+    with pytest.raises(ConfigError, match="at least two"):
+        settle("--redundant-experts 2", ONE_NODE)
+
+
 def test_cpus_by_hand():
     config = settle("--cpu-bind 0", ONE_NODE)
     assert config.cpu_sets == ((0,),) and config.threads_per_worker == 1
@@ -78,7 +90,8 @@ def test_cpus_by_hand():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--cpu-bind 0;0", "names the CPUs of 2 worker"),
+        ("--cpu-bind 0;0 --colocated 3", "names the CPUs of 2 worker"),
+        ("--cpu-bind 0,0", "names a CPU twice"),
         ("--colocated 2 --cpu-bind 0", "there are 2"),
         ("--cpu-bind 0,9998-9999", "may not run on CPUs 9998-9999"),
         ("--device cuda --cpu-bind 9999", "may not run on CPUs 9999"),
