@@ -1,7 +1,8 @@
 """The native kernels; everything else about the package is in pyproject.toml.
 
-The extension is optional: where it cannot be built (no C++ compiler), `amoe` is installed without it and computes with
-torch. It chooses its instruction set at run time, so a wheel built on one machine serves any of its architecture.
+The extension is optional: where it cannot be built (no GCC: Clang ignores the `#pragma GCC target` of each instruction
+set), `amoe` is installed without it and computes with torch. It chooses its instruction set at run time, so a wheel
+built on one machine serves any of its architecture.
 """
 
 from __future__ import annotations
@@ -27,4 +28,4 @@ native = Pybind11Extension(
 )
 
 ParallelCompile("AMOE_BUILD_JOBS", default=min(8, os.cpu_count() or 1)).install()
-setup(ext_modules=[] if sys.platform == "win32" else [native])  # the vector types are those of GCC and Clang
+setup(ext_modules=[] if sys.platform == "win32" else [native])  # the vector types are those of GCC

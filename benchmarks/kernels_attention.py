@@ -37,9 +37,7 @@ class Attention:
         self.num_blocks = CACHE_BYTES // (self.token_bytes * BLOCK_SIZE)
         self.cache = NativeKVCache.of(1, self.num_blocks, BLOCK_SIZE, num_kv_heads, head_dim, torch.bfloat16)
         self.cache.layers[0].normal_()
-        self.shape = _native.AttentionShape(
-            num_heads, num_kv_heads, head_dim, BLOCK_SIZE, self.num_blocks, 0, 0.0, 0.0, head_dim**-0.5
-        )
+        self.shape = _native.AttentionShape(num_heads, num_kv_heads, head_dim, BLOCK_SIZE, 0, 0.0, 0.0, head_dim**-0.5)
         self._blocks = torch.randperm(self.num_blocks)
 
     def step(self, num_decodes: int, num_new: int, length: int) -> Callable[[], float]:

@@ -84,12 +84,12 @@ def _yarn_bound(rope: RopeConfig, turns: float, head_dim: int) -> float:
     return head_dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
 
-def rope_table(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[max_position_embeddings, 2, D]: for each position (cos, cos) and (-sin, sin), see `apply_rope`.
+def rope_table(config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[max_len, 2, D]: for each position (cos, cos) and (-sin, sin), see `apply_rope`.
 
     A layer reads its tokens' rows in one gather; tokens of one batch stand at any position.
     """
-    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
+    positions = torch.arange(max_len, dtype=torch.float32)
     angles = positions.unsqueeze(1) * rope_frequencies(config.rope, config.head_dim)
     cos, sin = angles.cos() * config.rope.attention_factor, angles.sin() * config.rope.attention_factor
     table = torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)), dim=1)

@@ -163,7 +163,7 @@ class Model:
         }
         self._local_index = {layer: self._index_of(layer) for layer in weights.experts}
         self._qk_norms = [_per_head_norm(config, layer) for layer in weights.attention]
-        self._rope = rope_table(config, dtype, device) if blocks.attention else None
+        self._rope: torch.Tensor | None = None
 
     def _index_of(self, layer: int) -> npt.NDArray[np.int64]:
         """[num_experts] local index of each global expert of a layer, -1 if it is not here."""
@@ -187,9 +187,14 @@ class Model:
             self._views[layer] = expert_views(experts.w13, experts.w2)
             self._local_index[layer] = self._index_of(layer)
 
-    def new_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:
-        """A KV cache for `attention`."""
+    def new_kv_cache(self, num_blocks: int, block_size: int, max_len: int | None = None) -> KVCache:
+        """A KV cache for `attention`, which takes the last one that was made.
+
+        Args:
+            max_len: of a sequence, in tokens: all positions are below it. None: as long as the model can tell apart.
+        """
         config = self.config
+        self._rope = rope_table(config, max_len or config.max_position_embeddings, self.dtype, self.device)
         return KVCache(
             config.num_layers,
             num_blocks,
@@ -284,7 +289,7 @@ class Model:
         return summed if residual is None else residual + summed
 
     def head(self, residual: torch.Tensor) -> torch.Tensor:
-        """[n, H] residuals after the last layer to [n, V] logits in float32."""
+        """[n, H] residuals after the last layer to [n, V] logits in float32, which the caller may change."""
         assert self.weights.head is not None, "this worker holds no attention blocks"
         hidden = rms_norm(residual, self.weights.head.norm, self.config.rms_norm_eps)
         return F.linear(hidden, self.weights.head.lm_head).float()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from amoe.kernels.attention import AttentionBatch
 from amoe.kernels.native import _native
 from amoe.kernels.native.kv_cache import NativeBatch, NativeKVCache
+from amoe.kernels.native.memory import empty
 from amoe.kernels.native.packing import PackedExperts, PackedMatrix
 from amoe.models.config import ModelConfig
 from amoe.models.layers import rope_frequencies
@@ -84,7 +85,8 @@ class NativeModel:
         self.parameter_bytes = parameter_bytes
         self.is_quantized = is_quantized
         self._context = context
-        self._rope = _rope_table(config) if blocks.attention else torch.empty(0)
+        self._rope = torch.empty(0, 2, config.head_dim // 2)
+        self._logits = torch.empty(0)
         self._layers: list[_native.AttentionLayer] = []
         self._blocks_of_layers: list[_native.LayerBlocks] | None = None
         self._local_index: dict[int, torch.Tensor] = {}
@@ -121,9 +123,10 @@ class NativeModel:
 
     # ---- blocks
 
-    def new_kv_cache(self, num_blocks: int, block_size: int) -> NativeKVCache:
-        """A KV cache for `attention`."""
+    def new_kv_cache(self, num_blocks: int, block_size: int, max_len: int | None = None) -> NativeKVCache:
+        """See `Model.new_kv_cache`."""
         config = self.config
+        self._rope = _rope_table(config, max_len or config.max_position_embeddings)
         kv_heads, head_dim = config.num_key_value_heads, config.head_dim
         cache = NativeKVCache.of(config.num_layers, num_blocks, block_size, kv_heads, head_dim, self.dtype)
         shape = _native.AttentionShape(
@@ -131,7 +134,6 @@ class NativeModel:
             kv_heads,
             head_dim,
             block_size,
-            num_blocks,
             _QK_NORMS[config.qk_norm],
             config.rms_norm_eps,
             config.clip_qkv or 0.0,
@@ -146,12 +148,12 @@ class NativeModel:
         return _native.AttentionLayer(
             shape,
             config.rms_norm_eps,
-            weights.input_norm.data_ptr(),
-            weights.post_norm.data_ptr(),
-            _address(weights.qkv_bias),
-            _address(weights.q_norm),
-            _address(weights.k_norm),
-            self._rope.data_ptr(),
+            _address(weights.input_norm, self.dtype),
+            _address(weights.post_norm, self.dtype),
+            _address(weights.qkv_bias, self.dtype),
+            _address(weights.q_norm, self.dtype),
+            _address(weights.k_norm, self.dtype),
+            _address(self._rope, torch.float32),
             weights.qkv.handle,
             weights.out.handle,
             None if weights.router is None else weights.router.handle,
@@ -159,7 +161,7 @@ class NativeModel:
             config.norm_topk_prob,
             config.round_topk_weights,
             None if mlp is None else mlp.handle,
-            _address(weights.shared_gate),
+            _address(weights.shared_gate, self.dtype),
         )
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -179,17 +181,17 @@ class NativeModel:
         scores = torch.empty((n, config.num_experts)) if sparse else None
         self._context.attention(
             self._layers[layer],
-            _prepared(batch).handle,
-            residual.data_ptr(),
+            self._prepared(batch, positions, kv).handle,
+            _address(residual, self.dtype),
             n,
-            positions.data_ptr(),
-            batch.slot_mapping.data_ptr(),
+            _address(positions, torch.int64),
+            _address(batch.slot_mapping, torch.int64),
             kv.layers[layer].data_ptr(),
             out.data_ptr(),
             normed.data_ptr(),
             ids.data_ptr(),
             topk_weights.data_ptr(),
-            _address(scores),
+            _address(scores, torch.float32),
         )
         if not sparse:
             return AttentionOutput(out, None, None, None, None)
@@ -211,14 +213,14 @@ class NativeModel:
         out = hidden.new_empty((n, hidden.shape[1]))
         self._context.experts(
             self.weights.experts[layer].handle,
-            hidden.data_ptr(),
-            _address(rows),
+            _address(hidden, self.dtype),
+            _address(rows, torch.int64),
             n,
             expert_ids.data_ptr(),
             expert_weights.data_ptr(),
             top_k,
             self._local_index[layer].data_ptr(),
-            _address(residual),
+            _address(residual, self.dtype),
             out.data_ptr(),
         )
         return out
@@ -238,12 +240,12 @@ class NativeModel:
         seconds = np.empty((config.num_layers, 2))
         self._context.forward(
             self._whole_layers(kv),
-            _prepared(batch).handle,
-            residual.data_ptr(),
+            self._prepared(batch, positions, kv).handle,
+            _address(residual, self.dtype),
             n,
-            positions.data_ptr(),
-            batch.slot_mapping.data_ptr(),
-            _address(wanted),
+            _address(positions, torch.int64),
+            _address(batch.slot_mapping, torch.int64),
+            _address(wanted, torch.int64),
             len(out),
             out.data_ptr(),
             ids.ctypes.data,
@@ -263,7 +265,7 @@ class NativeModel:
                 _native.LayerBlocks(
                     attention,
                     self.weights.experts[layer].handle if layer in self.weights.experts else None,
-                    _address(self._local_index.get(layer)),
+                    _address(self._local_index.get(layer), torch.int64),
                     kv.layers[layer].data_ptr(),
                 )
                 for layer, attention in enumerate(self._layers)
@@ -271,17 +273,17 @@ class NativeModel:
         return self._blocks_of_layers
 
     def head(self, residual: torch.Tensor) -> torch.Tensor:
-        """See `Model.head`."""
+        """See `Model.head`. The logits are valid until the next head: all heads write to the same memory."""
         head = self.weights.head
         assert head is not None, "this worker holds no attention blocks"
         residual = residual.contiguous()
         n, hidden = residual.shape
-        logits = torch.empty((n, head.lm_head.rows))
+        logits = self._room_for_logits(n, head.lm_head.rows)
         self._context.linear(
-            residual.data_ptr(),
+            _address(residual, self.dtype),
             hidden,
             n,
-            head.norm.data_ptr(),
+            _address(head.norm, self.dtype),
             self.config.rms_norm_eps,
             head.lm_head.handle,
             0,
@@ -292,29 +294,47 @@ class NativeModel:
         )
         return logits
 
+    def _room_for_logits(self, n: int, vocab_size: int) -> torch.Tensor:
+        """[n, V] in memory that is kept: fresh memory of this size would be mapped page by page in every step."""
+        if n * vocab_size > len(self._logits):
+            self._logits = empty((n * vocab_size,), torch.float32)
+        return self._logits[: n * vocab_size].view(n, vocab_size)
+
     def argmax(self, logits: torch.Tensor) -> npt.NDArray[np.int64]:
         """See `Model.argmax`."""
         ids = np.empty(len(logits), np.int64)
         logits = logits.contiguous()
         n, vocab_size = logits.shape
-        self._context.argmax(logits.data_ptr(), n, vocab_size, ids.ctypes.data)
+        self._context.argmax(_address(logits, torch.float32), n, vocab_size, ids.ctypes.data)
         return ids
 
-
-def _prepared(batch: AttentionBatch) -> NativeBatch:
-    """`batch` as the kernels take it, made once for all layers."""
-    prepared = batch.prepared
-    if not isinstance(prepared, NativeBatch):
-        prepared = batch.prepared = NativeBatch(batch)
-    return prepared
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    def _prepared(self, batch: AttentionBatch, positions: torch.Tensor, kv: NativeKVCache) -> NativeBatch:
+        """`batch` as the kernels take it, made and looked at once for all layers."""
+        prepared = batch.prepared
+        if not isinstance(prepared, NativeBatch):
+            _require_below(positions, len(self._rope), "positions")
+            _require_below(batch.slot_mapping, kv.num_blocks * kv.block_size, "slots")
+            prepared = batch.prepared = NativeBatch(batch)
+        return prepared
 
 
-def _rope_table(config: ModelConfig) -> torch.Tensor:
-    """[max_position_embeddings, 2, D / 2] float32: cosines, then sines, of each position."""
-    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
+def _address(tensor: torch.Tensor | None, dtype: torch.dtype) -> int:
+    """What the kernels take for a tensor; they ask no questions, and would read and write foreign memory."""
+    if tensor is None:
+        return 0
+    assert tensor.dtype == dtype, f"{tensor.dtype} instead of {dtype}"
+    assert tensor.is_contiguous(), f"strides {tensor.stride()} of {tuple(tensor.shape)}"
+    return tensor.data_ptr()
+
+
+def _require_below(values: torch.Tensor, limit: int, name: str) -> None:
+    if len(values):
+        low, high = (int(end) for end in values.aminmax())
+        assert low >= 0 and high < limit, f"{name} from {low} to {high}, and there are {limit}"
+
+
+def _rope_table(config: ModelConfig, max_len: int) -> torch.Tensor:
+    """[max_len, 2, D / 2] float32: cosines, then sines, of each position."""
+    positions = torch.arange(max_len, dtype=torch.float32)
     angles = positions.unsqueeze(1) * rope_frequencies(config.rope, config.head_dim)
     return torch.stack((angles.cos(), angles.sin()), dim=1) * config.rope.attention_factor

@@ -15,22 +15,45 @@ import torch
 
 from amoe.errors import ConfigError
 
+# What this package calls of the extension; `module.cpp` has the same number. Another one is a build of other sources.
+INTERFACE = 1
+_fault = ""
 try:
     from amoe.kernels.native import _native
-except ImportError:  # not built here
+
+    if getattr(_native, "INTERFACE", 0) != INTERFACE:
+        _fault = "have been built from other sources than those that are here: run `make venv`, or install amoe, again"
+except ImportError as error:
+    is_absent = error.name == __name__  # and not a file that the system cannot load
+    _fault = "have not been built: install GCC and amoe again" if is_absent else f"cannot be loaded ({error})"
+if _fault:
     _native = None  # type: ignore[assignment]
 
 ISA_VARIABLE = "AMOE_CPU_ISA"
 DTYPES = (torch.bfloat16, torch.float32)
 
-__all__ = ["DTYPES", "ISA_VARIABLE", "Context", "choose_isa", "instruction_sets", "is_available", "make_context"]
+__all__ = [
+    "DTYPES",
+    "ISA_VARIABLE",
+    "Context",
+    "choose_isa",
+    "fault",
+    "instruction_sets",
+    "is_available",
+    "make_context",
+]
 
 Context = None if _native is None else _native.Context
 
 
 def is_available() -> bool:
-    """The extension has been built."""
+    """The extension has been built, of these sources."""
     return _native is not None
+
+
+def fault() -> str:
+    """Why it is not available, as the rest of a sentence about the kernels; "" if it is."""
+    return _fault
 
 
 def instruction_sets() -> list[str]:

@@ -1,5 +1,7 @@
 """The compiled module. Addresses are `tensor.data_ptr()`, 0 for what there is not; `src/args.h` says what they mean."""
 
+INTERFACE: int
+
 def supported() -> list[str]: ...
 def pack(
     low: int,
@@ -37,7 +39,6 @@ class AttentionShape:
         num_kv_heads: int,
         head_dim: int,
         block_size: int,
-        num_blocks: int,
         qk_norm: int,
         eps: float,
         clip: float,

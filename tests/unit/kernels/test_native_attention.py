@@ -70,7 +70,7 @@ class Sequences:
         wide = torch.full((len(queries), self.num_heads + 3, self.head_dim), 7.0, dtype=self.dtype)
         wide[:, : self.num_heads] = queries
         shape = _native.AttentionShape(
-            self.num_heads, self.num_kv_heads, self.head_dim, self.block_size, self.num_blocks, 0, 0.0, 0.0, SCALE
+            self.num_heads, self.num_kv_heads, self.head_dim, self.block_size, 0, 0.0, 0.0, SCALE
         )
         out = torch.empty_like(queries)
         handle = NativeBatch(batch)

@@ -128,3 +128,19 @@ def test_what_others_leave_in_scratch_memory_changes_nothing(isa):
     ours = experts(used, small, x[:9, :48].contiguous(), ids, weights)
     fresh = experts(native.make_context(torch.bfloat16, 2, isa=isa), small, x[:9, :48].contiguous(), ids, weights)
     assert torch.equal(ours, fresh)
+
+
+@each_isa
+@each_kind
+def test_large_steps_go_in_slices(isa, kind):
+    """Whose bits are those of the whole: see `kPairsPerSlice`."""
+    n, context = 9000, native.make_context(kind.dtype, 2, isa=isa)
+    layer = layer_of(kind, (0, 1), 2, 16, 6)
+    x, residual = random(50, 16, dtype=kind.dtype), random(n, 16, seed=1, dtype=kind.dtype)
+    rows, ids, weights = torch.arange(n) % 50, torch.arange(2 * n).view(n, 2) % 3 % 2, random(n, 2, seed=2)
+    together = experts(context, layer, x, ids, weights, rows=rows, residual=residual)
+    for start in range(0, n, 1000):
+        part = slice(start, start + 1000)
+        alone = experts(context, layer, x, ids[part], weights[part], rows=rows[part], residual=residual[part])
+        assert torch.equal(together[part], alone)
+    assert torch.equal(experts(context, layer, x[rows], ids, weights, residual=residual), together)

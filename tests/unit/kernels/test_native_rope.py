@@ -40,7 +40,6 @@ class Case:
             NUM_KV_HEADS,
             self.head_dim,
             self.block_size,
-            NUM_BLOCKS,
             NORMS[self.qk_norm],
             1e-5,
             self.clip,

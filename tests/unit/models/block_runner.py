@@ -99,4 +99,4 @@ class BlockRunner:
                 ids, weights = out.topk_ids.to(torch.int16), out.topk_weights
                 partials = [worker.experts(layer, out.moe_input, ids, weights) for worker in self.workers]
                 residual = residual + sum(partial.float() for partial in partials).to(residual.dtype)
-            return self.home.head(residual)
+            return self.home.head(residual).clone()

@@ -62,7 +62,7 @@ def test_rope_types_equal_transformers(checkpoint_factory, rope):
     with torch.inference_mode():
         assert (reference.forward(whole(path), ids) - hf_logits(path, ids)).abs().max() < 1e-4
         cos, sin = rotary(torch.zeros(1), torch.arange(256)[None])
-    table = rope_table(config, torch.float32, torch.device("cpu"))
+    table = rope_table(config, config.max_position_embeddings, torch.float32, torch.device("cpu"))
     torch.testing.assert_close(table[:, 0], cos[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(table[:, 1].abs(), sin[0].abs(), atol=1e-5, rtol=0)
 

@@ -10,7 +10,7 @@ enum QKNorm : int { kNoQKNorm = 0, kHeadQKNorm = 1, kFullQKNorm = 2 };  // weigh
 // The attention blocks of a model and the KV cache that they read; see kv_cache.h for how a block is laid out.
 struct AttentionShape {
     int64_t num_heads, num_kv_heads, head_dim;  // head_dim is even
-    int64_t block_size, num_blocks;
+    int64_t block_size;
     int qk_norm;
     float eps;    // of that norm
     float clip;   // queries, keys and values are clamped to [-clip, clip]; <= 0: they are not

@@ -10,7 +10,7 @@
 
 namespace amoe::AMOE_ISA {
 
-// Norms rows of x [n, width] (a null weight: does not) and packs them in tiles; keeps the normed rows in `out` unless it is null.
+// Norms rows of x [n, width] and packs them in tiles; keeps the normed rows in `out` unless it is null.
 template <class T>
 typename Step<T>::Lane* pack_normed(
     ThreadPool& pool, Buffer& buffer, const T* x, int64_t ldx, int64_t n, int64_t width, const T* norm, float eps, T* out) {

@@ -80,12 +80,9 @@ AMOE_INLINE void activate(
     }
 }
 
-// out [n, H] = (residual +) the weighted sum over the experts here of each token's x, summed in float32 in the order of k.
-//
-// rows: [n] which rows of x the tokens are, null: in order. ids, weights: [n, K]; local_index: local expert of each id, -1 if
-// it is not here; null: ids are local.
+// See `experts`, for so few tokens that their products fit the scratch memory.
 template <class T>
-void experts(
+void experts_of_slice(
     ThreadPool& pool, Scratch& scratch, const Experts& e, const T* x, const int64_t* rows, int64_t n, const int64_t* ids,
     const float* weights, int64_t top_k, const int64_t* local_index, const T* residual, T* out) {
     using Lane = typename Step<T>::Lane;
@@ -171,6 +168,27 @@ void experts(
             }
         }
     });
+}
+
+// Pairs at a time: enough for each expert to be bound by its operations, and few enough for the memory of their products.
+constexpr int64_t kPairsPerSlice = 8192;
+
+// out [n, H] = (residual +) the weighted sum over the experts here of each token's x, summed in float32 in the order of k.
+//
+// rows: [n] which rows of x the tokens are, null: in order. ids, weights: [n, K]; local_index: local expert of each id, -1 if
+// it is not here; null: ids are local.
+template <class T>
+void experts(
+    ThreadPool& pool, Scratch& scratch, const Experts& e, const T* x, const int64_t* rows, int64_t n, const int64_t* ids,
+    const float* weights, int64_t top_k, const int64_t* local_index, const T* residual, T* out) {
+    const int64_t num_slices = (n * top_k + kPairsPerSlice - 1) / kPairsPerSlice;
+    for (int64_t slice = 0; slice < num_slices; ++slice) {
+        const int64_t begin = n * slice / num_slices, end = n * (slice + 1) / num_slices;
+        experts_of_slice<T>(
+            pool, scratch, e, rows == nullptr ? x + begin * e.hidden : x, rows == nullptr ? nullptr : rows + begin, end - begin,
+            ids + begin * top_k, weights + begin * top_k, top_k, local_index,
+            residual == nullptr ? nullptr : residual + begin * e.hidden, out + begin * e.hidden);
+    }
 }
 
 }  // namespace amoe::AMOE_ISA

@@ -17,6 +17,9 @@ namespace {
 
 using Address = uintptr_t;
 
+// Of what Python calls here; raise it with every change of a name or an argument, and the one in __init__.py with it.
+constexpr int kInterface = 1;
+
 template <class T>
 T* at(Address address) {
     return reinterpret_cast<T*>(address);
@@ -141,9 +144,9 @@ Experts make_experts(
 }
 
 AttentionShape make_shape(
-    int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size, int64_t num_blocks, int qk_norm, float eps,
-    float clip, float scale) {
-    return {num_heads, num_kv_heads, head_dim, block_size, num_blocks, qk_norm, eps, clip, scale};
+    int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size, int qk_norm, float eps, float clip,
+    float scale) {
+    return {num_heads, num_kv_heads, head_dim, block_size, qk_norm, eps, clip, scale};
 }
 
 AttentionLayer make_layer(
@@ -181,6 +184,7 @@ void pack(
 
 PYBIND11_MODULE(_native, m) {
     using Unlocked = py::call_guard<py::gil_scoped_release>;
+    m.attr("INTERFACE") = kInterface;
     m.def("supported", [] {
         std::vector<std::string> names;
         for (const Kernels* kernels : supported()) names.push_back(kernels->name);

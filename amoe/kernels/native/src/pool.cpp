@@ -74,7 +74,7 @@ void ThreadPool::stop() {
     for (auto& thread : threads_) thread.join();
 }
 
-void ThreadPool::run_erased(int64_t num_tasks, Task task, void* context) {
+void ThreadPool::run_erased(int64_t num_tasks, Task task, void* context) noexcept {
     if (num_threads_ == 1 || num_tasks <= 1) {
         for (int64_t i = 0; i < num_tasks; ++i) task(context, i, 0);
         return;
@@ -92,7 +92,7 @@ void ThreadPool::run_erased(int64_t num_tasks, Task task, void* context) {
     while (!spin([this] { return num_busy_.load(std::memory_order_acquire) == 0; })) std::this_thread::yield();
 }
 
-void ThreadPool::work(int thread) {
+void ThreadPool::work(int thread) noexcept {
     for (int distance = 0; distance < num_threads_; ++distance) {
         Range& range = ranges_[(thread + distance) % num_threads_];
         for (;;) {

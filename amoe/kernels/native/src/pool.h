@@ -27,7 +27,7 @@ public:
 
     // Calls f(task, thread) for every task in [0, num_tasks), each once, and returns when all are done. Each thread begins
     // with a range of neighbouring tasks (they read neighbouring memory) and then helps the others.
-    // One caller at a time; f must not throw.
+    // One caller at a time. An f that throws (out of memory) ends the process: other threads may still be inside it.
     template <class F>
     void run(int64_t num_tasks, F&& f) {
         using Function = std::remove_reference_t<F>;
@@ -43,8 +43,8 @@ private:
         int64_t end = 0;
     };
 
-    void run_erased(int64_t num_tasks, Task task, void* context);
-    void work(int thread);
+    void run_erased(int64_t num_tasks, Task task, void* context) noexcept;
+    void work(int thread) noexcept;
     void live(int thread, int cpu);
     void stop();
 

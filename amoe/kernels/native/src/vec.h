@@ -1,4 +1,4 @@
-// Sixteen lanes, written once for every instruction set: GCC and Clang lower these vectors to what the target has.
+// Sixteen lanes, written once for every instruction set: GCC lowers these vectors to what the target has.
 //
 // Included by each isa_*.cpp behind its `#pragma GCC target`, inside a namespace of its own: the same function compiled for
 // two instruction sets must not be merged by the linker.
@@ -133,7 +133,8 @@ AMOE_INLINE f32x16 exp(f32x16 x) {
     return select(is_zero, splat(0.0f), p * (f32x16)power);
 }
 
-// 1 / x to 1 ulp, for x in [1, 2^120]: a division occupies the unit for as long as ten products.
+// 1 / x to 1 ulp, for x in [1, 2^126], and 0 at worst beyond it, which is what silu wants there: a division occupies the unit
+// for as long as ten products.
 AMOE_INLINE f32x16 reciprocal(f32x16 x) {
 #if defined(__AVX512F__)
     const f32x16 rough = (f32x16)_mm512_rcp14_ps((__m512)x);
