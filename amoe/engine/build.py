@@ -19,7 +19,7 @@ from amoe.engine.forward import ForwardExecutor
 from amoe.engine.kv_plan import KVPlan
 from amoe.engine.memory import free_bytes, longest_sequence, plan_kv_cache
 from amoe.engine.messages import ControlPort, Loading, Ready
-from amoe.engine.model_loading import load_worker_model
+from amoe.engine.model_loading import kernels_text, load_worker_model
 from amoe.engine.roles import role_of
 from amoe.engine.worker import Worker
 from amoe.models.checkpoint import checkpoint_digest
@@ -62,7 +62,7 @@ def build_worker(
     if role_of(config, rank) != "experts":
         num_sharing = _num_homes_on(config, device)
         plan = plan_kv_cache(config, model_config, model.dtype, free_bytes(device), num_sharing)
-        kv = model.new_kv_cache(plan.num_blocks, config.cache.block_size)
+        kv = model.new_kv_cache(plan.num_blocks, config.cache.block_size, plan.max_model_len)
     worker = _wire(config, model_config, owners, rank, model, kv, plan, ports, rejoin)
     digest = placement_digest(owners)
     ready = Ready(
@@ -73,6 +73,7 @@ def build_worker(
         digest,
         transport.address,
         checkpoint_digest(config.model),
+        kernels_text(model),
     )
     control.send(ready)
     return worker

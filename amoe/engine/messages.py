@@ -106,6 +106,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
         placement_digest: of where it believes the experts to be: all workers must believe the same.
         address: where the others' transports find it; "" where they need none.
         checkpoint_digest: of the files that it has read its part of the model from: all must have read the same.
+        kernels: what it computes with, for a person; "": it only pretends.
     """
 
     max_model_len: int
@@ -115,6 +116,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
     placement_digest: int = 0
     address: str = ""
     checkpoint_digest: int = 0
+    kernels: str = ""
 
 
 class Applied(msgspec.Struct, frozen=True, array_like=True, tag=True):

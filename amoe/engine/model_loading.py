@@ -14,6 +14,7 @@ from amoe.kernels import native
 from amoe.models.config import ModelConfig
 from amoe.models.loader import load_model, load_native_model, resolve_dtype
 from amoe.models.model import Blocks
+from amoe.models.native_model import NativeModel
 from amoe.models.worker_model import WorkerModel
 from amoe.policy.placement import experts_of
 from amoe.types import Int16Array
@@ -25,26 +26,31 @@ _FAST = frozenset({"avx512", "avx512_bf16"})
 
 
 def uses_native(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the worker computes with the kernels in `amoe.kernels.native`.
+    """Whether the worker computes with the kernels in `amoe.kernels.native`. Warns where they are missed on a CPU.
 
     Raises:
         ConfigError: they are asked for, and cannot be had.
     """
+    if config.kernels == "torch":
+        return False
     reason = _reason_against(model, dtype, device, quantizes=config.quantization is not None)
-    if config.kernels == "native" or config.quantization is not None:
-        if reason:
-            asked = "--kernels native" if config.kernels == "native" else f"--quantization {config.quantization}"
-            raise ConfigError(f"{asked}: {reason}")
-        return True
-    return config.kernels == "auto" and not reason and native.choose_isa() in _FAST
+    is_asked = config.kernels == "native" or config.quantization is not None
+    if is_asked and reason:
+        asked = "--kernels native" if config.kernels == "native" else f"--quantization {config.quantization}"
+        raise ConfigError(f"{asked}: {reason}")
+    if not reason and native.choose_isa() not in _FAST:
+        reason = f"the native kernels are fast with AVX-512 only, and this is {native.choose_isa()}"
+    if reason and device.type == "cpu":
+        logger.warning("%s kernels: %s", "native" if is_asked else "torch", reason)
+    return is_asked or not reason
 
 
 def _reason_against(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, quantizes: bool) -> str:
     """Why the native kernels cannot serve; "" if they can."""
     if device.type != "cpu":
         return "the native kernels are for CPUs"
-    if not native.is_available():
-        return "the native kernels have not been built: install a C++ compiler and amoe again"
+    if fault := native.fault():
+        return f"the native kernels {fault}"
     widths = (
         model.hidden_size,
         model.moe_intermediate_size,
@@ -54,6 +60,13 @@ def _reason_against(model: ModelConfig, dtype: torch.dtype, device: torch.device
     if (dtype == torch.bfloat16 or quantizes) and any(width % 2 for width in widths):
         return "the native kernels take even widths of models, experts and MLPs only"
     return ""
+
+
+def kernels_text(model: WorkerModel) -> str:
+    """Which kernels compute a model, for a person."""
+    if not isinstance(model, NativeModel):
+        return "torch kernels"
+    return f"native kernels for {native.choose_isa()}{', int8 weights' if model.is_quantized else ''}"
 
 
 def load_worker_model(

@@ -21,12 +21,13 @@ def summary(config: EngineConfig, info: ModelInfo, ready: Sequence[Ready]) -> li
     size = f"{len(shape.sparse_layers)} layers, {shape.num_experts} experts, {shape.top_k} per token"
     dtype = model.torch_dtype if config.dtype == "auto" else config.dtype
     device = config.device.partition(",")[0]  # an emulated one has a list of parameters
+    kernels = "".join(f", {text}" for text in sorted({one.kernels for one in ready} - {""}))
     placement, scheduler = config.placement, config.scheduler
     num_running = len(placement.attention_ranks) * scheduler.max_num_seqs
     num_tokens = sum(one.num_kv_blocks * one.block_size for one in ready)
     return [
-        f"model: {info.name} ({model.architecture}, {size}), {dtype} on {device}, {placement_text(placement)}, "
-        f"schedule {scheduler.schedule}",
+        f"model: {info.name} ({model.architecture}, {size}), {dtype} on {device}{kernels}, "
+        f"{placement_text(placement)}, schedule {scheduler.schedule}",
         f"room: max_model_len {info.max_model_len}, {num_running} sequences run and {config.max_waiting} wait, "
         f"KV cache of {num_tokens} tokens",
     ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from amoe.builtin import builtin_model_path
 from amoe.config import BLOCK_SCHEDULES, CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.kernels import native
 from amoe.types import SamplingParams
 from tests.checkpoints import ARCHES, Greedy, hf_greedy, make_checkpoint
 from tests.pairwise import all_combinations
@@ -35,6 +36,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 # Spare slots of each expert worker, and shares that change all the time; none where one worker holds all experts.
 REPLICAS = (2, 0)
+# On a processor whose vectors the native ones do not know they are slow, and have to be right all the same.
+KERNELS = ("native", "torch") if native.is_available() else ("torch",)
 NUM_PROMPTS = 10
 NUM_NEW = 12
 BLOCK_SIZE = 4
@@ -47,6 +50,7 @@ FACTORS: dict[str, Any] = {
     "feature": FEATURES,
     "variant": [0, 1, 2],
     "replicas": REPLICAS,
+    "kernels": KERNELS,
 }
 # The schedule of one worker that holds the whole model.
 FORWARD: dict[str, Any] = {**FACTORS, "schedule": ("forward",), "count": (1,), "placement": ("1",), "replicas": (0,)}
@@ -63,10 +67,12 @@ class Case:
     feature: str
     variant: int
     replicas: int = 0
+    kernels: str = "auto"
 
     def __str__(self) -> str:
         replicas = f"-r{self.replicas}" if self.replicas else ""
-        return f"{self.arch}{self.variant}-{self.schedule}{self.count}-{self.placement}-{self.feature}{replicas}"
+        model = f"{self.arch}{self.variant}-{self.kernels}"
+        return f"{model}-{self.schedule}{self.count}-{self.placement}-{self.feature}{replicas}"
 
     def config(self, path: Path) -> EngineConfig:
         """Small budgets, so that prompts are chunked and sequences wait for each other."""
@@ -79,6 +85,7 @@ class Case:
         return EngineConfig(
             model=str(path),
             dtype="float32",
+            kernels=self.kernels,
             threads_per_worker=1,
             max_model_len=longest,
             placement=replace(PLACEMENTS[self.placement], redundant_experts=self.replicas),
@@ -118,9 +125,12 @@ def make_cases(rows: list[dict[str, Any]]) -> list[Case]:
 
 
 def whole_matrix() -> list[Case]:
-    """All combinations, every other one with replicas."""
-    rows = all_combinations({name: values for name, values in FACTORS.items() if name != "replicas"})
-    blocks = [{**row, "replicas": REPLICAS[index % 2]} for index, row in enumerate(rows)]
+    """All combinations, every other one with replicas, and of each two of these one with either kernels."""
+    rows = all_combinations({name: values for name, values in FACTORS.items() if name not in ("replicas", "kernels")})
+    blocks = [
+        {**row, "replicas": REPLICAS[index % 2], "kernels": KERNELS[index // 2 % len(KERNELS)]}
+        for index, row in enumerate(rows)
+    ]
     return make_cases([*blocks, *all_combinations(FORWARD)])
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from amoe.config import EngineConfig
-from amoe.engine.model_loading import load_worker_model, uses_native
+from amoe.engine.model_loading import kernels_text, load_worker_model, uses_native
 from amoe.errors import ConfigError
 from amoe.kernels import native
 from amoe.kernels.attention import AttentionBatch, ChunkSpan
@@ -42,7 +42,7 @@ def config_of(path: Any = "model", **options: Any) -> EngineConfig:
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
 def test_the_native_kernels_are_for_cpus(checkpoint_factory: Any, monkeypatch: Any, dtype: torch.dtype) -> None:
     model = model_config(checkpoint_factory)
-    monkeypatch.setattr(native, "instruction_sets", lambda: ["generic", "avx2"])
+    monkeypatch.setattr(native, "instruction_sets", lambda: ["generic", "avx2", "avx512"])
     monkeypatch.delenv(native.ISA_VARIABLE, raising=False)
     assert uses_native(config_of(), model, dtype, CPU)
     assert not uses_native(config_of(), model, dtype, torch.device("cuda"))
@@ -51,18 +51,25 @@ def test_the_native_kernels_are_for_cpus(checkpoint_factory: Any, monkeypatch: A
 
 @needs_native
 def test_torch_serves_where_the_kernels_know_nothing_of_the_processor(
-    checkpoint_factory: Any, monkeypatch: Any
+    checkpoint_factory: Any, monkeypatch: Any, caplog: Any
 ) -> None:
     monkeypatch.setenv(native.ISA_VARIABLE, "generic")
     model = model_config(checkpoint_factory)
     assert not uses_native(config_of(), model, torch.bfloat16, CPU)
     assert uses_native(config_of(kernels="native"), model, torch.bfloat16, CPU)
     assert uses_native(config_of(quantization="int8"), model, torch.bfloat16, CPU)
+    why = "the native kernels are fast with AVX-512 only, and this is generic"
+    assert caplog.messages == [f"torch kernels: {why}", *[f"native kernels: {why}"] * 2]
 
 
-def test_torch_serves_where_the_extension_is_not_built(checkpoint_factory: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(native, "is_available", lambda: False)
-    assert not uses_native(config_of(), model_config(checkpoint_factory), torch.bfloat16, CPU)
+def test_torch_serves_where_the_extension_is_not_built(checkpoint_factory: Any, monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setattr(native, "fault", lambda: "have not been built: install it")
+    model = model_config(checkpoint_factory)
+    assert not uses_native(config_of(), model, torch.bfloat16, CPU)
+    assert caplog.messages == ["torch kernels: the native kernels have not been built: install it"]
+    assert not uses_native(config_of(), model, torch.bfloat16, torch.device("cuda"))
+    assert not uses_native(config_of(kernels="torch"), model, torch.bfloat16, CPU)
+    assert len(caplog.messages) == 1, "nobody misses them there"
 
 
 @pytest.mark.parametrize(
@@ -73,18 +80,18 @@ def test_what_is_asked_for_and_cannot_be_had_is_refused(
     checkpoint_factory: Any, monkeypatch: Any, options: dict[str, Any], asked: str
 ) -> None:
     model, config = model_config(checkpoint_factory), config_of(**options)
-    monkeypatch.setattr(native, "is_available", lambda: True)
+    monkeypatch.setattr(native, "fault", lambda: "")
     with pytest.raises(ConfigError, match=f"{asked}: the native kernels are for CPUs"):
         uses_native(config, model, torch.bfloat16, torch.device("cuda"))
-    monkeypatch.setattr(native, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=f"{asked}: the native kernels have not been built: install a C"):
+    monkeypatch.setattr(native, "fault", lambda: "have not been built: install it")
+    with pytest.raises(ConfigError, match=f"{asked}: the native kernels have not been built: install it"):
         uses_native(config, model, torch.bfloat16, CPU)
 
 
 @needs_native
 @pytest.mark.parametrize("width", ["moe_intermediate_size", "intermediate_size", "shared_expert_intermediate_size"])
 def test_pairs_of_numbers_need_even_widths(checkpoint_factory: Any, monkeypatch: Any, width: str) -> None:
-    monkeypatch.setattr(native, "instruction_sets", lambda: ["avx2"])
+    monkeypatch.setattr(native, "instruction_sets", lambda: ["avx512"])
     monkeypatch.delenv(native.ISA_VARIABLE, raising=False)
     odd = model_config(checkpoint_factory, **{width: 37})
     assert not uses_native(config_of(), odd, torch.bfloat16, CPU)
@@ -132,12 +139,17 @@ def worker_model(path: Any, **options: Any) -> Any:
 @pytest.mark.usefixtures("keeps_torch_threads")
 def test_a_worker_gets_the_model_of_its_kernels(checkpoint_factory: Any) -> None:
     path = checkpoint_factory("qwen3_moe", 0)
-    assert isinstance(worker_model(path, kernels="torch"), Model)
+    by_torch = worker_model(path, kernels="torch")
+    assert isinstance(by_torch, Model)
+    assert kernels_text(by_torch) == "torch kernels"
     plain = worker_model(path, kernels="native")
     assert isinstance(plain, NativeModel)
     assert not plain.is_quantized
     assert torch.get_num_threads() == 1
-    assert worker_model(path, quantization="int8").is_quantized
+    assert kernels_text(plain) == f"native kernels for {native.choose_isa()}"
+    quantized = worker_model(path, quantization="int8")
+    assert quantized.is_quantized
+    assert kernels_text(quantized) == f"native kernels for {native.choose_isa()}, int8 weights"
 
 
 def load(path: Any, blocks: Blocks | None = None, *, quantize: bool = False, dtype: Any = torch.float32) -> NativeModel:

@@ -26,6 +26,10 @@ def test_model_and_room(checkpoint_factory):
         f"model: small (MixtralForCausalLM, {sizes.num_layers} layers, {sizes.num_experts} experts, "
         f"{sizes.top_k} per token), {sizes.torch_dtype} on cpu, 2 attention and 1 expert workers, schedule waves"
     )
+    served = [
+        Ready(64, 100, 16, 0, kernels=text) for text in ("torch kernels", "native kernels for x", "torch kernels")
+    ]
+    assert "on cpu, native kernels for x, torch kernels, 2 attention" in summary(config, info, served)[0]
     assert room == "room: max_model_len 64, 6 sequences run and 7 wait, KV cache of 2400 tokens"
 
 
