@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from amoe.kernels import native
 from amoe.transport.base import Transport
 from amoe.transport.faulty import FaultPlan, FaultyTransport
 from tests.cluster import Finished, InprocCluster
@@ -57,6 +58,17 @@ def test_selection(case: Case, root: Path) -> None:
 @pytest.mark.parametrize("case", MATRIX, ids=str)
 def test_matrix(case: Case, root: Path) -> None:
     run_case(case, root)
+
+
+@pytest.mark.skipif(not native.is_available(), reason="the native kernels are not built")
+@pytest.mark.parametrize("schedule", ["forward", "waves"])
+@pytest.mark.parametrize("isa", native.instruction_sets())
+def test_every_instruction_set_of_the_processor(
+    isa: str, schedule: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    placement = "1" if schedule == "forward" else "colocated2"
+    run_case(Case(schedule, 1, "qwen3_moe", placement, "cached", 0, kernels="native"), root)
 
 
 @pytest.mark.parametrize("keep_order", [True, False], ids=["ordered", "unordered"])
