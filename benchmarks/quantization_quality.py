@@ -23,8 +23,9 @@ from amoe.builtin import builtin_model_path
 from amoe.kernels.native import make_context
 from amoe.models.config import ModelConfig, load_model_config
 from amoe.models.loader import load_model, load_native_model
-from amoe.models.model import AttentionOutput, Blocks, Model
+from amoe.models.model import Blocks, Model
 from amoe.models.native_model import NativeModel, NativeWeights
+from amoe.models.outputs import AttentionOutput
 from amoe.models.worker_model import WorkerModel
 from amoe.types import Float32Array, Int64Array
 from benchmarks.capacity_quality.forward import Forward, Rows

@@ -19,8 +19,7 @@ from amoe.engine.messages import HoldExperts, Holding
 from amoe.engine.sampler import SampledTokens, sample, score
 from amoe.engine.sampling_table import SamplingTable
 from amoe.engine.token_masks import MaskArray
-from amoe.models.forward import forward
-from amoe.models.model import Passed
+from amoe.models.outputs import Passed
 from amoe.models.worker_model import PagedCache, WorkerModel
 from amoe.types import Int64Array
 
@@ -58,7 +57,7 @@ class ForwardExecutor:
         positions = to_device(step.positions, device)
         residual = model.embed(to_device(self._table.tokens[step.rows, step.positions], device))
         wanted = None if step.wanted is None else to_device(step.wanted, device)
-        passed = forward(model, residual, positions, self._kv, batch, wanted, self._clock.now)
+        passed = model.forward(residual, positions, self._kv, batch, wanted, self._clock.now)
         self._step, self._residual = step, passed.residual
         return passed
 

@@ -1,4 +1,4 @@
-"""All layers of a model one after the other, for a worker that holds it whole.
+"""All layers of a model one after the other, for a worker that holds it whole and has no single call for them.
 
 Shape letters: as in `model.py`; w tokens that the head wants to see, L layers.
 """
@@ -13,12 +13,11 @@ import numpy.typing as npt
 import torch
 
 from amoe.kernels.attention import AttentionBatch
-from amoe.models.model import AttentionOutput, Passed
-from amoe.models.native_model import NativeModel
+from amoe.models.outputs import AttentionOutput, Passed
 from amoe.models.worker_model import WorkerModel
 
 
-def forward(
+def pass_layers(
     model: WorkerModel,
     residual: torch.Tensor,
     positions: torch.Tensor,
@@ -27,17 +26,7 @@ def forward(
     wanted: torch.Tensor | None,
     now: Callable[[], float],
 ) -> Passed:
-    """Take tokens through all layers.
-
-    Args:
-        residual: [n, H] embedded tokens; may be overwritten.
-        positions: [n] int64.
-        kv: of `model.new_kv_cache`.
-        wanted: [w] int64 ascending rows that the head wants to see: only they need the last layer's experts; None: all.
-        now: a clock in seconds.
-    """
-    if isinstance(model, NativeModel):
-        return model.forward(residual, positions, kv, batch, wanted)
+    """See `Model.forward`; block by block."""
     num_layers = model.config.num_layers
     expert_ids: dict[int, npt.NDArray[np.int64]] = {}
     marks = [now()]

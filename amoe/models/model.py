@@ -8,8 +8,8 @@ intermediate size, V vocabulary. Run the methods under `torch.inference_mode()`:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,9 @@ from amoe.kernels.attention import AttentionBatch, KVCache, paged_attention
 from amoe.kernels.grouped_gemm import ExpertViews, expert_views, grouped_experts
 from amoe.kernels.permute import plan_pairs
 from amoe.models.config import ModelConfig
+from amoe.models.forward import pass_layers
 from amoe.models.layers import MlpWeights, apply_rope, gated_mlp, rms_norm, rope_table, route
+from amoe.models.outputs import AttentionOutput, Passed
 
 
 @dataclass(frozen=True)
@@ -103,38 +105,6 @@ class Weights:
     head: HeadWeights | None = None
     attention: list[AttentionWeights] = field(default_factory=list)
     experts: dict[int, ExpertWeights] = field(default_factory=dict)
-
-
-class AttentionOutput(NamedTuple):
-    """What an attention block gives.
-
-    Attributes:
-        residual: [n, H], with the shared expert's output (MoE layer) or the MLP's (dense layer) in it.
-        moe_input: [n, H]; None for a dense layer, as are the next three.
-        topk_ids: [n, K] int64, best first.
-        topk_weights: [n, K] float32.
-        scores: [n, num_experts] float32, softmax over all experts.
-    """
-
-    residual: torch.Tensor
-    moe_input: torch.Tensor | None
-    topk_ids: torch.Tensor | None
-    topk_weights: torch.Tensor | None
-    scores: torch.Tensor | None
-
-
-class Passed(NamedTuple):
-    """What all layers together give.
-
-    Attributes:
-        residual: [w, H] behind the last layer.
-        expert_ids: by layer, of those that have experts, [n, K]; of the last layer [w, K]. On the host.
-        seconds: [L, 2] that the attention and the experts of each layer have taken.
-    """
-
-    residual: torch.Tensor
-    expert_ids: dict[int, npt.NDArray[np.int64]]
-    seconds: npt.NDArray[np.float64]
 
 
 class Model:
@@ -287,6 +257,27 @@ class Model:
             hidden = hidden.index_select(0, rows)
         summed = grouped_experts(hidden, plan, weights.w13, weights.w2, self._views[layer])
         return summed if residual is None else residual + summed
+
+    def forward(
+        self,
+        residual: torch.Tensor,
+        positions: torch.Tensor,
+        kv: KVCache,
+        batch: AttentionBatch,
+        wanted: torch.Tensor | None,
+        now: Callable[[], float],
+    ) -> Passed:
+        """Take tokens through all layers, where this worker holds the model whole.
+
+        Args:
+            residual: [n, H] embedded tokens; may be overwritten.
+            positions: [n] int64.
+            kv: the cache, written at `batch.slot_mapping`.
+            wanted: [w] int64 ascending rows that the head wants to see: only they need the last layer's experts; None:
+                all.
+            now: a clock in seconds.
+        """
+        return pass_layers(self, residual, positions, kv, batch, wanted, now)
 
     def head(self, residual: torch.Tensor) -> torch.Tensor:
         """[n, H] residuals after the last layer to [n, V] logits in float32, which the caller may change."""

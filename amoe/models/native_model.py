@@ -5,6 +5,7 @@ Shape letters: as in `model.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +20,8 @@ from amoe.kernels.native.memory import empty
 from amoe.kernels.native.packing import PackedExperts, PackedMatrix
 from amoe.models.config import ModelConfig
 from amoe.models.layers import rope_frequencies
-from amoe.models.model import AttentionOutput, Blocks, Passed
+from amoe.models.model import Blocks
+from amoe.models.outputs import AttentionOutput, Passed
 
 _QK_NORMS = {"none": 0, "head": 1, "full": 2}
 
@@ -231,9 +233,10 @@ class NativeModel:
         positions: torch.Tensor,
         kv: NativeKVCache,
         batch: AttentionBatch,
-        wanted: torch.Tensor | None = None,
+        wanted: torch.Tensor | None,
+        now: Callable[[], float],
     ) -> Passed:
-        """See `Passed`. One native call for all layers; `residual` is overwritten."""
+        """See `Model.forward`. One native call, which brings its own clock; `residual` is overwritten."""
         config, n = self.config, len(residual)
         out = residual.new_empty((n if wanted is None else len(wanted), config.hidden_size))
         ids = np.empty((config.num_layers, n, config.top_k), np.int64)

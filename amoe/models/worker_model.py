@@ -5,6 +5,7 @@ Shape letters: as in `model.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from amoe.kernels.attention import AttentionBatch
 from amoe.models.config import ModelConfig
-from amoe.models.model import AttentionOutput
+from amoe.models.outputs import AttentionOutput, Passed
 
 
 class PagedCache(Protocol):
@@ -58,6 +59,16 @@ class WorkerModel(Protocol):
         rows: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
+
+    def forward(
+        self,
+        residual: torch.Tensor,
+        positions: torch.Tensor,
+        kv: Any,
+        batch: AttentionBatch,
+        wanted: torch.Tensor | None,
+        now: Callable[[], float],
+    ) -> Passed: ...
 
     def head(self, residual: torch.Tensor) -> torch.Tensor: ...
 

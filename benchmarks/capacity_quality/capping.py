@@ -9,7 +9,7 @@ import numpy as np
 
 from amoe.config import CapacityConfig
 from amoe.models.config import ModelConfig
-from amoe.models.model import AttentionOutput
+from amoe.models.outputs import AttentionOutput
 from amoe.policy import capacity as policy
 from amoe.policy.capacity import RoutedBatch, Selection
 from amoe.types import BoolArray, Float32Array, Int64Array

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from amoe.kernels.attention import AttentionBatch, ChunkSpan
-from amoe.models.model import AttentionOutput
+from amoe.models.outputs import AttentionOutput
 from amoe.models.worker_model import WorkerModel
 from amoe.types import Float32Array, Int64Array
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from amoe.models.model import AttentionOutput, Model
+from amoe.models.model import Model
+from amoe.models.outputs import AttentionOutput
 from amoe.types import Float32Array, Int64Array
 from benchmarks.capacity_quality.capping import Batching
 from benchmarks.capacity_quality.forward import Forward, Rows

@@ -11,7 +11,7 @@ import torch
 
 from amoe.builtin import builtin_model_path
 from amoe.config import CapacityConfig
-from amoe.models.model import AttentionOutput
+from amoe.models.outputs import AttentionOutput
 from benchmarks.capacity_quality import measure, report
 from benchmarks.capacity_quality.capping import Batching, Capping, Tally
 from benchmarks.capacity_quality.forward import Rows

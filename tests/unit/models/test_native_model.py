@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_positions_end_where_sequences_do(model: NativeModel) -> None:
     with pytest.raises(AssertionError, match="positions from 5 to 6, and there are 6"):
         model.attention(0, x, torch.tensor([5, 6]), kv, chunk(5, 7))
     with pytest.raises(AssertionError, match="positions from 5 to 6, and there are 6"):
-        model.forward(x, torch.tensor([5, 6]), kv, chunk(5, 7))
+        model.forward(x, torch.tensor([5, 6]), kv, chunk(5, 7), None, time.monotonic)
     whole = model.new_kv_cache(4, 4)
     for layer, kept in enumerate(kv.layers):
         whole.layers[layer].copy_(kept)
@@ -76,7 +77,7 @@ def test_other_types_and_strides_are_refused(model: NativeModel) -> None:
     with pytest.raises(AssertionError, match=r"torch\.bfloat16 instead of torch\.float32"):
         model.attention(0, x.bfloat16(), positions, kv, chunk(0, 4))
     with pytest.raises(AssertionError, match="strides"):
-        model.forward(residuals(model, 8)[::2], positions, kv, chunk(0, 4))
+        model.forward(residuals(model, 8)[::2], positions, kv, chunk(0, 4), None, time.monotonic)
     ids, weights = torch.zeros(4, 1, dtype=torch.int16), torch.ones(4, 1)
     with pytest.raises(AssertionError, match="strides"):
         model.experts(0, x.T.contiguous().T, ids, weights)
