@@ -43,7 +43,7 @@ from amoe.models.worker_model import WorkerModel
 from amoe.transport.shm_fabric import ShmFabric
 from amoe.types import SamplingParams
 
-BLOCKS = ("embed", "attention", "experts", "head")
+BLOCKS = ("embed", "attention", "experts", "forward", "head")
 
 
 class NoControl:

@@ -50,6 +50,8 @@ def test_logits_stay_in_one_place_and_are_those_of_the_last_head(model: NativeMo
 
 def test_positions_end_where_sequences_do(model: NativeModel) -> None:
     kv = model.new_kv_cache(4, 4, max_len=6)
+    for layer in kv.layers:
+        layer.zero_()  # positions 0 to 3 are read, and nobody writes them here
     x = residuals(model, 2)
     inside = model.attention(0, x, torch.tensor([4, 5]), kv, chunk(4, 6))
     with pytest.raises(AssertionError, match="positions from 5 to 6, and there are 6"):
