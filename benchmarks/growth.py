@@ -5,7 +5,7 @@
 The engine without HTTP, in its own worker processes (`benchmarks.peers.drivers.amoe_driver`), all sequences decoding:
 
 - batch 1 to 256: OLMoE's shape, 1.341 B parameters (`benchmarks.make_checkpoint`), prompts of 64;
-- context 64 to 4,000: the same model, 8 sequences;
+- context 64 to 3,968: the same model, 4 sequences;
 - experts 8 to 128 per layer, four of them per token: hidden 512, 8 layers, expert width 256, 32 sequences.
 
 A step is the time between two tokens of a sequence. The roofline is that of `benchmarks.peers`: bytes of the step over
@@ -17,6 +17,7 @@ neighbours than the roofline does: each is marked.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,15 +33,17 @@ from amoe.clock import MonotonicClock
 from amoe.errors import AmoeError
 from amoe.models.config import ModelConfig, load_model_config
 from benchmarks.make_checkpoint import SIZES, Shape, make_checkpoint
+from benchmarks.peers.process import end_like_an_error
 from benchmarks.peers.roofline import Machine, measured_peak, step_cost
 from benchmarks.peers.setup import default_cache, positive
 from benchmarks.peers.systems import WARMUP, DrivenSystem
 from benchmarks.peers.timing import Point
 
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-CONTEXTS = (64, 128, 256, 512, 1024, 2048, 3072, 4000)
+CONTEXTS = (64, 128, 256, 512, 1024, 2048, 3072, 3968)
 EXPERTS = (8, 16, 32, 64, 128)
 OUTPUT_LEN = 48
+LONG_OUTPUT_LEN = 128  # prompts that take many steps one after another: the first must not end before the last begins
 CLIFF = 1.35  # more than that between neighbours, beyond the roofline's growth
 
 
@@ -77,7 +80,7 @@ class Step:
 def sweeps() -> list[Sweep]:
     """The three."""
     many = [Point(batch, 64, OUTPUT_LEN) for batch in BATCHES]
-    long = [Point(8, context, OUTPUT_LEN) for context in CONTEXTS]
+    long = [Point(4, context, LONG_OUTPUT_LEN) for context in CONTEXTS]
     wide = [Point(32, 64, OUTPUT_LEN)] * len(EXPERTS)
     return [
         Sweep(title="batch", unit="sequences", places=BATCHES, models=["full"] * len(many), points=many),
@@ -281,6 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = [sweep for sweep in sweeps() if sweep.title in asked]
     if len(chosen) < len(asked):
         parser.error(f"--sweeps {args.sweeps}: must be of batch, context, experts")
+    end_like_an_error(signal.SIGTERM)
     args.cache.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
     growth = Growth(args.cache, args.amoe_flags.split(), threads=args.threads, peak=measured_peak(args.threads))

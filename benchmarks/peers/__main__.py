@@ -36,6 +36,7 @@ over all processes of a server, whose checkpoint had to come from storage.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -51,6 +52,7 @@ from amoe.errors import AmoeError
 from amoe.models.config import load_model_config
 from benchmarks.peers import plot, report
 from benchmarks.peers.offline import OfflineRounds, systems_of
+from benchmarks.peers.process import end_like_an_error
 from benchmarks.peers.report import Results
 from benchmarks.peers.roofline import Machine, measured_peak, uniform_shares
 from benchmarks.peers.served import ServedRounds, footprint
@@ -69,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         setup = prepare(args)
         for name, how in setup.missing.items():
             _note(f"{name} is not installed: {how}")
+        end_like_an_error(signal.SIGTERM)
         _measure(args, setup)
     except AmoeError as error:
         sys.exit(f"error: {error}")

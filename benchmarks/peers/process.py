@@ -8,9 +8,11 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from amoe.errors import AmoeError
@@ -18,6 +20,15 @@ from amoe.errors import AmoeError
 ROOT = Path(__file__).parents[2]
 _STOP_TIMEOUT_S = 20.0
 _LOG_LINES = 15
+
+
+def end_like_an_error(number: signal.Signals) -> None:
+    """Let a signal raise `SystemExit`: children are stopped, and what was measured is written."""
+
+    def leave(received: int, _: FrameType | None) -> None:
+        sys.exit(128 + received)
+
+    signal.signal(number, leave)
 
 
 class Child:
@@ -73,6 +84,7 @@ class Driver:
 
     Attributes:
         about: what it has told of its engine.
+        is_idle: whether it has answered all that it was asked.
         start_s: seconds from its start until the model was loaded.
 
     Raises:
@@ -92,6 +104,7 @@ class Driver:
         self._name = name
         self._answer_timeout_s = answer_timeout_s
         self._rest = b""
+        self.is_idle = True
         began = time.monotonic()
         self._child = Child(command, {"PYTHONPATH": str(ROOT), **env}, log, is_read=True)
         try:
@@ -113,12 +126,15 @@ class Driver:
             AmoeError: it has ended, or does not answer.
         """
         assert self._child.process.stdin is not None
+        self.is_idle = False
         try:
             self._child.process.stdin.write((json.dumps(request) + "\n").encode())
             self._child.process.stdin.flush()
         except OSError as error:
             raise AmoeError(f"{self._name} has ended:\n{self._child.last_words()}") from error
-        return self._read(self._answer_timeout_s)
+        answer = self._read(self._answer_timeout_s)
+        self.is_idle = True
+        return answer
 
     def stop(self) -> None:
         """End it. Idempotent."""

@@ -89,8 +89,8 @@ class DrivenSystem:
     def stop(self) -> None:
         """End the driver."""
         if self._driver is not None:
-            if self._tells_shares:
-                with contextlib.suppress(AmoeError):  # it may be stopped because it failed
+            if self._tells_shares and self._driver.is_idle:  # otherwise it has failed, or somebody has lost patience
+                with contextlib.suppress(AmoeError):
                     self.shares = self.tell_shares()
             self._driver.stop()
             self._driver = None
