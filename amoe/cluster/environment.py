@@ -21,6 +21,9 @@ def tuned(num_threads: int, environment: Mapping[str, str]) -> dict[str, str]:
         # goes on growing for minutes. 64 are as fast.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": environment.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64"),
         "LRU_CACHE_CAPACITY": environment.get("LRU_CACHE_CAPACITY", "64"),
+        # NCCL's kernels wait for the other side's: fewer queues than streams, and one might stand behind another that
+        # waits for it. 32 is what every device has; the default is 8.
+        "CUDA_DEVICE_MAX_CONNECTIONS": environment.get("CUDA_DEVICE_MAX_CONNECTIONS", "32"),
         # Else torch.distributed prints a C++ stack trace whenever a peer goes away.
         "TORCH_CPP_LOG_LEVEL": environment.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }

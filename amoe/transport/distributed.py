@@ -18,8 +18,8 @@ one is sent right behind its record, and each direction has its own group. Locks
 never while something is waited for. The queues are bounded by the token slots, see `amoe.transport.tcp`.
 
 A cut link. gloo gives up when TCP does, after minutes; what has been cut for less goes on by itself, without loss. A
-peer that dies in the milliseconds in which its link is being set up costs this process some descriptors: gloo keeps
-them.
+peer that dies in the milliseconds in which its link is being set up costs this process some descriptors, which gloo
+keeps, or a thread, in which NCCL waits for it.
 """
 
 from __future__ import annotations

@@ -127,7 +127,8 @@ class Link:
             sending = pair.payloads.send(payload) if pair.payloads is not None and payload is not None else None
         except RuntimeError:
             self._pair = None
-            pair.break_off()  # the receiving thread notices, and connects anew
+            # Beside the caller, for it takes its time. The receiving thread notices, and connects anew.
+            threading.Thread(target=pair.break_off, name=f"amoe-broken-{self.peer.rank}", daemon=True).start()
             return False
         self._posted.put(Posted(pair, works, buffer, sending))
         return True

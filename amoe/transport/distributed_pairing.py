@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _STORE_TIMEOUT = timedelta(seconds=10)
 _MAKE_TIMEOUT_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.1
+_TOLD_FROM = 4  # failures in a row: fewer are those of a peer that has just died
 
 
 class End(NamedTuple):
@@ -49,7 +50,7 @@ class Pair(NamedTuple):
     payloads: PayloadGroups | None
 
     def break_off(self) -> None:
-        """Have all that wait for the peer raise RuntimeError, now."""
+        """Have all that wait for the peer raise RuntimeError, now. Idempotent, from any thread."""
         break_off(self.records, self.own)
         if self.payloads is not None:
             self.payloads.break_off()
@@ -77,12 +78,21 @@ class Pairing:
     def next_pair(self) -> Pair | None:
         """Wait until the peer is there as well, and connect. None: `stopped`."""
         pause_s = _FIRST_PAUSE_S
+        num_failures = 0
         while not self._stopped.is_set():
             try:
                 if self._agree():
                     return self._connect()
             except RuntimeError as error:  # all errors of torch.distributed are
-                logger.debug("link %s, attempt %d: %s", self._prefix, self._attempt, error)
+                num_failures += 1
+                is_told = num_failures >= _TOLD_FROM and num_failures & (num_failures - 1) == 0
+                logger.log(
+                    logging.WARNING if is_told else logging.DEBUG,
+                    "no link %s after %d attempts in a row: %s",
+                    self._prefix,
+                    num_failures,
+                    str(error).splitlines()[0] if str(error) else type(error).__name__,
+                )
                 self._store = None  # it may be the store's connection that is broken
                 pause_s = _LONGEST_PAUSE_S
             self._stopped.wait(pause_s)
