@@ -44,6 +44,11 @@ class Members:
         self._incarnations = list(incarnations)
         self._incarnations[rank] = incarnation
 
+    @property
+    def incarnations(self) -> list[int]:
+        """By rank, as they are known now."""
+        return list(self._incarnations)
+
     def update(self, incarnations: Sequence[int]) -> list[int]:
         """Others serve from now on. Returns the ranks where something has changed, without this one."""
         new = list(incarnations)

@@ -4,17 +4,22 @@ Entries are plain lists, numbers and dictionaries, the same before and after a t
 
     add, abort           a request came, or was aborted
     set_shares           other shares of the replicas hold from now on
+    on_roster            other workers serve, or hold other experts, from now on; said: what is sent anew
     on_batch             a batch came; said: the rows that are kept
     start                said: announcements, and how much of slots and KV blocks is in use
     next_step            said: the step, with the batches that an experts step answers
     on_attention         what the router said; said: dispatches
+    on_forward           a step through all layers is done; given: the experts, if a user wants to know them
     on_head              what the sampler said
+    observe              what the step has taken, where the core decides by that
+    retry                said: what is sent again to those who do not answer
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -29,11 +34,13 @@ from amoe.config import (
     SchedulerConfig,
     SteeringConfig,
 )
-from amoe.core.steps import AttentionStep, BlockStep, ExpertsStep, Outgoing
+from amoe.core.members import Roster
+from amoe.core.sequence import SequenceTable
+from amoe.core.steps import AttentionStep, ExpertsStep, ForwardStep, HeadStep, Outgoing, Step
 from amoe.core.worker import ModelShape, WorkerCore
-from amoe.types import Batch, BatchKind, Int16Array, Int32Array, SamplingParams
+from amoe.types import Batch, BatchKind, Int16Array, Int32Array, Int64Array, SamplingParams
 
-FORMAT = 4
+FORMAT = 5
 _COLUMNS: dict[str, Any] = {
     "slots": np.int32,
     "generations": np.int32,
@@ -41,6 +48,8 @@ _COLUMNS: dict[str, Any] = {
     "expert_ids": np.int16,
     "expert_weights": np.float32,
 }
+# Where a call is made, its name, what to keep of its arguments (with the time that they tell), and of its answer.
+_Call = tuple[object, str, Callable[..., tuple[float | None, Any]], Callable[[Any], Any]]
 _HEADERS = tuple(item.name for item in fields(Batch) if item.name not in {*_COLUMNS, "payload"})
 
 
@@ -56,7 +65,13 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What core it was: enough to make another one like it."""
+    """What core it was: enough to make another one like it.
+
+    Attributes:
+        owners: where experts lived as it began; None: no replicas.
+        incarnation: which life of its worker it was.
+        incarnations: of the others, if it came while they served; None: it began with them.
+    """
 
     config: EngineConfig
     shape: ModelShape
@@ -64,6 +79,8 @@ class Origin:
     num_kv_blocks: int
     max_model_len: int
     owners: list[list[list[int]]] | None = None
+    incarnation: int = 0
+    incarnations: list[int] | None = None
 
     def make_core(self) -> WorkerCore:
         """A core in its first state."""
@@ -74,6 +91,8 @@ class Origin:
             num_kv_blocks=self.num_kv_blocks,
             max_model_len=self.max_model_len,
             owners=None if self.owners is None else np.array(self.owners, np.int16),
+            incarnation=self.incarnation,
+            incarnations=self.incarnations,
         )
 
 
@@ -98,6 +117,8 @@ class Trace:
                 "num_kv_blocks": origin.num_kv_blocks,
                 "max_model_len": origin.max_model_len,
                 "owners": origin.owners,
+                "incarnation": origin.incarnation,
+                "incarnations": origin.incarnations,
             }
         )
         for entry in self.entries:
@@ -125,7 +146,8 @@ class Trace:
             config["failure"] = FailureConfig(**config["failure"])
             shape = ModelShape(tuple(head["sparse_layers"]), head["num_experts"], head["renormalises"])
             sizes = (head["num_kv_blocks"], head["max_model_len"])
-            origin = Origin(EngineConfig(**config), shape, head["rank"], *sizes, head["owners"])
+            life = (head["owners"], head["incarnation"], head["incarnations"])
+            origin = Origin(EngineConfig(**config), shape, head["rank"], *sizes, *life)
             return cls(origin, [Entry(*json.loads(line)) for line in rest if line.strip()])
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"this is not a trace of a core: {error!r}") from error
@@ -142,35 +164,55 @@ def record(core: WorkerCore, config: EngineConfig, shape: ModelShape, owners: In
 
     Returns:
         The trace, which grows as the core is used.
-
-    Raises:
-        ValueError: the schedule is `forward`, which no other shell repeats.
     """
-    if core.forward is not None:
-        raise ValueError("only a core that runs block by block is recorded")
-    attention = core.attention
-    num_blocks = attention.batcher.blocks.num_blocks if attention is not None else 0
-    length = attention.batcher.max_model_len if attention is not None else 0
+    batcher, members = core.batcher, core.members
+    num_blocks = batcher.blocks.num_blocks if batcher is not None else 0
+    length = batcher.max_model_len if batcher is not None else 0
     places = None if owners is None else owners.tolist()
-    trace = Trace(Origin(config, shape, core.rank, num_blocks, length, places))
-    calls: list[tuple[object, str, Callable[..., tuple[float | None, Any]], Callable[[Any], Any]]] = [
+    others = members.incarnations if core.is_late else None
+    origin = Origin(config, shape, core.rank, num_blocks, length, places, members.incarnation, others)
+    trace = Trace(origin)
+    for owner, name, given, said in (*_calls(core, config), *_calls_at_home(core)):
+        _intercept(owner, name, given, said, trace.entries)
+    return trace
+
+
+def _calls(core: WorkerCore, config: EngineConfig) -> list[_Call]:
+    """Of any worker."""
+    calls: list[_Call] = [
         (core, "on_batch", lambda batch, now: (now, encode_batch(batch)), _as_list),
+        (core, "on_roster", lambda roster, now: (now, encode_roster(roster)), _encode_outgoing),
         (core, "start", lambda now: (now, None), lambda outgoing: [_encode_outgoing(outgoing), _usage(core)]),
         (core, "next_step", lambda now: (now, None), _encode_step),
     ]
     if config.capacity.slack_s is not None:
-        calls.append((core, "observe", lambda step, seconds: (None, seconds), lambda _: None))
+        calls.append((core, "observe", _encode_seconds, _as_nothing))
+    return calls
+
+
+def _calls_at_home(core: WorkerCore) -> list[_Call]:
+    """Of a worker that is a home of sequences."""
+    batcher, attention, forward = core.batcher, core.attention, core.forward
+    calls: list[_Call] = []
+    if batcher is not None:
+        calls += [
+            (batcher, "add", _encode_request, lambda sequence: sequence.order[1]),
+            (batcher, "abort", lambda request_id: (None, request_id), lambda sequence: sequence is not None),
+        ]
     if attention is not None:
         calls += [
-            (attention.batcher, "add", _encode_request, lambda sequence: sequence.order[1]),
-            (attention.batcher, "abort", lambda request_id: (None, request_id), lambda sequence: sequence is not None),
-            (attention, "set_shares", lambda shares: (None, shares.tolist()), lambda _: None),
+            (attention, "set_shares", lambda shares: (None, shares.tolist()), _as_nothing),
             (attention, "on_attention", _encode_routing, _encode_outgoing),
-            (attention, "on_head", lambda step, *sampled: (None, [_as_list(item) for item in sampled]), lambda _: None),
+            (attention, "on_head", _encode_sampled, _as_nothing),
+            (attention.recovery, "retry", lambda now: (now, None), _encode_outgoing),
         ]
-    for owner, name, given, said in calls:
-        _intercept(owner, name, given, said, trace.entries)
-    return trace
+    if forward is not None:
+        calls += [
+            (forward, "on_forward", functools.partial(_encode_passed, forward.batcher.table), _as_nothing),
+            (forward, "on_head", _encode_sampled, _as_nothing),
+            (forward, "observe", _encode_seconds, _as_nothing),
+        ]
+    return calls
 
 
 def _intercept(
@@ -207,6 +249,36 @@ def decode_batch(encoded: dict[str, Any]) -> Batch:
         if columns[name].ndim == 1:
             columns[name] = columns[name].reshape(0, 0)
     return Batch(**(encoded | columns | {"kind": BatchKind(encoded["kind"])}))
+
+
+def encode_roster(roster: Roster) -> dict[str, Any]:
+    """All of it."""
+    owners = roster.owners.tolist()
+    return {"version": roster.version, "incarnations": list(roster.incarnations), "owners": owners}
+
+
+def decode_roster(encoded: dict[str, Any]) -> Roster:
+    """The roster that `encode_roster` has encoded."""
+    return Roster(encoded["version"], encoded["incarnations"], np.array(encoded["owners"], np.int16))
+
+
+def _encode_passed(
+    table: SequenceTable, step: ForwardStep, expert_ids: Mapping[int, Int64Array]
+) -> tuple[None, dict[str, Any]]:
+    told = {str(layer): ids.tolist() for layer, ids in expert_ids.items()} if table.num_telling else {}
+    return None, {"num_tokens": step.num_tokens, "num_wanted": step.num_wanted, "expert_ids": told}
+
+
+def _encode_sampled(step: HeadStep, *sampled: Any) -> tuple[None, Any]:
+    return None, [_as_list(item) for item in sampled]
+
+
+def _encode_seconds(step: Step, seconds: float) -> tuple[None, float]:
+    return None, seconds
+
+
+def _as_nothing(answer: Any) -> None:
+    return None
 
 
 def _plain(value: float) -> float:
@@ -256,31 +328,46 @@ def _encode_rows(rows: Int32Array | slice | None) -> Any:
     return [rows.start, rows.stop] if isinstance(rows, slice) else _as_list(rows)
 
 
-def _encode_step(step: BlockStep | None) -> Any:
+def _encode_step(step: Step | None) -> Any:
     if step is None:
         return None
-    block = [step.block.kind.name, step.block.layer, step.block.wave]
     if isinstance(step, ExpertsStep):
         return {
-            "block": block,
+            "block": _encode_block(step),
             "slab_rows": step.slab_rows.tolist(),
             "expert_ids": step.expert_ids.tolist(),
             "replies": _encode_outgoing(step.replies),
         }
-    encoded = {"block": block, "slots": step.slots.tolist(), "rows": step.rows.tolist()}
-    if isinstance(step, AttentionStep):
-        encoded["positions"] = step.positions.tolist()
-        encoded["num_decodes"] = step.num_decodes
-        encoded["chunks"] = [[span.start, span.end, span.row] for span in step.chunks]
-    elif step.prompt is not None:
+    if isinstance(step, HeadStep):
+        return {"block": _encode_block(step)} | _encode_head(step)
+    encoded = {
+        "slots": step.slots.tolist(),
+        "rows": step.rows.tolist(),
+        "positions": step.positions.tolist(),
+        "num_decodes": step.num_decodes,
+        "chunks": [[span.start, span.end, span.row] for span in step.chunks],
+    }
+    if isinstance(step, ForwardStep):
+        head = None if step.head is None else _encode_head(step.head)
+        return {"block": None} | encoded | {"wanted": _as_list(step.wanted), "head": head}
+    return {"block": _encode_block(step)} | encoded
+
+
+def _encode_block(step: AttentionStep | HeadStep | ExpertsStep) -> list[Any]:
+    return [step.block.kind.name, step.block.layer, step.block.wave]
+
+
+def _encode_head(step: HeadStep) -> dict[str, Any]:
+    encoded: dict[str, Any] = {"slots": step.slots.tolist(), "rows": step.rows.tolist()}
+    if step.prompt is not None:
         encoded["prompt"] = [step.prompt.slots.tolist(), step.prompt.positions.tolist()]
     return encoded
 
 
 def _usage(core: WorkerCore) -> dict[str, int] | None:
-    if core.attention is None:
+    batcher = core.batcher
+    if batcher is None:
         return None
-    batcher = core.attention.batcher
     return {
         "kv_blocks": batcher.blocks.num_used,
         "free_slots": batcher.slots.num_free,

@@ -72,6 +72,7 @@ class WorkerCore:
         incarnations: by rank, of the others that it finds when it comes late; None: it starts with the others.
 
     Attributes:
+        is_late: it has come while others served.
         members: who is there.
         attention, experts: the sides of a worker that runs block by block; None: it does not have that side.
         forward: the one of a worker that takes its tokens through the whole model, and has no other.
@@ -98,7 +99,7 @@ class WorkerCore:
         self.queues = MicroQueues(shape.num_layers, scheduler.num_lanes)
         self._config = config
         self._shape = shape
-        self._is_late = incarnations is not None
+        self.is_late = incarnations is not None
         at_start = [0 if other < placement.num_workers else NOBODY for other in range(placement.num_ranks)]
         self.members = Members(rank, incarnation, at_start if incarnations is None else incarnations)
         self._num_stages = num_stages(shape.num_layers)
@@ -193,7 +194,7 @@ class WorkerCore:
             self._experts_barrier = ExpertsBarrier(homes)
         if self._gates is not None:
             self._expert_waves = ExpertWaves(
-                homes, self._shape.num_layers, self.queues, self._gates, is_late=self._is_late
+                homes, self._shape.num_layers, self.queues, self._gates, is_late=self.is_late
             )
             for home, rank in enumerate(homes):
                 if not self.members.has(rank):

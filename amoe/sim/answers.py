@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from amoe.core.batcher import Batcher
-from amoe.core.steps import AttentionStep, HeadStep
+from amoe.core.steps import AttentionStep, ForwardStep, HeadStep
 from amoe.profiles.routing import RoutingModel, scores_of
 from amoe.sim.worker import Routing
 from amoe.types import BoolArray, Float32Array, Int64Array
@@ -46,6 +46,10 @@ class ModelledAnswers:
         self._max_tokens: Int64Array = np.zeros(num_rows, np.int64)
         self._weights: Float32Array = np.full((batcher.slots.num_slots, top_k), 1.0 / top_k, np.float32)
         self._token_ids: Int64Array = np.zeros(num_rows, np.int64)
+
+    def experts_of(self, step: ForwardStep) -> Mapping[int, Int64Array]:
+        """Nobody wants to know them."""
+        return {}
 
     def route(self, step: AttentionStep, now: float) -> Routing | None:
         """Experts by the routing model, of equal weight."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from amoe.core.steps import BlockStep
+from amoe.core.steps import BlockStep, ForwardStep
 from amoe.sim.config import HostModel
 from amoe.sim.events import EventQueue
 from amoe.sim.results import WorkerMeter
@@ -64,6 +64,7 @@ class Device:
         if step is None:
             self._sleep(now)
             return
+        assert not isinstance(step, ForwardStep), "no such schedule is simulated"
         seconds = self._timer.seconds(step, now)
         host_s = self._host.visible(now, self._last_begin, self._last_end)
         begin = now + host_s

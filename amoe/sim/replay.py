@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -10,15 +10,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from amoe.core.steps import AttentionStep, BlockStep, ExpertsStep, HeadStep
-from amoe.core.trace import Entry, Trace, decode_batch, record
+from amoe.core.steps import AttentionStep, ExpertsStep, ForwardStep, HeadStep, Step
+from amoe.core.trace import Entry, Trace, decode_batch, decode_roster, record
 from amoe.core.worker import WorkerCore
 from amoe.errors import ConfigError
-from amoe.sim.worker import NewRequest, Routing, VirtualWorker
+from amoe.sim.worker import NewRequest, News, Routing, VirtualWorker
 from amoe.types import Batch, BoolArray, Int64Array, SamplingParams
 
 SHOWN = 160  # characters of a value in a report
-_MESSAGES = {"add", "abort", "set_shares"}
+_MESSAGES = {"add", "abort", "set_shares", "on_roster"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +47,24 @@ class Turn:
     """What one round of a shell's loop meets.
 
     Attributes:
-        messages: entries of requests that come, of those that are aborted, and of other shares.
+        messages: entries of requests that come, of those that are aborted, of other shares, and of other workers.
         batches: that have arrived.
-        answer: entry of what the router or the sampler says, if the turn runs a block that asks them.
-        seconds: that the block took, where the core was told.
+        answers: entries of what the router, the sampler, or all layers say, by their calls, if the turn asks them.
+        seconds: that the step took, where the core was told.
+        retried_at: when the turn asked again for what is owed; None: it did not.
     """
 
     now: float = 0.0
     messages: list[Entry] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
-    answer: Entry | None = None
+    answers: dict[str, Entry] = field(default_factory=dict)
     seconds: float | None = None
+    retried_at: float | None = None
+
+    @property
+    def answered_at(self) -> float:
+        """When the kernels answered, if that was told."""
+        return next((entry.now for entry in self.answers.values() if entry.now is not None), self.now)
 
 
 class Shell(Protocol):
@@ -112,26 +119,39 @@ def replay(trace: Trace, make_shell: Callable[[WorkerCore], Shell] | None = None
 
 
 class RecordedAnswers:
-    """What a router or a sampler said in the turn that is repeated."""
+    """What a router, a sampler or all layers said in the turn that is repeated.
+
+    Attributes:
+        entries: by their calls.
+    """
 
     def __init__(self) -> None:
-        self.entry: Entry | None = None
+        self.entries: Mapping[str, Entry] = {}
 
-    def is_for(self, step: BlockStep) -> bool:
-        """There is an answer, and the step asks for one of that kind and size. If not, the comparison will tell."""
-        if self.entry is None or isinstance(step, ExpertsStep):
+    def is_for(self, step: Step) -> bool:
+        """There is an answer of the kind and size that the step asks for. If not, the comparison will tell."""
+        if isinstance(step, ExpertsStep):
             return False
-        given = self.entry.given
-        if isinstance(step, AttentionStep):
-            first = given["topk_ids"] if self.entry.call == "on_attention" else []
-        else:
-            first = given[0] if self.entry.call == "on_head" else []
+        if isinstance(step, ForwardStep):
+            passed = self.entries.get("on_forward")
+            if passed is None or (step.head is not None and not self.is_for(step.head)):
+                return False
+            return (passed.given["num_tokens"], passed.given["num_wanted"]) == (step.num_tokens, step.num_wanted)
+        entry = self.entries.get("on_attention" if isinstance(step, AttentionStep) else "on_head")
+        if entry is None:
+            return False
+        first = entry.given["topk_ids"] if isinstance(step, AttentionStep) else entry.given[0]
         return first is None or len(first) == len(step.slots)
+
+    def experts_of(self, step: ForwardStep) -> Mapping[int, Int64Array]:
+        """As recorded."""
+        given = self.entries["on_forward"].given["expert_ids"]
+        # [0, K] lists as nothing: K does not matter then.
+        return {int(layer): np.array(ids, np.int64).reshape(len(ids), -1 if ids else 1) for layer, ids in given.items()}
 
     def route(self, step: AttentionStep, now: float) -> Routing | None:
         """As recorded."""
-        assert self.entry is not None
-        given, num_tokens = self.entry.given, step.num_tokens
+        given, num_tokens = self.entries["on_attention"].given, step.num_tokens
         if given["topk_ids"] is None:
             return None
         topk_ids = np.array(given["topk_ids"], np.int64).reshape(num_tokens, -1 if num_tokens else 1)
@@ -140,8 +160,7 @@ class RecordedAnswers:
 
     def sample(self, step: HeadStep, now: float) -> tuple[Int64Array, BoolArray]:
         """As recorded."""
-        assert self.entry is not None
-        token_ids, finished = self.entry.given
+        token_ids, finished = self.entries["on_head"].given
         return np.array(token_ids, np.int64), np.array(finished, np.bool_)
 
 
@@ -154,22 +173,23 @@ class VirtualShell:
 
     def run(self, turn: Turn) -> None:
         """See `Shell`."""
-        worker, self._answers.entry = self._worker, turn.answer
+        worker, self._answers.entries = self._worker, turn.answers
         for message in turn.messages:
             if message.call == "abort":
                 worker.abort(message.given)
             elif message.call == "set_shares":
                 worker.steer(np.array(message.given))
+            elif message.call == "on_roster":
+                worker.tell(News(decode_roster(message.given), message.now or 0.0))
             else:
                 worker.submit(new_request(message))
         for batch in turn.batches:
             worker.deliver(batch)
         step = worker.turn(turn.now)
-        if step is None:
-            return
-        if isinstance(step, ExpertsStep) or self._answers.is_for(step):
-            answered_at = None if turn.answer is None else turn.answer.now
-            worker.finish(step, turn.now if answered_at is None else answered_at, turn.seconds)
+        if step is not None and (isinstance(step, ExpertsStep) or self._answers.is_for(step)):
+            worker.finish(step, turn.answered_at, turn.seconds)
+        if turn.retried_at is not None:
+            worker.retry(turn.retried_at)
 
 
 def new_request(entry: Entry) -> NewRequest:
@@ -183,7 +203,7 @@ def new_request(entry: Entry) -> NewRequest:
 
 
 def _turns(entries: Sequence[Entry]) -> Iterator[Turn]:
-    """Messages, batches, start, next_step, and what came of the step."""
+    """Messages, batches, start, next_step, what came of the step, and questions to those who do not answer."""
     turn, is_begun = Turn(), False
     for entry in entries:
         if is_begun and entry.call in {*_MESSAGES, "on_batch", "start"}:
@@ -198,8 +218,10 @@ def _turns(entries: Sequence[Entry]) -> Iterator[Turn]:
             is_begun = True
         elif entry.call == "observe":
             turn.seconds = entry.given
+        elif entry.call == "retry":
+            turn.retried_at = entry.now
         elif entry.call != "next_step":
-            turn.answer = entry
+            turn.answers[entry.call] = entry
     if is_begun:
         yield turn
 

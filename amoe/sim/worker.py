@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from amoe.core.steps import AttentionStep, BlockStep, ExpertsStep, ForwardStep, HeadStep, Outgoing
+from amoe.core.batcher import Batcher
+from amoe.core.members import Roster
+from amoe.core.steps import AttentionStep, ExpertsStep, ForwardStep, HeadStep, Outgoing, Step
 from amoe.core.worker import WorkerCore
 from amoe.types import Batch, BoolArray, Float32Array, Int32Array, Int64Array, SamplingParams
 
@@ -29,6 +31,14 @@ class NewRequest:
     num_routed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """Other workers serve, or hold other experts, from the time `at` on."""
+
+    roster: Roster
+    at: float
+
+
 class Routing(NamedTuple):
     """What the router says of n tokens: topk_ids, topk_weights [n, K], and scores [n, E] where capacity is on."""
 
@@ -39,6 +49,10 @@ class Routing(NamedTuple):
 
 class Answers(Protocol):
     """What the kernels of attention workers would say: drawn from a model, or read from a record."""
+
+    def experts_of(self, step: ForwardStep) -> Mapping[int, Int64Array]:
+        """By layer, the experts that the tokens of a step through all layers take; none, if nobody wants to know."""
+        ...
 
     def route(self, step: AttentionStep, now: float) -> Routing | None:
         """What the router says; None at a dense layer."""
@@ -61,7 +75,7 @@ class VirtualWorker:
         self.core = core
         self.answers = answers
         self._send_batch = send
-        self._messages: list[NewRequest | Shares | int] = []  # a number is an abort
+        self._messages: list[NewRequest | News | Shares | int] = []  # a number is an abort
         self._mailbox: list[Batch] = []
 
     def submit(self, request: NewRequest) -> None:
@@ -76,11 +90,15 @@ class VirtualWorker:
         """From the next turn on, tokens choose replicas by `shares` [num_layers, num_experts, R]."""
         self._messages.append(shares)
 
+    def tell(self, news: News) -> None:
+        """The next turn hears of it."""
+        self._messages.append(news)
+
     def deliver(self, batch: Batch) -> None:
         """A batch waits for the next turn."""
         self._mailbox.append(batch)
 
-    def turn(self, now: float) -> BlockStep | None:
+    def turn(self, now: float) -> Step | None:
         """Take what has come, start iterations, choose a block. Returns what is to be run, if anything is."""
         if self._messages:
             self._handle_messages()
@@ -88,12 +106,13 @@ class VirtualWorker:
         for batch in batches:
             self.core.on_batch(batch, now)
         self._send(self.core.start(now))
-        step = self.core.next_step(now)
-        assert not isinstance(step, ForwardStep), "no such schedule is simulated"
-        return step
+        return self.core.next_step(now)
 
-    def finish(self, step: BlockStep, now: float, seconds: float | None = None) -> None:
+    def finish(self, step: Step, now: float, seconds: float | None = None) -> None:
         """`step` has run for so many seconds (None: not known): tell the core, and send what it has brought."""
+        if isinstance(step, ForwardStep):
+            self._finish_forward(step, now, seconds)
+            return
         if isinstance(step, ExpertsStep):
             self._send(step.replies)
         else:
@@ -113,17 +132,31 @@ class VirtualWorker:
         else:
             attention.on_head(step, *answers.sample(step, now))
 
+    def _finish_forward(self, step: ForwardStep, now: float, seconds: float | None) -> None:
+        forward, answers = self.core.forward, self.answers
+        assert forward is not None and answers is not None
+        forward.on_forward(step, answers.experts_of(step))
+        if step.head is not None:
+            forward.on_head(step.head, *answers.sample(step.head, now))
+        if seconds is not None:
+            forward.observe(step, seconds)
+
+    def retry(self, now: float) -> None:
+        """Send again what has been owed for too long, as a home does now and then."""
+        assert self.core.attention is not None
+        self._send(self.core.attention.recovery.retry(now))
+
     def _send(self, outgoing: Sequence[Outgoing]) -> None:
         for item in outgoing:
             self._send_batch(item.batch)
 
     def _handle_messages(self) -> None:
-        assert self.core.attention is not None, "only attention workers take requests"
-        batcher = self.core.attention.batcher
         messages, self._messages = self._messages, []
         for message in messages:
-            if isinstance(message, NewRequest):
-                batcher.add(
+            if isinstance(message, News):
+                self._send(self.core.on_roster(message.roster, message.at))
+            elif isinstance(message, NewRequest):
+                self._home.add(
                     message.request_id,
                     message.prompt_token_ids,
                     message.params,
@@ -132,6 +165,12 @@ class VirtualWorker:
                     num_routed=message.num_routed,
                 )
             elif isinstance(message, int):
-                batcher.abort(message)
+                self._home.abort(message)
             else:
+                assert self.core.attention is not None, "nobody else chooses replicas"
                 self.core.attention.set_shares(message)
+
+    @property
+    def _home(self) -> Batcher:
+        assert self.core.batcher is not None, "only attention workers take requests"
+        return self.core.batcher

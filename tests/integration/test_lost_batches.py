@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from amoe.config import FailureConfig
+from amoe.core.trace import record
+from amoe.core.worker import ModelShape
 from amoe.engine.messages import Unanswered
+from amoe.sim.replay import replay
 from amoe.transport.base import Transport
 from amoe.types import Batch, BatchKind
 from tests.cluster import InprocCluster
@@ -54,7 +57,9 @@ def test_a_worker_that_answers_others_is_asked_again(
     config = replace(case.config(checkpoint(tmp_path, case.arch, case.variant)), failure=FailureConfig(timeout_s=0.2))
     way = (0, 2) if kind is BatchKind.DISPATCH else (2, 0)
     cluster = BusyCluster(config, wrap=lambda transport: Leaky(transport, kind, way, 20))  # type: ignore[arg-type]
-    losses = cluster.workers[0].core.attention.recovery.losses
+    core = cluster.workers[0].core
+    trace = record(core, config, ModelShape(core._shape.sparse_layers, core.num_experts), cluster._owners)
+    losses = core.attention.recovery.losses
     num_prompts, ids = len(case.prompts), [cluster.add(case.prompts[0], case.params, home=0)]
     while cluster.requests[ids[0]].finish_reason is None or losses.resent == 0:
         is_open = [cluster.requests[request_id].finish_reason is None for request_id in ids]
@@ -67,4 +72,6 @@ def test_a_worker_that_answers_others_is_asked_again(
     for index, request_id in enumerate(ids):
         assert cluster.requests[request_id].token_ids == references[index % num_prompts].token_ids
     cluster.assert_nothing_left()
+    assert any(entry.said for entry in trace.entries if entry.call == "retry")
+    assert replay(trace) is None, "the simulator asks again when the engine did"
     cluster.close()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from amoe.config import CacheConfig, CapacityConfig, EngineConfig, PlacementConfig, SchedulerConfig
-from amoe.core.trace import Trace, record
+from amoe.core.members import Roster
+from amoe.core.trace import Trace, encode_roster, record
 from amoe.core.worker import ModelShape, WorkerCore
 from amoe.engine.messages import AbortRequests, AddRequest, Steer
+from amoe.engine.topology import roster_of
 from amoe.engine.worker import Worker
 from amoe.engine.worker_stats import StatsKeeper
 from amoe.models.config import load_model_config
@@ -22,6 +26,8 @@ from amoe.sim.simulator import Simulator
 from amoe.sim.workload import Lengths, Workload
 from amoe.types import SamplingParams
 from tests.cluster import InprocCluster
+from tests.integration.elastic import ELASTIC, ElasticCluster, skewed
+from tests.integration.exactness import Case
 from tests.unit.sim.cases import SIZES, make_config
 
 PLACEMENTS = {"colocated2": PlacementConfig(colocated=2), "1A1E": PlacementConfig(expert_workers=1)}
@@ -69,7 +75,7 @@ def record_cluster(checkpoint_factory):
 def test_the_simulator_decides_as_the_engine_did(record_cluster, tmp_path, placement, schedule, micro_batches):
     traces = record_cluster(placement, schedule, micro_batches)
     calls = {entry.call for trace in traces for entry in trace.entries}
-    assert calls == {"add", "abort", "on_batch", "start", "next_step", "on_attention", "on_head"}
+    assert calls == {"add", "abort", "on_batch", "start", "next_step", "on_attention", "on_head", "retry"}
     assert any(entry.said[1]["preemptions"] for entry in traces[0].entries if entry.call == "start")
     for trace in traces:
         assert replay(trace) is None
@@ -77,6 +83,100 @@ def test_the_simulator_decides_as_the_engine_did(record_cluster, tmp_path, place
         loaded = load_trace(tmp_path / "trace")
         assert loaded == trace
         assert replay(loaded) is None
+
+
+def test_the_simulator_repeats_one_worker_that_runs_all_layers_at_once(checkpoint_factory, tmp_path):
+    """With preemption, an abort, scored prompts and a user who asks for experts."""
+    path = checkpoint_factory("qwen3_moe", 3, num_hidden_layers=3, mlp_only_layers=[1])
+    config = EngineConfig(
+        model=str(path),
+        max_model_len=64,
+        threads_per_worker=1,
+        scheduler=SchedulerConfig(schedule="forward", max_num_seqs=5, max_num_batched_tokens=24),
+        cache=CacheConfig(block_size=4, num_blocks=18),
+    )
+    model = load_model_config(path)
+    cluster = InprocCluster(config, seed=1)
+    trace = record(cluster.workers[0].core, config, ModelShape(model.sparse_layers, model.num_experts))
+    rng = np.random.default_rng(0)
+    plain = SamplingParams(max_tokens=9, temperature=0.0)
+    for index, length in enumerate((1, 30, 7, 19, 40, 3, 12, 25)):
+        params = replace(plain, prompt_logprobs=0 if index % 3 == 0 else None, return_routed_experts=index == 2)
+        cluster.add(rng.integers(3, 101, size=length).tolist(), params)
+    for _ in range(4):
+        cluster.turn()
+    cluster.abort(1)
+    cluster.run()
+    cluster.settle()
+    cluster.close()
+    calls = {entry.call for entry in trace.entries}
+    assert calls == {"add", "abort", "start", "next_step", "on_forward", "on_head", "observe"}
+    assert any(entry.said[1]["preemptions"] for entry in trace.entries if entry.call == "start")
+    assert any(entry.given["expert_ids"] for entry in trace.entries if entry.call == "on_forward")
+    save_trace(trace, tmp_path / "trace")
+    loaded = load_trace(tmp_path / "trace")
+    assert loaded == trace
+    assert replay(loaded) is None
+
+
+class RecordedCluster(ElasticCluster):
+    """Every life of every worker is recorded."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.traces = [self._record(rank, self._owners) for rank in range(len(self.workers))]
+
+    def start(self, rank: int, incarnation: int = 0) -> None:
+        owners = roster_of(self.board.topology, self.num_experts).owners
+        super().start(rank, incarnation)
+        self.traces.append(self._record(rank, owners))
+
+    def _record(self, rank: int, owners: np.ndarray) -> Trace:
+        core = self.workers[rank].core
+        return record(core, self.config, ModelShape(self.sparse, self.num_experts), owners)
+
+    @property
+    def num_experts(self) -> int:
+        return self._owners.shape[1]
+
+
+@pytest.mark.parametrize("schedule", [("waves", 2), ("progress", 1), ("defrag", 1)], ids=str)
+async def test_what_all_decide_while_workers_come_and_go_is_repeated(schedule, tmp_path):
+    """A worker joins, experts move, one dies in the middle and comes back: homes, survivors, and the next life."""
+    cluster = RecordedCluster(Case(*schedule, "qwen3_moe", "2A2E", "plain", 1), tmp_path, ELASTIC)
+
+    async def script() -> None:
+        cluster.start(4)
+        await cluster.manager.take_in(4)
+        cluster.load = skewed(cluster, 1)
+        moving = asyncio.create_task(cluster.manager.rebalance())
+        for _ in range(6):
+            await asyncio.sleep(0)
+        cluster.kill(2)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        cluster.start(2, 1)
+        await moving
+
+    await cluster.serve_while(script())
+    cluster.check()
+    told = [[entry for entry in trace.entries if entry.call == "on_roster"] for trace in cluster.traces]
+    assert all(len(entries) >= 3 for entries in told[:2])
+    assert any(entry.said for entry in (*told[0], *told[1])), "a home had to send something anew"
+    assert [trace.origin.incarnation for trace in cluster.traces] == [0, 0, 0, 0, 0, 1]
+    cluster.finish()
+    for trace in cluster.traces:
+        save_trace(trace, tmp_path / "trace")
+        assert replay(load_trace(tmp_path / "trace")) is None
+
+
+def test_another_roster_makes_a_difference(record_cluster):
+    trace = record_cluster("1A1E", "progress", 1)[0]
+    nobody = Roster(1, [0, -1], np.zeros((3, 7, 1), np.int16))
+    lines = [json.loads(line) for line in trace.to_lines()]
+    lines.insert(100, ["on_roster", 0.0, encode_roster(nobody), []])
+    difference = replay(Trace.from_lines(json.dumps(line) for line in lines))
+    assert difference is not None
 
 
 TAMPERINGS = {
@@ -118,7 +218,7 @@ class EngineShell:
         self.messages: list = []
         self.batches: list = []
         shape = (SIZES.num_layers, SIZES.num_experts)
-        home = FakeHome(core, self.answers) if core.attention is not None else None
+        home = FakeHome(core, self) if core.attention is not None else None
         self.worker = Worker(
             core,
             home,
@@ -132,7 +232,8 @@ class EngineShell:
         self.worker._next_heartbeat = float("inf")
 
     def run(self, turn: Turn) -> None:
-        self.answers.entry = turn.answer
+        self.answers.entries = turn.answers
+        self.answered_at = turn.answered_at
         self.now = turn.now
         self.messages = [_to_message(message) for message in turn.messages]
         self.batches = turn.batches
@@ -178,9 +279,10 @@ class FakeExperts:
 class FakeHome:
     """As `amoe.engine.home.Home` and `AttentionSide`, with recorded answers instead of kernels."""
 
-    def __init__(self, core: WorkerCore, answers: RecordedAnswers) -> None:
+    def __init__(self, core: WorkerCore, shell: EngineShell) -> None:
         self.core = core.attention
-        self.answers = answers
+        self.answers = shell.answers
+        self.shell = shell
 
     def add(self, message: AddRequest) -> None:
         token_ids = np.array(message.prompt_token_ids, np.int32)
@@ -198,7 +300,7 @@ class FakeHome:
     def run(self, step, now):
         assert self.answers.is_for(step)
         # The simulator tells the core when the step has ended, the engine when it has begun.
-        at = self.answers.entry.now
+        at = self.shell.answered_at
         routing = self.answers.route(step, now)
         if routing is None:
             return self.core.on_attention(step, None, None, at), None

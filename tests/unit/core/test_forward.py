@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from amoe.config import CacheConfig, CapacityConfig, EngineConfig, FailureConfig, PlacementConfig, SchedulerConfig
 from amoe.core.steps import ForwardStep
-from amoe.core.trace import record
+from amoe.core.trace import Trace, record
 from amoe.core.worker import ModelShape, WorkerCore
 from amoe.errors import ConfigError
 from amoe.policy.decision import Reason
+from amoe.sim.replay import replay
 from amoe.types import SamplingParams
 from tests.unit.core.examples import clusters
 from tests.unit.core.harness import Cluster, run_scenario
@@ -196,10 +197,22 @@ def test_no_room_for_the_next_one_is_waited_for():
     assert run(core).positions.tolist() == list(range(7))
 
 
-def test_such_a_core_is_not_recorded():
-    core = make_core()
-    with pytest.raises(ValueError, match="block by block"):
-        record(core, core._config, ModelShape((True, True), 6))
+def test_a_record_is_repeated_with_the_times_that_steps_took():
+    core = make_core(max_prefill=2000, max_model_len=4000, num_blocks=2000)
+    trace = record(core, core._config, ModelShape((True, True), 6))
+    add(core, 0, 2000, return_routed_experts=True)
+    for request_id, seconds in ((1, 1.0), (2, 0.5)):
+        core.start(0.0)
+        run(core, seconds=seconds)
+        add(core, request_id, 2000)
+    core.start(0.0)
+    assert run(core).num_tokens == 1 + 400
+    assert replay(Trace.from_lines(trace.to_lines())) is None
+    index = next(index for index, entry in enumerate(trace.entries) if entry.call == "observe")
+    trace.entries[index] = replace(trace.entries[index], given=0.7)
+    difference = replay(trace)
+    assert difference is not None
+    assert (difference.call, difference.where[:4]) == ("next_step", "said")
 
 
 # ---- which schedule it is

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from amoe.config import CacheConfig, EngineConfig, PlacementConfig, SchedulerConfig
-from amoe.core.trace import Trace, decode_batch, encode_batch, record
+from amoe.core.members import Roster
+from amoe.core.trace import Trace, decode_batch, decode_roster, encode_batch, record
 from amoe.core.worker import ModelShape, WorkerCore
 from amoe.sim.replay import new_request
 from amoe.types import Batch, BatchKind, SamplingParams
@@ -90,6 +92,32 @@ def test_all_calls_of_a_shell_are_recorded():
     assert trace.entries[3].said["block"] == ["ATTENTION", 0, 0]
 
 
+def test_a_roster_survives_its_line():
+    config = replace(CONFIG, placement=PlacementConfig(expert_workers=2))
+    shape = ModelShape((False, True), 6)
+    core = WorkerCore(config, shape, 0, num_kv_blocks=20, max_model_len=40)
+    trace = record(core, config, shape)
+    owners = np.array([[[-1, -1]] * 6, [[0, 1], [1, -1]] * 3], np.int16)
+    core.on_roster(Roster(7, [0, -1, 3], owners), 0.5)
+    core.attention.recovery.retry(0.75)
+    entries = Trace.from_lines(trace.to_lines()).entries
+    assert [(entry.call, entry.now, entry.said) for entry in entries] == [("on_roster", 0.5, []), ("retry", 0.75, [])]
+    told = decode_roster(entries[0].given)
+    assert (told.version, told.incarnations, told.owners.dtype) == (7, [0, -1, 3], np.int16)
+    assert np.array_equal(told.owners, owners)
+
+
+def test_whoever_comes_late_is_made_anew_as_one_who_came_late():
+    owners = np.zeros((2, 6, 1), np.int16)
+    core = WorkerCore(
+        CONFIG, SHAPE, 1, num_kv_blocks=20, max_model_len=40, owners=owners, incarnation=2, incarnations=[5, 1]
+    )
+    origin = Trace.from_lines(record(core, CONFIG, SHAPE, owners).to_lines()).origin
+    again = origin.make_core()
+    assert again.is_late
+    assert (again.members.incarnation, again.members.incarnations) == (2, [5, 2])
+
+
 def test_what_is_given_is_recorded_as_it_was():
     core = WorkerCore(CONFIG, SHAPE, 0, num_kv_blocks=20, max_model_len=40)
     trace = record(core, CONFIG, SHAPE)
@@ -114,7 +142,7 @@ def test_a_trace_survives_its_lines():
         (["nonsense"], "not a trace"),
         (["{}"], "not a trace"),
         (['{"format": 99}'], "format 99"),
-        (['{"format": 4, "config": {"model": "m"}}'], "not a trace"),
+        (['{"format": 5, "config": {"model": "m"}}'], "not a trace"),
     ],
 )
 def test_other_files_are_refused(lines, message):
