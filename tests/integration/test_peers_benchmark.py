@@ -36,7 +36,9 @@ class TestReports:
             batch, length, output = (sample["point"][name] for name in ("batch", "input_len", "output_len"))
             timing = sample["timing"]
             assert timing["prefill_tokens"] == batch * length
-            assert 0 < timing["decode_tokens"] <= batch * (output - 1)
+            # none, if a busy machine lets the observer see all tokens of a sequence at once
+            assert 0 <= timing["decode_tokens"] <= batch * (output - 1)
+            assert 0 < timing["prefill_s"] <= timing["total_s"]
         assert [sample["point"]["batch"] for sample in results["served"]] == [1, 3]
         assert all(sample["run"]["end_to_end"] > 0 for sample in results["served"])
         assert len(results["about"]["amoe"]["version"]) > 0
