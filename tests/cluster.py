@@ -22,6 +22,7 @@ from amoe.engine.expert_placement import expert_owners
 from amoe.engine.messages import (
     AbortRequests,
     AddRequest,
+    Alive,
     Heartbeat,
     Loading,
     Outputs,
@@ -96,7 +97,7 @@ class InprocCluster:
     Where experts have replicas, every few turns another home is told to choose them by other shares.
     """
 
-    expected: ClassVar[tuple[type, ...]] = (Outputs, Heartbeat, Ready, Loading)
+    expected: ClassVar[tuple[type, ...]] = (Outputs, Heartbeat, Alive, Ready, Loading)
 
     def __init__(
         self,

@@ -28,18 +28,17 @@ from amoe.cluster.places import Place
 from amoe.cluster.process import title_of
 from amoe.cluster.topology import NOBODY, TopologyBoard
 from amoe.engine.async_engine import AsyncEngine
-from amoe.engine.messages import Applied, Failed, Heartbeat, Pulse, ToServer, Unanswered
+from amoe.engine.messages import Alive, Applied, Failed, Heartbeat, Pulse, ToServer, Unanswered
 from amoe.engine.roles import role_of
-from amoe.engine.watchdog import STALL_TIMEOUT_S, step_limit_s
 from amoe.errors import AmoeError, ConfigError
 from amoe.metrics.cluster import LossKind
+from amoe.policy.patience import Patience, StepTime
 from amoe.policy.rebalance import are_held_elsewhere
 from amoe.policy.supervision import Crashes, LifeSigns
 from amoe.stats import WorkerStats
 
 logger = logging.getLogger(__name__)
 
-TICK_S = 0.1
 EXIT_GRACE_S = 0.2  # a channel ends a moment before the exit of its process is known, which tells more
 FENCE_PATIENCE_S = 10.0
 LEAVE_GRACE_S = 10.0
@@ -70,6 +69,7 @@ class Supervisor:
         self._clock = clock or MonotonicClock()
         self._starter = LateStarter(cluster, board)
         self._signs = LifeSigns(self._config.failure.timeout_s)
+        self._look_s = Patience(self._config.failure.timeout_s).look_s
         self._places: dict[int, Place] = {}
         self._lives: dict[int, int] = {}  # the last incarnation of each rank that there has been
         self._watching: asyncio.Task[None] | None = None
@@ -133,8 +133,11 @@ class Supervisor:
     def _hear(self, rank: int, message: ToServer) -> None:
         if isinstance(message, Heartbeat):
             self._signs.beat(rank, _oldest_s(message.stats))
+        elif isinstance(message, Alive):
+            self._signs.beat(rank, message.oldest_s)
         elif isinstance(message, Pulse):
-            self._signs.pulse(rank, message.step_s, step_limit_s(message.usual_s, STALL_TIMEOUT_S))
+            step = StepTime(message.step_s, message.usual_s, message.free_s, message.longest_s)
+            self._signs.pulse(rank, step)
         elif isinstance(message, Applied):
             self._board.on_applied(rank, message.version)
         elif isinstance(message, Unanswered):
@@ -164,10 +167,10 @@ class Supervisor:
         try:
             last = self._clock.now()
             while True:
-                await asyncio.sleep(TICK_S)
+                await asyncio.sleep(self._look_s)
                 now = self._clock.now()
                 # Time in which this process did not run says nothing about the workers, whose messages lie unread.
-                self._signs.advance(min(now - last, 2 * TICK_S))
+                self._signs.advance(min(now - last, 2 * self._look_s))
                 last = now
                 self._look(now)
         except Exception:  # unseen, nobody would be replaced ever after
@@ -318,13 +321,13 @@ class Supervisor:
             raise ValueError(f"rank {rank} is taken")
         place = self._make_place(rank)
         try:
-            await self._start(place)
-        except (AmoeError, OSError) as error:
-            raise ConfigError(f"{place.title} could not be started: {error}") from error
-        finally:
-            if place.worker is None:
-                del self._places[rank]
-                self._changed()
+            await self._start(place)  # once it serves, it is replaced like all others, even if it is gone by now
+        except BaseException as error:
+            del self._places[rank]
+            self._changed()
+            if isinstance(error, AmoeError | OSError):
+                raise ConfigError(f"{place.title} could not be started: {error}") from error
+            raise
 
     async def drain(self, rank: int) -> None:
         """A worker is about to leave: should it die, nobody takes its place. Then call `remove`, or `keep`."""

@@ -102,6 +102,11 @@ class MicroQueues:
         self.oldest[index] = np.inf
         self.min_kappa[index] = NEVER
 
+    def waited_for_experts_s(self, now: float) -> float:
+        """How long the oldest token here has waited for an expert; 0 if none waits."""
+        oldest = self.oldest.reshape(self.num_waves, self._stages)[:, 1::2].min(initial=np.inf)
+        return max(0.0, now - float(oldest))
+
     def view(self) -> QueueView:
         """Statistics for a policy of an async schedule: a block is ready when a token waits for it."""
         return QueueView(self.depth > 0, self.depth, self.oldest, self.min_kappa)

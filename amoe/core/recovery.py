@@ -29,6 +29,7 @@ from amoe.core.home_waves import HomeWaves
 from amoe.core.replica_shares import ReplicaShares
 from amoe.core.routed_experts import RoutedExperts
 from amoe.core.steps import Outgoing
+from amoe.policy.patience import Patience
 from amoe.types import BlockId, BlockKind, BoolArray, Float32Array, Int16Array, Int32Array
 
 _TRIES_PER_TIMEOUT = 4
@@ -92,7 +93,7 @@ class Recovery:
     """See above; of one home with D owners.
 
     Args:
-        timeout_s: an answer that takes half as long is asked for again, and whoever owes it is named.
+        timeout_s: an answer that takes half as long is asked for again; whoever owes it is named before.
         come_home: called with layer, leaders of groups that wait for nothing any more, and `now`.
         routed: is told of experts that compute in place of others.
         degrades: pairs of experts that nobody holds go the way of capacity, instead of waiting.
@@ -119,6 +120,7 @@ class Recovery:
         self._replicas = replicas
         self._retry_s = timeout_s / _TRIES_PER_TIMEOUT
         self._patient_s = timeout_s * _PATIENCE
+        self._named_s = Patience(timeout_s).named_s
         self._overdue_s = timeout_s * _OVERDUE
         self._come_home = come_home
         self._routed = routed
@@ -197,9 +199,9 @@ class Recovery:
     # ---- somebody does not answer
 
     def unanswered(self, now: float) -> list[tuple[int, float]]:
-        """(rank, seconds) of the owners that have owed answers for half of the timeout and sent none since."""
+        """(rank, seconds) of the owners that have owed answers for a while, and sent none since."""
         waited = self._waited(now)
-        late = np.flatnonzero(waited >= self._patient_s)
+        late = np.flatnonzero(waited >= self._named_s)
         return [(self._dispatcher.owner_ranks[owner], float(waited[owner])) for owner in late]
 
     def _waited(self, now: float) -> npt.NDArray[np.float64]:

@@ -25,6 +25,7 @@ from amoe.engine.topology import roster_of
 from amoe.engine.worker import Worker
 from amoe.engine.worker_stats import StatsKeeper
 from amoe.models.config import ModelConfig
+from amoe.policy.patience import Patience
 from amoe.transport.base import Transport
 from amoe.types import Int16Array
 
@@ -98,6 +99,8 @@ def assemble(
         stats=StatsKeeper(
             core.rank, role_of(config, core.rank), *num_layers_experts, modelled_s, ridge_tokens=config.ridge_tokens
         ),
+        sign_s=Patience(config.failure.timeout_s).sign_s,
+        may_compile=config.device.startswith("cuda"),
         loading=loading,
         forward=forward,
     )

@@ -18,7 +18,17 @@ from amoe.engine.async_generation import Generation
 from amoe.engine.channels import Channels, WorkerChannel
 from amoe.engine.generation import GenerationDelta, GenerationState
 from amoe.engine.load import Choices, Front, OpenLoad, Refusal, first_choices, validate
-from amoe.engine.messages import AbortRequests, AddRequest, Failed, Heartbeat, Outputs, Pulse, Topology, ToServer
+from amoe.engine.messages import (
+    AbortRequests,
+    AddRequest,
+    Alive,
+    Failed,
+    Heartbeat,
+    Outputs,
+    Pulse,
+    Topology,
+    ToServer,
+)
 from amoe.engine.model_info import ModelInfo as ModelInfo
 from amoe.engine.readmission import count_vain_lives, families, resumed_request
 from amoe.engine.shared_control import REQUESTS_PER_FRONT
@@ -350,6 +360,9 @@ class AsyncEngine:
             self._watchdog.beat(rank, message.stats)
             self.metrics.worker(message.stats)
             self._steering.observe(message.stats)
+        elif isinstance(message, Alive):
+            self._watchdog.turned(rank)
+            self.metrics.alive(rank)
         elif isinstance(message, Pulse):
             self._watchdog.pulse(rank, message.step_s, message.usual_s)
             self.metrics.alive(rank)

@@ -20,12 +20,12 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
-from amoe.engine.messages import Heartbeat, Pulse, Stop, ToServer, ToWorker
+from amoe.engine.messages import Alive, Heartbeat, Pulse, Stop, ToServer, ToWorker
 from amoe.errors import TransportError
 
 MAX_FRAME_BYTES = 64 << 20
 _LENGTH = struct.Struct("<I")
-MAX_UNSENT_SIGNS = 32  # 16 seconds of heartbeats: whoever reads at all, however late, gets one after the other
+MAX_UNSENT_SIGNS = 64  # of about 9 seconds: whoever reads at all, however late, gets one after the other
 _CHUNK = 1 << 16
 
 _encoder = msgspec.msgpack.Encoder()
@@ -137,7 +137,7 @@ class SocketControlPort:
             return
         frame = encode_frame(message)
         with self._sending:
-            if self._gone or (isinstance(message, Heartbeat | Pulse) and not self._admits_sign(len(frame))):
+            if self._gone or (isinstance(message, Heartbeat | Alive | Pulse) and not self._admits_sign(len(frame))):
                 return
             had_unsent = bool(self._unsent)
             self._unsent += frame

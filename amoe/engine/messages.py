@@ -171,16 +171,29 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=True):
     stats: WorkerStats
 
 
+class Alive(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Worker to server, from within the worker's loop, several times between two heartbeats: it makes progress.
+
+    Attributes:
+        oldest_s: how long the oldest token waits here for an expert; 0 if none does.
+    """
+
+    oldest_s: float
+
+
 class Pulse(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Worker to server, from beside the worker's loop: the process lives, its loop is inside one turn.
 
     Attributes:
         step_s: for so long; of a step that goes through all layers, for so long in one of them.
         usual_s: what a step of that size, or a layer of it, usually takes; None: it is the first of its kind.
+        free_s, longest_s: see `amoe.policy.patience.StepTime`.
     """
 
     step_s: float
     usual_s: float | None
+    free_s: float = 0.0
+    longest_s: float | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -191,7 +204,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 ToWorker = AddRequest | AbortRequests | Steer | Topology | HoldExperts | Stop
-ToServer = Loading | Ready | Outputs | Heartbeat | Pulse | Applied | Holding | Unanswered | Failed
+ToServer = Loading | Ready | Outputs | Heartbeat | Alive | Pulse | Applied | Holding | Unanswered | Failed
 
 
 class ControlPort(Protocol):

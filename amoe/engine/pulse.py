@@ -1,51 +1,17 @@
-"""The thread beside a worker's loop that tells how long the loop has been inside one turn: `amoe.engine.watchdog`."""
+"""The thread beside a worker's loop that speaks for it while it is inside one turn: `amoe.policy.patience`."""
 
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from amoe.clock import Clock
-from amoe.core.steps import ForwardStep, Step
+from amoe.core.steps import Step
+from amoe.engine.hindrance import Hindrance
 from amoe.engine.messages import ControlPort, Pulse
-
-PULSE_S = 0.5
-LONG_TURN_S = 0.75  # the loop's own heartbeats speak for any shorter one
-
-Kind = str | int  # name of a kind of block, or bits of a number of tokens
-
-
-class StepTimes:
-    """What steps have taken so far, by their kind: a block, or all blocks on about so many tokens.
-
-    A token of a large step costs far less than one of a small step where each reads all weights of a model, so that a
-    step of a size that has never been seen is the first of its kind.
-
-    Args:
-        num_layers: of a step on all blocks.
-    """
-
-    def __init__(self, num_layers: int = 1) -> None:
-        self._num_layers = num_layers
-        self._spent: dict[Kind, list[float]] = defaultdict(lambda: [0.0, 0])
-
-    def observe(self, step: Step, seconds: float) -> None:
-        """A step has run."""
-        spent = self._spent[_kind_of(step)]
-        spent[0] += seconds
-        spent[1] += step.num_tokens
-
-    def usual_s(self, step: Step) -> float | None:
-        """What so many tokens have taken on average, in each layer if it was all; None: there have been none."""
-        seconds, num_tokens = self._spent.get(_kind_of(step), (0.0, 0))
-        num_parts = self._num_layers if isinstance(step, ForwardStep) else 1
-        return seconds / num_tokens * step.num_tokens / num_parts if num_tokens else None
-
-
-def _kind_of(step: Step) -> Kind:
-    return step.num_tokens.bit_length() if isinstance(step, ForwardStep) else step.block.kind.name
+from amoe.engine.step_times import StepTimes
 
 
 @dataclass(slots=True)
@@ -55,17 +21,29 @@ class Turn:
     Attributes:
         since: when the turn began; None: the loop sleeps.
         step: the step that it runs; None: it is at something else, which should take no time.
+        signed_at: when the loop has given its last sign of life.
     """
 
     since: float | None = None
     step: Step | None = None
+    signed_at: float = float("-inf")
+
+
+class KeptFromRunning(Protocol):
+    """See `amoe.engine.hindrance.Hindrance`."""
+
+    def mark(self) -> None: ...
+
+    def kept_s(self, seconds: float) -> float: ...
 
 
 class PulseThread:
-    """Runs while its `with` block does. Costs a few reads of attributes per half second, unless a turn is long.
+    """Runs while its `with` block does. Costs a few reads of attributes per period, unless a turn is long.
 
     Args:
+        period_s: between signs of life, of the loop and of this thread.
         progress: goes up as a step gets on, if the steps here have parts: a number that may be asked for at any time.
+        hindrance: what keeps the loop from running.
     """
 
     def __init__(
@@ -74,15 +52,21 @@ class PulseThread:
         times: StepTimes,
         control: ControlPort,
         clock: Clock,
+        period_s: float,
         progress: Callable[[], int] = lambda: 0,
+        hindrance: KeptFromRunning | None = None,
     ) -> None:
         self._turn = turn
         self._times = times
         self._control = control
         self._clock = clock
+        self._period_s = period_s
         self._progress = progress
-        self._seen: tuple[float | None, int] = (None, 0)  # the turn, and the progress in it
+        self._hindrance = hindrance or Hindrance()
+        self._seen: tuple[float | None, bool, int] = (None, False, 0)  # the turn, is it at a step, how far is that
         self._since = 0.0  # it is there
+        self._free_s = 0.0  # of that time, see `StepTime.free_s`
+        self._marked_at: float | None = None  # what keeps it is looked at since then
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="amoe-pulse", daemon=True)
 
@@ -95,21 +79,34 @@ class PulseThread:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.wait(PULSE_S):
+        while not self._stop.wait(self._period_s):
             self.look(self._control.send)
 
     def look(self, send: Callable[[Pulse], None]) -> None:
-        """Send a pulse if the turn is a long one: a step that gets on is a sign of life, not of a hang."""
+        """Send a pulse if the loop has given no sign for a period: a turn that is long is no silence, and a step that
+        gets on no hang."""
         since, step, now = self._turn.since, self._turn.step, self._clock.now()
-        self._follow(since, now)
-        if since is None or now - since < LONG_TURN_S:
+        self._follow(since, step is not None, now)
+        if since is None or now - self._turn.signed_at < self._period_s:
             return
-        send(Pulse(now - self._since, 0.0 if step is None else self._times.usual_s(step)))
+        self._watch(now)
+        usual_s, longest_s = (0.0, None) if step is None else (self._times.usual_s(step), self._times.longest_s(step))
+        send(Pulse(now - self._since, usual_s, self._free_s, longest_s))
 
-    def _follow(self, since: float | None, now: float) -> None:
-        """Note since when the loop is where it is: in this turn, or in this part of its step."""
-        seen, self._seen = self._seen, (since, self._progress())
-        if since != seen[0]:
-            self._since = now if since is None else since
-        elif self._seen != seen:
-            self._since = now
+    def _follow(self, since: float | None, in_step: bool, now: float) -> None:
+        """Note since when the loop is where it is: in this turn, in its step, or in this part of the step."""
+        seen, self._seen = self._seen, (since, in_step, self._progress())
+        if self._seen == seen:
+            return
+        self._free_s, self._marked_at = 0.0, None
+        self._since = since if since is not None and since != seen[0] else now
+
+    def _watch(self, now: float) -> None:
+        """Count for how long nothing has kept the loop, from the first long look at it on."""
+        if self._marked_at is None:
+            self._hindrance.mark()
+        else:
+            # Time in which this thread did not run either says nothing about the loop.
+            seconds = min(now - self._marked_at, 2 * self._period_s)
+            self._free_s += seconds - self._hindrance.kept_s(seconds)
+        self._marked_at = now

@@ -1,8 +1,8 @@
 """Do the workers make progress? Pure bookkeeping over their signs of life; the caller says how much time has passed.
 
-A worker gives two signs. Its loop sends a *heartbeat* between two steps, twice a second. A thread beside the loop sends
-a *pulse* while the loop is inside one turn for longer than a heartbeat should take, and says for how long, and how long
-a step of that size usually takes. From these, four cases are told apart:
+A worker gives two signs. Its loop sends a *heartbeat* between two steps, twice a second, and says in between that it
+turns. A thread beside the loop sends a *pulse* while the loop is inside one turn for longer than that should take, and
+says for how long, and how long a step of that size usually takes. From these, four cases are told apart:
 
 - *stopped*: neither sign. All threads of a process stop with it (SIGSTOP, a frozen container, a machine that is gone),
   and nothing that a worker computes stops the thread: kernels and waits release Python's lock. So a short silence of
@@ -26,23 +26,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from amoe.policy.patience import STALL_TIMEOUT_S as STALL_TIMEOUT_S
+from amoe.policy.patience import step_limit_s
 from amoe.stats import WorkerStats
 
-STALL_TIMEOUT_S = 7.0
 HEARTBEAT_TIMEOUT_S = 120.0
-FIRST_STEP_S = 60.0
-USUAL_TIMES = 10.0  # a step may take so many times what its tokens take on average
 
 StallKind = Literal["silent", "in a step", "without a step"]
-
-
-def step_limit_s(usual_s: float | None, stall_timeout_s: float) -> float:
-    """How long a step may take before it counts as hung.
-
-    Args:
-        usual_s: what the worker's steps of that kind have taken, for as many tokens; None: it is the first one.
-    """
-    return max(stall_timeout_s, FIRST_STEP_S if usual_s is None else USUAL_TIMES * usual_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +95,17 @@ class Watchdog:
 
     def beat(self, rank: int, stats: WorkerStats) -> None:
         """A heartbeat has come: the loop turns."""
+        self.turned(rank)
         worker = self._workers[rank]
-        worker.silence_s = worker.no_heartbeat_s = worker.step_s = 0.0
         worker.has_work = stats.num_running + stats.num_waiting > 0 or any(queue.depth for queue in stats.queues)
         if not worker.has_work or stats.steps != worker.steps:
             worker.idle_s = 0.0
         worker.steps = stats.steps
+
+    def turned(self, rank: int) -> None:
+        """The loop turns: a sign of it between two heartbeats."""
+        worker = self._workers[rank]
+        worker.silence_s = worker.no_heartbeat_s = worker.step_s = 0.0
 
     def pulse(self, rank: int, step_s: float, usual_s: float | None) -> None:
         """A pulse has come: the loop is `step_s` seconds into a step, or a layer of one, that usually takes `usual_s`.

@@ -18,6 +18,7 @@ from amoe.engine.home import Home
 from amoe.engine.messages import (
     AbortRequests,
     AddRequest,
+    Alive,
     Applied,
     ControlPort,
     Heartbeat,
@@ -27,7 +28,8 @@ from amoe.engine.messages import (
     Topology,
     Unanswered,
 )
-from amoe.engine.pulse import PulseThread, StepTimes, Turn
+from amoe.engine.pulse import PulseThread, Turn
+from amoe.engine.step_times import StepTimes
 from amoe.engine.topology import peers_of, roster_of
 from amoe.engine.worker_stats import StatsKeeper
 from amoe.transport.base import Transport
@@ -45,6 +47,8 @@ class Worker:
         attention: the attention side; None at an expert worker.
         experts: the expert side; None at an attention worker.
         forward: all layers in one step; None at a worker that runs block by block. One that does not has no sides.
+        sign_s: between two signs of life.
+        may_compile: see `StepTimes`.
         loading: changes the experts that the expert side holds; None: they stay as they are.
     """
 
@@ -59,6 +63,8 @@ class Worker:
         control: ControlPort,
         clock: Clock,
         stats: StatsKeeper,
+        sign_s: float = HEARTBEAT_S,
+        may_compile: bool = False,
         loading: ExpertLoading | None = None,
         forward: ForwardExecutor | None = None,
     ) -> None:
@@ -72,11 +78,12 @@ class Worker:
         self._transport = transport
         self._control = control
         self._clock = clock
-        self._next_heartbeat = 0.0
+        self._sign_s = sign_s
+        self._next_heartbeat = self._next_sign = 0.0
         self._next_control = 0.0
         self._stopped = False
         self._turn = Turn()
-        self._times = StepTimes() if forward is None else StepTimes(forward.num_layers)
+        self._times = StepTimes(1 if forward is None else forward.num_layers, may_compile=may_compile)
 
     @property
     def is_stopped(self) -> bool:
@@ -90,7 +97,7 @@ class Worker:
         if self._home is not None:
             self._home.warm_up()
         try:
-            with PulseThread(self._turn, self._times, self._control, self._clock, self._progress):
+            with PulseThread(self._turn, self._times, self._control, self._clock, self._sign_s, self._progress):
                 while not self._stopped:
                     if not self.turn():
                         self._sleep(poller)
@@ -115,9 +122,9 @@ class Worker:
         self.stats.waited(self.core.queues.depth, seconds)
 
     def _seconds_to_sleep(self, now: float) -> float:
-        """Until the next heartbeat, or until somebody has waited long enough for another worker."""
+        """Until the next sign of life, or until somebody has waited long enough for another worker."""
         deadline = self.core.next_deadline(now)
-        until = self._next_heartbeat if deadline is None else min(self._next_heartbeat, deadline)
+        until = self._next_sign if deadline is None else min(self._next_sign, deadline)
         if (self._home is not None and self._home.is_compiling) or (
             self._loading is not None and self._loading.is_busy
         ):
@@ -146,11 +153,21 @@ class Worker:
             self._turn.step = None
             self._times.observe(step, self._clock.now() - now)
         self._transport.flush()
-        if now >= self._next_heartbeat:
-            self._next_heartbeat = now + HEARTBEAT_S
-            self._control.send(Heartbeat(self.stats.snapshot(self.core, now)))
+        if now >= self._next_sign:
+            self._next_sign = now + self._sign_s
+            self._give_sign(now)
             self._look_after_answers(now)
         return step is not None or bool(batches)
+
+    def _give_sign(self, now: float) -> None:
+        """The loop turns: every now and then, all that there is to say. `now`: when the turn began; what has waited
+        for an expert has done so up to its end."""
+        self._turn.signed_at = ended = self._clock.now()
+        if now < self._next_heartbeat:
+            self._control.send(Alive(self.core.queues.waited_for_experts_s(ended)))
+            return
+        self._next_heartbeat = now + HEARTBEAT_S
+        self._control.send(Heartbeat(self.stats.snapshot(self.core, ended)))
 
     def _receive(self, batch: Batch, now: float) -> None:
         kept = self.core.on_batch(batch, now)

@@ -1,17 +1,19 @@
 """Who is taken for dead, and when the next life begins. Pure bookkeeping: the caller says how much time has passed.
 
-A worker gives signs of life twice a second: its loop a *heartbeat* between two steps, a thread beside it a *pulse*
-while the loop is inside one turn. It is taken for dead if
+A worker gives signs of life: its loop between two steps, a thread beside it by a *pulse* while the loop is inside one
+turn. It is taken for dead if
 
-- *silent*: it gives neither for the timeout. One that visibly uses a processor, or waits for one or for a disk, gets
-  `RUNNING_TIMES` as long: a machine that is overloaded is no reason to kill anybody;
+- *silent*: it gives neither. One that visibly uses a processor, or waits for one or for a disk, gets `RUNNING_TIMES` as
+  long: a machine that is overloaded is no reason to kill anybody;
 - *hung*: it is inside one step for longer than any step should take;
-- *cut*: a home has waited for its answer for nearly the timeout, and says so again after two heartbeats of the accused
-  that show that nothing waits there for as long: what the home has sent does not arrive, or the answer does not.
+- *cut*: a home has waited for its answer, and says so again after two signs of the accused that show that nothing waits
+  there for as long: what the home has sent does not arrive, or the answer does not.
 
-A cut link has two ends, and only one of them is replaced. If a home accuses all workers that hold experts, and they are
-several, and no other home accuses any of them, it is the home that is cut off. Two that accuse each other: the greater
-rank.
+How long each takes, and why: `amoe.policy.patience`.
+
+A cut link has two ends, and only one of them is replaced: the one that is waited for; of two that wait for each other
+the greater rank. But if all links that are cut end at one worker, and it has such a link with everybody else who holds
+experts, and these are several, it is that worker which is cut off.
 
 A worker that has died is started anew: at once, if its life was long; else after a pause that doubles with each life
 that was short, so that a machine that is out of order is not kept busy by starting.
@@ -23,13 +25,14 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from amoe.policy.patience import Patience, StepTime
+
 LossKind = Literal["silent", "hung", "cut"]
 
 RUNNING_TIMES = 4.0
-FIRST_SIGN_S = 30.0  # from "I am ready" to the first heartbeat, things may be warmed up
-BEATS_OF_INNOCENCE = 2  # heartbeats that show that what was sent is not there
-CUT_SHARE = 0.75  # of the timeout: homes say twice a second for how long they have waited
-LAPSE_S = 1.5  # a home that has not said again that it waits, waits no more
+FIRST_SIGN_S = 30.0  # from "I am ready" to the first sign of life, things may be warmed up
+BEATS_OF_INNOCENCE = 2  # signs of a loop that show that what was sent is not there
+REPORTS = 2  # a home that waits says so again within so many periods, unless its turns are long
 
 
 class Loss(NamedTuple):
@@ -54,12 +57,11 @@ class Loss(NamedTuple):
 
 @dataclass(slots=True)
 class _Signs:
-    """Of one worker: seconds since the last one, and of the step that it is in."""
+    """Of one worker: seconds since the last one, and the step that it has not come out of since."""
 
     silence_s: float = 0.0
     has_begun: bool = False
-    step_s: float = 0.0
-    step_limit_s: float = float("inf")
+    step: StepTime | None = None
 
 
 @dataclass(slots=True)
@@ -76,11 +78,11 @@ class LifeSigns:
     """See above.
 
     Args:
-        timeout_s: of silence, and of an answer.
+        timeout_s: within which a loss shall be told.
     """
 
     def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+        self._patience = Patience(timeout_s)
         self._workers: dict[int, _Signs] = {}
         self._accusations: dict[tuple[int, int], _Accusation] = {}
 
@@ -96,25 +98,23 @@ class LifeSigns:
             del self._accusations[pair]
 
     def beat(self, rank: int, oldest_s: float) -> None:
-        """A heartbeat has come.
+        """The loop turns: a sign of it has come.
 
         Args:
             oldest_s: how long the oldest token waits there for an expert; 0 if none does.
         """
         if (signs := self._workers.get(rank)) is None:
             return
-        signs.silence_s, signs.has_begun = 0.0, True
-        signs.step_s, signs.step_limit_s = 0.0, float("inf")
+        signs.silence_s, signs.has_begun, signs.step = 0.0, True, None
         for (_, accused), accusation in self._accusations.items():
             if accused == rank:
                 has_it = oldest_s >= (accusation.seconds + accusation.age_s) / 2
                 accusation.beats = 0 if has_it else accusation.beats + 1
 
-    def pulse(self, rank: int, step_s: float, limit_s: float) -> None:
-        """A pulse has come: the loop is `step_s` seconds into a step, or a layer of one, that may take `limit_s`."""
+    def pulse(self, rank: int, step: StepTime) -> None:
+        """A pulse has come: the loop is inside a step."""
         if (signs := self._workers.get(rank)) is not None:
-            signs.silence_s, signs.has_begun = 0.0, True
-            signs.step_s, signs.step_limit_s = step_s, limit_s
+            signs.silence_s, signs.has_begun, signs.step = 0.0, True, step
 
     def accuse(self, home: int, rank: int, seconds: float) -> None:
         """`home` has waited for an answer of `rank` for `seconds`. It says so again as long as it waits."""
@@ -122,7 +122,7 @@ class LifeSigns:
             return
         known = self._accusations.setdefault((home, rank), _Accusation(seconds))
         known.seconds, known.age_s = seconds, 0.0
-        known.is_proven = known.beats >= BEATS_OF_INNOCENCE and seconds >= CUT_SHARE * self._timeout_s
+        known.is_proven = known.beats >= BEATS_OF_INNOCENCE and seconds >= self._patience.answer_s
 
     def advance(self, seconds: float) -> None:
         """So much time has passed, in which messages were read as they came."""
@@ -130,7 +130,7 @@ class LifeSigns:
             signs.silence_s += seconds
         for accusation in self._accusations.values():
             accusation.age_s += seconds
-        for pair in [pair for pair, item in self._accusations.items() if item.age_s > LAPSE_S]:
+        for pair in [pair for pair, item in self._accusations.items() if item.age_s > self._patience.lapse_s]:
             del self._accusations[pair]
 
     def losses(self, owners: set[int], seems_to_run: Callable[[int], bool]) -> list[Loss]:
@@ -144,9 +144,10 @@ class LifeSigns:
         return found + self._cut({loss.rank for loss in found}, owners)
 
     def _of_signs(self, rank: int, signs: _Signs, seems_to_run: Callable[[int], bool]) -> Loss | None:
-        if signs.step_s >= signs.step_limit_s:
-            return Loss(rank, "hung", signs.step_s)
-        limit_s = self._timeout_s if signs.has_begun else max(self._timeout_s, FIRST_SIGN_S)
+        if signs.step is not None and self._patience.is_hung(signs.step):
+            return Loss(rank, "hung", signs.step.step_s)
+        silence_s = self._patience.silence_s
+        limit_s = silence_s if signs.has_begun else max(silence_s, FIRST_SIGN_S)
         if signs.silence_s < limit_s:
             return None
         if signs.silence_s < RUNNING_TIMES * limit_s and seems_to_run(rank):
@@ -155,23 +156,35 @@ class LifeSigns:
 
     def _cut(self, dead: set[int], owners: set[int]) -> list[Loss]:
         """Whoever waits for a worker that is dead anyway has nothing new to say."""
-        proven = {
-            pair: item.seconds for pair, item in self._accusations.items() if item.is_proven and dead.isdisjoint(pair)
-        }
+        alive = {pair: item for pair, item in self._accusations.items() if dead.isdisjoint(pair)}
+        latest_s = REPORTS * self._patience.sign_s
+        founded = {p for p, item in alive.items() if item.beats >= BEATS_OF_INNOCENCE and item.age_s <= latest_s}
         worst: dict[int, float] = {}
-        for pair, seconds in proven.items():
-            rank = _culprit(pair, proven, owners)
-            worst[rank] = max(seconds, worst.get(rank, 0.0))
+        for pair, item in alive.items():
+            if item.is_proven:
+                rank = _culprit(pair, founded | {pair}, owners)
+                worst[rank] = max(item.seconds, worst.get(rank, 0.0))
         return [Loss(rank, "cut", seconds) for rank, seconds in sorted(worst.items())]
 
 
-def _culprit(pair: tuple[int, int], proven: Collection[tuple[int, int]], owners: set[int]) -> int:
-    """Which end of a link that is cut is replaced, of all that are `proven` to be."""
+def _culprit(pair: tuple[int, int], founded: Collection[tuple[int, int]], owners: set[int]) -> int:
+    """Which end of a link that is cut is replaced.
+
+    Args:
+        founded: accusations of which all but the time is proven: who has sent something to each of the others, one
+            after the other, has waited for each a little less long.
+    """
     home, accused = pair
-    others = owners - {home}
-    if len(others) > 1 and {rank for by, rank in proven if by == home} >= others:
-        return accused if any(by != home for by, _ in proven) else home
-    return max(pair) if (accused, home) in proven else accused
+    for rank in pair:
+        if _is_isolated(rank, founded, owners):
+            return rank
+    return max(pair) if (accused, home) in founded else accused
+
+
+def _is_isolated(rank: int, founded: Collection[tuple[int, int]], owners: set[int]) -> bool:
+    others = owners - {rank}
+    beyond = {end for pair in founded if rank in pair for end in pair}
+    return len(others) > 1 and beyond >= others and all(rank in pair for pair in founded)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

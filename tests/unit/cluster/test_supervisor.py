@@ -138,7 +138,7 @@ async def test_who_is_silent_is_killed():
 
 async def test_who_hangs_in_a_step_is_killed():
     async with Fakes(CALM) as fakes:
-        fakes.engine.on_message(1, Pulse(70.0, None))
+        fakes.engine.on_message(1, Pulse(700.0, None))
         await fakes.until("lost 1 hung")
         await fakes.until("back 1")
 
@@ -184,6 +184,24 @@ async def test_add_and_remove():
         assert fakes.events[-3:] == ["lose 3", "close 3.0", "removed 3"]
         await fakes.supervisor.add(3)
         assert fakes.board.incarnations[3] == 1  # never the same life twice
+
+
+async def test_one_that_dies_while_it_is_added_is_replaced(monkeypatch):
+    """Between its readiness and its first request: it has served, and its next life must not be anybody's orphan."""
+    async with Fakes(CALM) as fakes:
+        attach = fakes.engine.attach
+
+        def die(rank: int, channel: object) -> None:
+            monkeypatch.setattr(fakes.engine, "attach", attach)
+            fakes.worker(rank).die("was killed by SIGKILL")
+
+        monkeypatch.setattr(fakes.engine, "attach", die)
+        await fakes.supervisor.add(3)
+        await fakes.until("back 3")
+        assert (fakes.supervisor.ranks, fakes.board.incarnations) == ({0, 1, 2, 3}, [0, 0, 0, 1])
+        fakes.worker(3).die("was killed by SIGKILL")
+        await fakes.until_holds(lambda: fakes.events.count("back 3") == 2)
+        assert (fakes.board.incarnations[3], fakes.engine.death) == (2, "")
 
 
 async def test_one_that_cannot_be_added_leaves_nothing():

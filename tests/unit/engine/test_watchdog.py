@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +10,11 @@ import pytest
 
 from amoe.clock import ManualClock
 from amoe.core.steps import ForwardStep
-from amoe.engine.messages import Pulse
-from amoe.engine.pulse import LONG_TURN_S, PulseThread, StepTimes, Turn
-from amoe.engine.watchdog import FIRST_STEP_S, Watchdog
+from amoe.engine.pulse import PulseThread, Turn
+from amoe.engine.step_times import StepTimes
+from amoe.engine.watchdog import Watchdog
+from amoe.policy.patience import FIRST_STEP_S
 from amoe.stats import QueueSnapshot, WorkerStats
-from amoe.types import BlockId, BlockKind
 
 PERIOD_S = 0.5
 
@@ -183,40 +182,9 @@ def test_who_waits_for_a_long_step_is_not_to_blame():
     assert kinds(watchdog) == (1, "in a step")
 
 
-def step(num_tokens: int) -> Any:
-    return SimpleNamespace(block=BlockId(BlockKind.EXPERTS, 0), num_tokens=num_tokens)
-
-
 def forward_step(num_tokens: int) -> ForwardStep:
     slots = np.zeros(num_tokens, np.int32)
     return ForwardStep(slots, slots, slots, num_tokens)
-
-
-def test_a_pulse_tells_of_long_turns_only():
-    clock, turn, times, sent = ManualClock(10.0), Turn(), StepTimes(), []
-    control: Any = SimpleNamespace(send=sent.append)
-    pulse = PulseThread(turn, times, control, clock)
-    pulse.look(control.send)
-    turn.since = 10.0
-    pulse.look(control.send)
-    assert sent == []
-    clock.advance(LONG_TURN_S)
-    pulse.look(control.send)
-    turn.step = step(8)
-    pulse.look(control.send)
-    times.observe(step(4), 0.25)
-    pulse.look(control.send)
-    assert sent == [Pulse(LONG_TURN_S, 0.0), Pulse(LONG_TURN_S, None), Pulse(LONG_TURN_S, 0.5)]
-
-
-def test_a_forward_step_is_as_usual_as_those_of_its_size():
-    times = StepTimes()
-    for _ in range(5):
-        times.observe(forward_step(1), 0.01)
-    assert times.usual_s(forward_step(1)) == pytest.approx(0.01)
-    assert times.usual_s(forward_step(2048)) is None  # a thousand times a decode step would be no limit at all
-    times.observe(forward_step(1024), 0.5)
-    assert times.usual_s(forward_step(2000)) == pytest.approx(0.5 * 2000 / 1024)
 
 
 class SlowStep:
@@ -229,7 +197,7 @@ class SlowStep:
             send=lambda pulse: self._watchdog.pulse(0, pulse.step_s, pulse.usual_s),
         )
         turn = Turn(since=0.0, step=forward_step(2048))
-        self._pulses = PulseThread(turn, StepTimes(48), self._control, self._clock, self._progress)
+        self._pulses = PulseThread(turn, StepTimes(48), self._control, self._clock, PERIOD_S, self._progress)
 
     def _progress(self) -> int:
         layer = int(self._clock.now() / 4.0)
@@ -249,21 +217,3 @@ def test_a_step_through_all_layers_is_no_hang_as_long_as_it_gets_on():
     assert SlowStep().seconds_until_lost() is None
     seconds = SlowStep(stops_in=10).seconds_until_lost()
     assert seconds == pytest.approx(10 * 4.0 + FIRST_STEP_S, abs=1.0)
-
-
-def test_what_is_usual_is_told_of_a_layer():
-    """A hang within a long step is noticed long before ten such steps would be over."""
-    times = StepTimes(48)
-    times.observe(forward_step(2048), 192.0)
-    times.observe(step(8), 1.0)
-    assert times.usual_s(forward_step(2048)) == pytest.approx(4.0)
-    assert times.usual_s(step(8)) == pytest.approx(1.0)
-
-
-def test_the_thread_runs_beside_a_loop_that_hangs():
-    turn, sent = Turn(since=-100.0), []
-    came = threading.Event()
-    control: Any = SimpleNamespace(send=lambda message: (sent.append(message), came.set()))
-    with PulseThread(turn, StepTimes(), control, ManualClock(0.0)):
-        assert came.wait(60)
-    assert sent[0] == Pulse(100.0, 0.0)

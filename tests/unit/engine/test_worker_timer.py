@@ -16,5 +16,5 @@ def test_the_loop_sleeps_until_the_next_timer(deadline: float | None, seconds: f
     core: Any = SimpleNamespace(next_deadline=lambda now: deadline)
     parts: Any = SimpleNamespace()
     worker = Worker(core, None, None, None, transport=parts, control=parts, clock=ManualClock(10.0), stats=parts)
-    worker._next_heartbeat = 10.5
+    worker._next_sign = 10.5
     assert worker._seconds_to_sleep(10.0) == pytest.approx(seconds)
