@@ -42,10 +42,11 @@ def human_int(text: str) -> int:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, other than "None", which means that the help text says what happens."""
+    """Shows defaults, other than "None", which means that the help text says what happens, and those of switches."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        is_switch = action.nargs == 0 and not isinstance(action, argparse.BooleanOptionalAction)
+        return action.help if action.default is None or is_switch else super()._get_help_string(action)
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:

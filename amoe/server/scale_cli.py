@@ -34,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server")
     parser.add_argument("--admin-key", metavar="KEY", help="default: AMOE_ADMIN_KEY of the environment")
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--status", action="store_true", help="show the workers, and what was asked for lately")
     what.add_argument("--expert-workers", type=int, metavar="N", help="let there be N of them")
     what.add_argument(
@@ -53,6 +53,12 @@ def order_of(args: argparse.Namespace) -> Order:
     Raises:
         ConfigError: naming the flag that cannot work.
     """
+    for flag, count in (("--expert-workers", args.expert_workers), ("--replicas", args.replicas)):
+        if count is not None and count < 1:
+            raise ConfigError(f"{flag} must be at least 1, not {count}")
+    for flag, index in (("--layer", args.layer), ("--expert", args.expert)):
+        if index is not None and index < 0:
+            raise ConfigError(f"{flag} counts from 0: {index} is none")
     has_place = (args.layer is not None, args.expert is not None)
     if args.replicas is None and any(has_place):
         raise ConfigError("--layer and --expert go with --replicas N")
@@ -64,6 +70,8 @@ def order_of(args: argparse.Namespace) -> Order:
         return Order("/admin/scale", {"expert_workers": args.expert_workers})
     if args.rebalance:
         return Order("/admin/rebalance")
+    if not args.status:
+        raise ConfigError("say what: --status, --expert-workers N, --replicas N --layer L --expert E or --rebalance")
     if args.no_wait:
         raise ConfigError("--no-wait does nothing with --status")
     return Order()

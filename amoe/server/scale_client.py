@@ -81,7 +81,8 @@ class AdminClient:
                     raise ActionFailedError(action["error"], cluster)
                 if action["state"] == "done":
                     return cluster
-                show(cluster["action"] or "waiting for its turn")
+                is_next = all(other["state"] != "running" for other in cluster["actions"] if other["id"] < number)
+                show(cluster["action"] or ("begun" if is_next else "waiting for its turn"))
             time.sleep(POLL_S)
 
     def _ask(self, method: str, path: str, **options: Any) -> Cluster:
@@ -172,7 +173,8 @@ def run_order(
         except ActionFailedError as error:
             show_workers(console, before, error.cluster)
             raise
-        console.print(f"done after {time.monotonic() - began_at:.1f} s", highlight=False)
+        changes = "" if after["version"] != before["version"] else "; nothing had to change"
+        console.print(f"done after {time.monotonic() - began_at:.1f} s{changes}", highlight=False)
         show_workers(console, before, after)
     return 0
 

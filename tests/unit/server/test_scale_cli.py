@@ -37,6 +37,9 @@ class FakeAdmin:
         self.status = 200
         self.is_lost = False
         self.count = 1
+        self.version = 3
+        self.action = "[moving] 3 of 12"
+        self.others: list[dict[str, Any]] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if self.is_lost:
@@ -62,9 +65,13 @@ class FakeAdmin:
         state = "running" if self.turns > 0 else self.end if self.failure else "done"
         actions = [{"id": 7, "action": "x", "state": state, "seconds": 1.0, "error": self.failure}]
         status = ClusterStatus(
-            version=3, workers=workers, num_expert_workers=self.count, max_expert_workers=4, action="[moving] 3 of 12"
+            version=self.version,
+            workers=workers,
+            num_expert_workers=self.count,
+            max_expert_workers=4,
+            action=self.action,
         )
-        return asdict(status) | {"actions": actions if self.asked else []}
+        return asdict(status) | {"actions": self.others + actions if self.asked else []}
 
 
 def run(
@@ -110,6 +117,11 @@ class TestOrders:
             ("--replicas 2", "needs --layer L and --expert E"),
             ("--replicas 2 --layer 1", "needs --layer L and --expert E"),
             ("--rebalance --layer 1", "go with --replicas"),
+            ("--layer 0 --expert 5", "go with --replicas"),
+            ("--replicas 0 --layer 0 --expert 5", "--replicas must be at least 1, not 0"),
+            ("--replicas 2 --layer -1 --expert 5", "--layer counts from 0"),
+            ("--expert-workers -1", "--expert-workers must be at least 1, not -1"),
+            ("", "say what: --status"),
             ("--status --no-wait", "--no-wait does nothing"),
             ("--status", "no admin key"),
             ("--status --admin-key k --url server:1", "is not an address"),
@@ -124,7 +136,7 @@ class TestOrders:
         shown = capsys.readouterr().err
         assert message in shown and shown.startswith("amoe: error: ") and shown.count("\n") == 1
 
-    @pytest.mark.parametrize("flags", ["", "--status --rebalance", "--expert-workers two"])
+    @pytest.mark.parametrize("flags", ["--status --rebalance", "--expert-workers two"])
     def test_mistakes_of_syntax(self, flags: str, capsys: pytest.CaptureFixture[str]):
         with pytest.raises(SystemExit) as caught:
             cli.main(["scale", *flags.split()])
@@ -146,6 +158,26 @@ class TestRuns:
         assert "added, serving" in shown
         assert "expert workers 1 → 2 of at most 4" in shown
         assert "done after" in shown
+
+    def test_it_says_whether_anything_had_to_change(self):
+        assert "nothing had to change" in run(FakeAdmin(), Order("/admin/rebalance"))[1]
+        admin = FakeAdmin()
+        cluster = admin.cluster
+
+        def later() -> dict[str, Any]:
+            admin.version += 1
+            return cluster()
+
+        admin.cluster = later
+        assert "nothing had to change" not in run(admin, Order("/admin/rebalance"))[1]
+
+    @pytest.mark.parametrize(("state", "told"), [("running", "waiting for its turn"), ("done", "begun")])
+    def test_it_tells_that_another_one_is_in_front(self, state: str, told: str):
+        admin = FakeAdmin(turns=3)
+        admin.action = ""
+        admin.others = [{"id": 6, "action": "y", "state": state, "seconds": 1.0, "error": ""}]
+        lines = run(admin, SCALE)[1].splitlines()
+        assert told in lines and len({"begun", "waiting for its turn"} & set(lines)) == 1
 
     def test_it_need_not_wait(self):
         status, shown = run(FakeAdmin(turns=99), SCALE, wait=False)
