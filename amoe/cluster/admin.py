@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import msgspec
+
 WorkerState = Literal["starting", "serving", "draining", "lost", "waiting"]
+ActionState = Literal["running", "done", "refused", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,4 +82,99 @@ class ClusterAdmin(Protocol):
 
     async def rebalance(self) -> ClusterStatus:
         """Place experts, and as many replicas as there are, by the load that has been measured lately."""
+        ...
+
+
+class Scale(msgspec.Struct, frozen=True, tag=True):
+    """Order: `ClusterAdmin.scale_experts`."""
+
+    count: int
+
+    def __str__(self) -> str:
+        return f"scale to {_workers(self.count, 'expert ')}"
+
+    async def carry_out(self, admin: ClusterAdmin) -> None:
+        """Until it is done."""
+        await admin.scale_experts(self.count)
+
+
+class Replicate(msgspec.Struct, frozen=True, tag=True):
+    """Order: `ClusterAdmin.replicate`."""
+
+    layer: int
+    expert: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"hold expert {self.expert} of layer {self.layer} at {_workers(self.count)}"
+
+    async def carry_out(self, admin: ClusterAdmin) -> None:
+        """Until it is done."""
+        await admin.replicate(self.layer, self.expert, self.count)
+
+
+class Rebalance(msgspec.Struct, frozen=True, tag=True):
+    """Order: `ClusterAdmin.rebalance`."""
+
+    def __str__(self) -> str:
+        return "rebalance"
+
+    async def carry_out(self, admin: ClusterAdmin) -> None:
+        """Until it is done."""
+        await admin.rebalance()
+
+
+Order = Scale | Replicate | Rebalance
+
+
+def _workers(count: int, kind: str = "") -> str:
+    return f"{count} {kind}worker{'' if count == 1 else 's'}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActionStatus:
+    """What has become of an order.
+
+    Attributes:
+        id: counts up from 1.
+        action: for a person: `scale to 3 expert workers`.
+        state: `refused`: it could not be done, and nothing is wrong with the server.
+        seconds: that it has taken so far, or took.
+        error: why it failed; "" if it did not.
+    """
+
+    id: int
+    action: str
+    state: ActionState
+    seconds: float
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdminView:
+    """The cluster, and the last orders, oldest first."""
+
+    status: ClusterStatus
+    actions: list[ActionStatus]
+
+
+class AdminDesk(Protocol):
+    """Where operators' orders are taken, wherever the workers are supervised: in this process or in its parent."""
+
+    async def look(self) -> AdminView:
+        """How the cluster is now."""
+        ...
+
+    async def order(self, order: Order, *, wait: bool) -> int:
+        """Begin an order, which goes on whether whoever has given it waits or not; the cluster does one at a time.
+
+        Args:
+            wait: until it is done.
+
+        Returns:
+            The id of the action.
+
+        Raises:
+            ConfigError, UnfinishedError: see `ClusterAdmin`; only with `wait`.
+        """
         ...

@@ -14,9 +14,9 @@ from amoe.cluster.autoscaler import Autoscaler
 from amoe.cluster.cluster import WorkerCluster
 from amoe.cluster.placement_manager import PlacementManager
 from amoe.cluster.process import title_of
+from amoe.cluster.supervised import SupervisedEngine
 from amoe.cluster.supervisor import Supervisor
 from amoe.cluster.topology import TopologyBoard
-from amoe.engine.async_engine import AsyncEngine
 from amoe.engine.emulated_device import Shape
 from amoe.engine.messages import Heartbeat, HoldExperts, Holding, ToServer
 from amoe.errors import ConfigError, UnfinishedError
@@ -36,7 +36,12 @@ class ElasticCluster:
     """
 
     def __init__(
-        self, cluster: WorkerCluster, engine: AsyncEngine, board: TopologyBoard, supervisor: Supervisor, shape: Shape
+        self,
+        cluster: WorkerCluster,
+        engine: SupervisedEngine,
+        board: TopologyBoard,
+        supervisor: Supervisor,
+        shape: Shape,
     ) -> None:
         self._cluster = cluster
         self._engine = engine

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from amoe.cluster.admin_desk import LocalDesk
 from amoe.cluster.cluster import WorkerCluster, longest_sequence
 from amoe.cluster.elastic import ElasticCluster
 from amoe.cluster.local import LocalCluster
 from amoe.cluster.process import DEFAULT_ENTRY
+from amoe.cluster.supervised import SupervisedEngine
 from amoe.cluster.supervisor import Supervisor
 from amoe.cluster.topology import TopologyBoard
 from amoe.config import EngineConfig
@@ -33,26 +36,72 @@ def model_info(config: EngineConfig, ready: Sequence[Ready], name: str) -> Model
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """Whoever keeps the workers of a cluster alive. Make it with `supervise`.
+
+    Attributes:
+        supervisor: None: nobody replaces a worker, and the engine dies with any of them.
+        admin: shows and changes the workers, where there is a supervisor.
+        desk: where operators' orders are taken, likewise.
+    """
+
+    supervisor: Supervisor | None = None
+    admin: ElasticCluster | None = None
+    desk: LocalDesk | None = None
+
+    async def close(self) -> None:
+        """Replace nobody any more. Idempotent."""
+        if self.desk is not None:
+            await self.desk.close()
+        if self.admin is not None:
+            await self.admin.close()
+        if self.supervisor is not None:
+            await self.supervisor.stop()
+
+
+def is_supervised(cluster: WorkerCluster) -> bool:
+    """Whether a started cluster can go on without a worker, so that it is worth replacing one."""
+    return cluster.config.survives_losses and cluster.owners is not None
+
+
+def supervise(cluster: WorkerCluster, engine: SupervisedEngine, board: TopologyBoard | None) -> Supervision:
+    """Keep the workers of a started cluster alive, if it `is_supervised`; otherwise let the engine die with them.
+
+    Args:
+        engine: runs.
+        board: see `introduce`.
+    """
+    if board is None or not is_supervised(cluster):
+        cluster.on_death = lambda _, reason: engine.die(reason)
+        return Supervision()
+    board.observers.append(engine.on_topology)
+    engine.on_topology(board.topology)  # which the workers have been told
+    supervisor = Supervisor(cluster, engine, board)
+    assert cluster.shape is not None, "where experts live is known of a model"
+    admin = ElasticCluster(cluster, engine, board, supervisor, cluster.shape)
+    supervisor.run()
+    admin.run()
+    return Supervision(supervisor, admin, LocalDesk(admin))
+
+
 class Front:
     """An engine in front of a started cluster, and whoever keeps its workers alive. Make it with `connect`.
 
     Attributes:
         engine: runs.
-        supervisor: None: nobody replaces a worker, and the engine dies with any of them.
-        admin: shows and changes the workers, where there is a supervisor.
+        admin, desk: see `Supervision`.
     """
 
-    def __init__(self, engine: AsyncEngine, supervisor: Supervisor | None, admin: ElasticCluster | None) -> None:
+    def __init__(self, engine: AsyncEngine, supervision: Supervision) -> None:
         self.engine = engine
-        self.supervisor = supervisor
-        self.admin = admin
+        self.admin = supervision.admin
+        self.desk = supervision.desk
+        self._supervision = supervision
 
     async def close(self) -> None:
         """Replace nobody any more and end what is open; the workers are the cluster's to stop. Idempotent."""
-        if self.admin is not None:
-            await self.admin.close()
-        if self.supervisor is not None:
-            await self.supervisor.stop()
+        await self._supervision.close()
         await self.engine.close()
 
 
@@ -74,7 +123,6 @@ def connect(
         heartbeat_timeout_s, stall_timeout_s: see `amoe.engine.watchdog`.
     """
     board = introduce(cluster, ready)
-    is_supervised = cluster.config.survives_losses and board is not None
     engine = AsyncEngine(
         cluster.channels,
         cluster.config,
@@ -83,20 +131,10 @@ def connect(
         owners=cluster.owners,
         heartbeat_timeout_s=heartbeat_timeout_s,
         stall_timeout_s=stall_timeout_s,
-        supervised=is_supervised,
+        supervised=is_supervised(cluster),
     )
     engine.run()
-    if board is None or not is_supervised:
-        cluster.on_death = lambda _, reason: engine.die(reason)
-        return Front(engine, None, None)
-    board.observers.append(engine.on_topology)
-    engine.on_topology(board.topology)  # which the workers have been told
-    supervisor = Supervisor(cluster, engine, board)
-    assert cluster.shape is not None, "where experts live is known of a model"
-    admin = ElasticCluster(cluster, engine, board, supervisor, cluster.shape)
-    supervisor.run()
-    admin.run()
-    return Front(engine, supervisor, admin)
+    return Front(engine, supervise(cluster, engine, board))
 
 
 def introduce(cluster: WorkerCluster, ready: Sequence[Ready]) -> TopologyBoard | None:

@@ -49,17 +49,17 @@ class LocalLauncher:
         entry: what makes a worker, see `LaunchSpec`.
         ring_bytes: capacity of each ring; None derives it from the model.
         logs: how the workers log.
-        num_fronts: API processes that will talk to the workers themselves; none: this process does.
+        with_doors: API processes will talk to the workers themselves; otherwise this process does.
     """
 
     def __init__(
-        self, config: EngineConfig, *, entry: str, ring_bytes: int | None, logs: LogOptions, num_fronts: int
+        self, config: EngineConfig, *, entry: str, ring_bytes: int | None, logs: LogOptions, with_doors: bool
     ) -> None:
         self._config = config
         self._entry = entry
         self._ring_bytes = ring_bytes
         self._logs = logs
-        self._num_fronts = num_fronts
+        self._with_doors = with_doors
         self._fabric: Fabric | None = None
         self._spare: SpareProcess | None = None
         self._spare_timer: asyncio.TimerHandle | None = None
@@ -100,7 +100,7 @@ class LocalLauncher:
         if spare is not None:
             with contextlib.suppress(OSError):
                 return await WorkerProcess.adopt(spare, make_spec, on_exit)
-        return await WorkerProcess.spawn(make_spec, fabric.fds(), on_exit, self._num_fronts)
+        return await WorkerProcess.spawn(make_spec, fabric.fds(), on_exit, with_door=self._with_doors)
 
     def _plan_spare(self) -> None:
         """Have a spare process soon, but not while workers are being started."""
@@ -112,7 +112,9 @@ class LocalLauncher:
     def _start_spare(self) -> None:
         config, fabric = self._config, self._fabric
         if self._spare is None and fabric is not None:
-            self._spare = SpareProcess(lambda fds: start_process(config, "spare", (*fds, *fabric.fds())))
+            self._spare = SpareProcess(
+                lambda fds: start_process(config, "spare", (*fds, *fabric.fds())), with_door=self._with_doors
+            )
 
     async def close(self) -> None:
         if self._spare_timer is not None:
@@ -141,7 +143,7 @@ class LocalCluster(WorkerCluster):
         ring_bytes: capacity of each ring; None derives it from the checkpoint.
         on_death: see `WorkerCluster`.
         logs: how the workers log.
-        num_fronts: API processes that will talk to the workers themselves; none: this process does.
+        with_doors: API processes will talk to the workers themselves; otherwise this process does.
     """
 
     def __init__(
@@ -152,16 +154,16 @@ class LocalCluster(WorkerCluster):
         ring_bytes: int | None = None,
         on_death: Callable[[int, str], None] | None = None,
         logs: LogOptions | None = None,
-        num_fronts: int = 0,
+        with_doors: bool = False,
     ) -> None:
         launcher = LocalLauncher(
-            config, entry=entry, ring_bytes=ring_bytes, logs=logs or LogOptions(), num_fronts=num_fronts
+            config, entry=entry, ring_bytes=ring_bytes, logs=logs or LogOptions(), with_doors=with_doors
         )
         super().__init__(config, launcher, has_model=ring_bytes is None, on_death=on_death)
 
-    def front_sockets(self, front: int) -> list[socket.socket]:
-        """The ends of the workers' channels, by rank, for API process number `front`."""
-        return [worker.front_sockets[front] for worker in self._processes]
+    def let_in(self, front: int, rank: int) -> socket.socket:
+        """Connect API process number `front` with the worker of a rank: see `WorkerProcess.let_in`."""
+        return cast(WorkerProcess, self.workers[rank]).let_in(front)
 
     @property
     def pids(self) -> list[int]:

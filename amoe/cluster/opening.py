@@ -22,7 +22,7 @@ async def open_cluster(
     *,
     entry: str = DEFAULT_ENTRY,
     logs: LogOptions | None = None,
-    num_fronts: int = 0,
+    with_doors: bool = False,
 ) -> WorkerCluster:
     """A cluster that is yet to be started, and must be stopped. Install signal handlers only afterwards: Ray takes
     SIGTERM for itself when it is connected to.
@@ -30,13 +30,13 @@ async def open_cluster(
     Args:
         entry: what makes a worker, see `LaunchSpec`.
         logs: how the workers log.
-        num_fronts: API processes that will talk to the workers themselves, of this host; none: this process does.
+        with_doors: API processes of this host will talk to the workers themselves; otherwise this process does.
 
     Raises:
         ConfigError: the Ray cluster cannot be used.
     """
     if executor.name == "local":
-        return LocalCluster(config, entry=entry, logs=logs, num_fronts=num_fronts)
+        return LocalCluster(config, entry=entry, logs=logs, with_doors=with_doors)
     try:
         from amoe.cluster.ray_cluster import RayLauncher  # late: it takes a second, and may not be installed
     except ModuleNotFoundError as error:

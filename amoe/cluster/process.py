@@ -18,11 +18,11 @@ class InheritedControl(msgspec.Struct, frozen=True, tag="inherited"):
 
     Attributes:
         fd: the worker's end.
-        front_fds: ... of those to API processes, if there are several.
+        door_fd: its side of the door for API processes, see `amoe.engine.shared_control`; None: there is only one.
     """
 
     fd: int
-    front_fds: tuple[int, ...] = ()
+    door_fd: int | None = None
 
 
 class TcpControl(msgspec.Struct, frozen=True, tag="tcp"):

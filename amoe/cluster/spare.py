@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Callable
+
+from amoe.cluster.control_ends import ControlEnds
 
 StartProcess = Callable[[tuple[int, ...]], "subprocess.Popen[bytes]"]
 
@@ -28,25 +29,19 @@ class SpareProcess:
 
     Args:
         start: starts the process; it is told what that has to inherit.
+        with_door: see `ControlEnds`.
 
     Attributes:
-        socket: what will be the server's end of its control channel.
-        control_fd: ... and the worker's.
+        ends: what will be its control channel.
     """
 
-    def __init__(self, start: StartProcess) -> None:
-        self.socket, theirs = socket.socketpair()
-        self.control_fd = theirs.fileno()
-        try:
-            with theirs:
-                self._process = start((self.control_fd,))
-        except BaseException:
-            self.socket.close()
-            raise
+    def __init__(self, start: StartProcess, *, with_door: bool = False) -> None:
+        with ControlEnds(with_door=with_door) as self.ends:
+            self._process = start(self.ends.descriptors)
         self._is_mine = True
 
     def release(self, launch_spec: bytes) -> subprocess.Popen[bytes]:
-        """Tell it which worker it is. The process, which is returned, and the socket are others' to look after now.
+        """Tell it which worker it is. The process, which is returned, and `ends` are others' to look after now.
 
         Raises:
             OSError: it has gone; `close` has to be called.
@@ -65,7 +60,7 @@ class SpareProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self.socket.close()
+        self.ends.close()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):

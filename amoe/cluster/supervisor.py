@@ -26,8 +26,8 @@ from amoe.cluster.late_start import LateStarter
 from amoe.cluster.launcher import WorkerHandle
 from amoe.cluster.places import Place
 from amoe.cluster.process import title_of
+from amoe.cluster.supervised import SupervisedEngine
 from amoe.cluster.topology import NOBODY, TopologyBoard
-from amoe.engine.async_engine import AsyncEngine
 from amoe.engine.messages import Alive, Applied, Failed, Heartbeat, Pulse, ToServer, Unanswered
 from amoe.engine.roles import role_of
 from amoe.errors import AmoeError, ConfigError
@@ -58,7 +58,7 @@ class Supervisor:
     """
 
     def __init__(
-        self, cluster: WorkerCluster, engine: AsyncEngine, board: TopologyBoard, *, clock: Clock | None = None
+        self, cluster: WorkerCluster, engine: SupervisedEngine, board: TopologyBoard, *, clock: Clock | None = None
     ) -> None:
         self.on_message: list[Callable[[int, ToServer], None]] = []
         self.on_change: list[Callable[[], None]] = []

@@ -17,6 +17,7 @@ import msgspec
 
 import amoe
 from amoe.cluster.channel import ready_message
+from amoe.cluster.control_ends import ControlEnds
 from amoe.cluster.environment import inherited
 from amoe.cluster.launcher import WorkerHandle
 from amoe.cluster.process import InheritedControl, LaunchSpec, title_of
@@ -25,6 +26,7 @@ from amoe.config import EngineConfig
 from amoe.engine.control import AsyncControlChannel
 from amoe.engine.cpus import threads_per_worker
 from amoe.engine.messages import Loading, Ready, Stop
+from amoe.engine.shared_control import put_through
 from amoe.errors import EngineDeadError
 
 _TAIL_LINES = 20
@@ -38,7 +40,6 @@ class WorkerProcess:
         rank, incarnation, title: who it is.
         pid: its process and process group.
         channel: the server's end of its control channel.
-        front_sockets: the other ends of those to API processes, by index; theirs to take over, or closed in the end.
         exited: set once it has ended and has been reaped.
         is_ready: it has said so.
     """
@@ -49,17 +50,17 @@ class WorkerProcess:
         process: subprocess.Popen[bytes],
         channel: AsyncControlChannel,
         on_exit: Callable[[WorkerHandle], None],
-        front_sockets: list[socket.socket],
+        door: socket.socket | None,
     ) -> None:
         self.rank = spec.rank
         self.incarnation = spec.incarnation
         self.title = title_of(spec.config.placement, spec.rank)
         self.pid = process.pid
         self.channel = channel
-        self.front_sockets = front_sockets
         self.exited = asyncio.Event()
         self.is_ready = False
         self._process = process
+        self._door = door
         self._on_exit = on_exit
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._forwarding = asyncio.create_task(self._forward_output(), name=f"amoe-output-{self.rank}")
@@ -72,31 +73,28 @@ class WorkerProcess:
         make_spec: Callable[[InheritedControl], LaunchSpec],
         descriptors: tuple[int, ...],
         on_exit: Callable[[WorkerHandle], None],
-        num_fronts: int = 0,
+        *,
+        with_door: bool = False,
     ) -> WorkerProcess:
         """Start a worker's process; `on_exit` is called in the event loop when it has ended.
 
         Args:
             make_spec: what it is told, around its end of the control channel.
             descriptors: what it inherits beside that, under the same numbers.
-            num_fronts: API processes that will send it requests; none: this process does.
+            with_door: API processes will send it requests; otherwise this process does.
         """
-        with contextlib.ExitStack() as inherited, contextlib.ExitStack() as kept:
-            pairs = [socket.socketpair() for _ in range(1 + num_fronts)]
-            control_fd, *front_fds = (inherited.enter_context(theirs).fileno() for _, theirs in pairs)
-            front_sockets = [kept.enter_context(ours) for ours, _ in pairs[1:]]
-            channel = await AsyncControlChannel.open(pairs[0][0])
+        with ControlEnds(with_door=with_door) as ends:
+            channel = await AsyncControlChannel.open(ends.control)
             try:
-                spec = make_spec(InheritedControl(control_fd, tuple(front_fds)))
+                spec = make_spec(ends.inherited)
                 title = title_of(spec.config.placement, spec.rank)
-                process = start_process(spec.config, title, (control_fd, *front_fds, *descriptors))
+                process = start_process(spec.config, title, (*ends.descriptors, *descriptors))
                 with contextlib.suppress(OSError):  # it has gone: whoever watches it will say so
                     tell(process, msgspec.json.encode(spec))
             except BaseException:
                 await channel.close()
                 raise
-            kept.pop_all()
-        return cls(spec, process, channel, on_exit, front_sockets)
+        return cls(spec, process, channel, on_exit, ends.door)
 
     @classmethod
     async def adopt(
@@ -110,14 +108,14 @@ class WorkerProcess:
         Raises:
             OSError: it has gone meanwhile; it is given back.
         """
-        spec = make_spec(InheritedControl(spare.control_fd))
+        spec = make_spec(spare.ends.inherited)
         try:
-            channel = await AsyncControlChannel.open(spare.socket)
+            channel = await AsyncControlChannel.open(spare.ends.control)
             process = spare.release(msgspec.json.encode(spec))
         except BaseException:
             spare.close()
             raise
-        return cls(spec, process, channel, on_exit, [])
+        return cls(spec, process, channel, on_exit, spare.ends.door)
 
     async def wait_ready(self, on_loading: Callable[[WorkerHandle, Loading], None]) -> Ready:
         """Listen until the worker is ready.
@@ -134,6 +132,11 @@ class WorkerProcess:
             await asyncio.wait_for(self.exited.wait(), _DRAIN_TIMEOUT_S)
             await asyncio.wait_for(asyncio.shield(self._forwarding), _DRAIN_TIMEOUT_S)
         raise EngineDeadError(f"{self.describe_exit()} while starting{self.describe_output()}")
+
+    def let_in(self, front: int) -> socket.socket:
+        """Connect API process number `front` with it; returns that one's socket, which is the caller's to close."""
+        assert self._door is not None, "it was started for several API processes"
+        return put_through(self._door, front)
 
     def seems_to_run(self) -> bool:
         """Some thread of it uses a processor, waits for one, or for a disk."""
@@ -183,8 +186,8 @@ class WorkerProcess:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._forwarding, _DRAIN_TIMEOUT_S)
         await self.channel.close()
-        for front in self.front_sockets:
-            front.close()
+        if self._door is not None:
+            self._door.close()
         await asyncio.sleep(0)  # the event loop closes the pipe in its next turn
 
     def _reap(self) -> None:

@@ -68,7 +68,7 @@ def run_worker(spec: LaunchSpec) -> int:
 def _open_control(spec: LaunchSpec) -> Port:
     if isinstance(spec.control, TcpControl):
         return SocketControlPort(connect_control(spec.control, spec.rank, spec.incarnation))
-    return control_port(spec.control.fd, spec.control.front_fds)
+    return control_port(spec.control.fd, spec.control.door_fd)
 
 
 def _first_topology(control: Port) -> Topology | None:

@@ -38,6 +38,7 @@ from amoe.engine.vigil import Vigil
 from amoe.engine.watchdog import HEARTBEAT_TIMEOUT_S, STALL_TIMEOUT_S, Watchdog
 from amoe.errors import AmoeError, EngineDeadError, EngineOverloadedError, RequestError
 from amoe.metrics import EngineMetrics
+from amoe.stats import SteeringStats
 from amoe.types import FinishReason, Int16Array, SamplingParams, SequenceOutput
 
 logger = logging.getLogger(__name__)
@@ -51,14 +52,15 @@ class AsyncEngine:
     """Serves sequences on workers that are ready.
 
     Args:
-        channels: one per worker that is there from the beginning, by rank.
+        channels: one per worker that is there from the beginning, by rank; the others come with `attach`.
         config: of the workers.
         model: what they have loaded.
         owners: [num_layers, num_experts, R] where experts live; None: replicas, if there are any, are not steered.
         heartbeat_timeout_s: a worker whose loop does not turn for so long is dead.
         stall_timeout_s: a worker that gives no sign of life, or has work and runs no block, for so long makes the
             engine unhealthy until it goes on: what is open stays open, and nothing new is taken.
-        front: which of several engines on the same workers this is; the first one steers them.
+        front: which of several engines on the same workers this is. If there are several, somebody else steers them,
+            and says so with `steer_by`.
         supervised: somebody replaces workers that die or hang, and says so with `lose` and `attach`. Without: the
             engine dies with any of them.
 
@@ -87,7 +89,7 @@ class AsyncEngine:
         self.config = config
         self.tokenizer = tokenizer
         self.model = model
-        self.metrics = EngineMetrics(model.name, model.max_model_len, config.cache, steers=front.index == 0)
+        self.metrics = EngineMetrics(model.name, model.max_model_len, config.cache)
         self.on_message: Callable[[int, ToServer], None] | None = None
         self.on_gone: Callable[[int, str], None] | None = None
         self.trouble = self.note = ""
@@ -109,18 +111,17 @@ class AsyncEngine:
             stall_timeout_s = max(stall_timeout_s, REPLACING_TIMEOUTS * config.failure.timeout_s)
         self._watchdog = Watchdog(range(len(channels)), heartbeat_timeout_s, stall_timeout_s)
         self.metrics.prepare(config.placement.attention_ranks)
-        steered = owners if front.index == 0 else None
-        self._steering = Steering(config, steered, self._clock, send=self._channels.send, tell=self.metrics.steered)
+        self._is_steering = front.count == 1
+        self._steering = Steering(config, owners, self._clock, send=self._channels.send, tell=self.metrics.steered)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Start to listen to the workers. Call it once, in the event loop that serves the requests."""
         self._channels.run()
-        self._tasks = [
-            asyncio.create_task(self._watch(), name="amoe-watchdog"),
-            asyncio.create_task(self._steering.run(), name="amoe-steering"),
-        ]
+        self._tasks = [asyncio.create_task(self._watch(), name="amoe-watchdog")]
+        if self._is_steering:
+            self._tasks.append(asyncio.create_task(self._steering.run(), name="amoe-steering"))
 
     def refuse_new(self) -> None:
         """The server is going: what is open may end, nothing new comes in."""
@@ -296,6 +297,11 @@ class AsyncEngine:
         """Another topology is in force: experts live elsewhere, or workers have come or gone."""
         self._steering.set_topology(topology)
 
+    def steer_by(self, state: SteeringStats) -> None:
+        """Somebody else steers the workers: new sequences go by these shares."""
+        self._steering.state = state
+        self.metrics.steered(state)
+
     def measured_load(self) -> Float64Array | None:
         """[num_layers, num_experts] pairs that have been computed lately; None: nobody knows yet."""
         return self._steering.measured_load()
@@ -359,7 +365,8 @@ class AsyncEngine:
         elif isinstance(message, Heartbeat):
             self._watchdog.beat(rank, message.stats)
             self.metrics.worker(message.stats)
-            self._steering.observe(message.stats)
+            if self._is_steering:
+                self._steering.observe(message.stats)
         elif isinstance(message, Alive):
             self._watchdog.turned(rank)
             self.metrics.alive(rank)

@@ -31,7 +31,7 @@ _CHUNK = 1 << 16
 _encoder = msgspec.msgpack.Encoder()
 
 
-def encode_frame(message: ToWorker | ToServer) -> bytearray:
+def encode_frame(message: msgspec.Struct) -> bytearray:
     """The frame of `message`.
 
     Raises:

@@ -93,7 +93,8 @@ def validate(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Front:
-    """Which of the processes that send requests to the workers this is: number `index` of `count`."""
+    """Which of `count` processes that send requests to the workers this is. One that takes the place of another has an
+    index of its own, which numbers its requests: it may be any number."""
 
     index: int = 0
     count: int = 1

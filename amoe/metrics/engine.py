@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -14,7 +14,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from amoe.config import CacheConfig
 from amoe.metrics.cluster import ClusterCollector, LossFamilies, LossKind
@@ -37,12 +37,17 @@ def is_multiprocess() -> bool:
     return "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
 
+def forget_process(pid: int, directory: str) -> None:
+    """One of those that count into the files of `directory` has ended: what it has counted stays, what was so while it
+    lived is so no more."""
+    mark_process_dead(pid, directory)
+
+
 class EngineMetrics:
     """What the server tells of requests and workers, in a registry of its own.
 
     Args:
         cache: configuration of the workers' KV caches.
-        steers: this process steers the workers, and tells of it.
 
     Attributes:
         workers: the latest snapshot of each worker, by rank; what it counts is summed over its lives.
@@ -51,9 +56,7 @@ class EngineMetrics:
         http: what the HTTP side counts.
     """
 
-    def __init__(
-        self, model_name: str, max_model_len: int, cache: CacheConfig | None = None, *, steers: bool = True
-    ) -> None:
+    def __init__(self, model_name: str, max_model_len: int, cache: CacheConfig | None = None) -> None:
         self.registry = CollectorRegistry()
         self._model_name = model_name
         self._lives = WorkerLives()
@@ -74,7 +77,7 @@ class EngineMetrics:
         )
         self._healthy.labels(model_name).set(1)
         self._steering = SteeringCollector(model_name)
-        # What several API processes count is added up. All of them hear the workers: one tells what they say.
+        # What several API processes count is added up. What workers say all of them hear: whoever is asked tells it.
         self._exposed = self.registry
         if is_multiprocess():
             self._exposed = CollectorRegistry()
@@ -84,9 +87,8 @@ class EngineMetrics:
         self._exposed.register(
             WorkerCollector(model_name, self.workers, self._heartbeats, self.load, cache or CacheConfig())
         )
-        if steers:
-            self._exposed.register(self._steering)
-            self._exposed.register(self._cluster)
+        self._exposed.register(self._steering)
+        self._exposed.register(self._cluster)
 
     def prepare(self, ranks: Iterable[int]) -> None:
         """Create the request-level series of these attention workers, so that a graph starts at 0."""
@@ -176,7 +178,7 @@ class EngineMetrics:
         self.load.beat(rank, self.workers, self._lives.gone)
 
     def alive(self, rank: int) -> None:
-        """A worker is in a long step, and has nothing new to tell but that it lives."""
+        """A worker has nothing new to tell but that it lives."""
         if rank not in self._lives.gone:
             self._heartbeats[rank] = time.time()
 
@@ -184,14 +186,34 @@ class EngineMetrics:
 
     def worker_lost(self, rank: int, role: str, kind: LossKind) -> None:
         """A worker is dead, and what it had under way with it. What it has counted stays."""
-        self._losses.lost(rank, role, kind)
-        self._lives.end(rank)
-        self._heartbeats.pop(rank, None)
+        self.count_loss(rank, role, kind)
+        self.life_ended(rank)
 
     def worker_back(self, rank: int, role: str, seconds: float) -> None:
         """A worker that was lost serves again, so long after its loss."""
+        self.count_return(rank, role, seconds)
+        self.life_begun(rank)
+
+    def count_loss(self, rank: int, role: str, kind: LossKind) -> None:
+        """The first half of `worker_lost`: of several API processes one does it."""
+        self._losses.lost(rank, role, kind)
+
+    def life_ended(self, rank: int) -> None:
+        """The second half of `worker_lost`: each of them does it."""
+        self._lives.end(rank)
+        self._heartbeats.pop(rank, None)
+
+    def count_return(self, rank: int, role: str, seconds: float) -> None:
+        """The first half of `worker_back`: of several API processes one does it."""
         self._losses.back(rank, role, seconds)
+
+    def life_begun(self, rank: int) -> None:
+        """The second half of `worker_back`: each of them does it."""
         self._lives.welcome(rank)
+
+    def count_on(self, past: Mapping[int, WorkerStats]) -> None:
+        """Before any snapshot: what workers have counted in lives that this process has not seen, by rank."""
+        self._lives.count_on(past)
 
     def worker_removed(self, rank: int) -> None:
         """A worker has left for good: nothing is told of it any more. One that comes to its place later counts on."""

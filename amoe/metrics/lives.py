@@ -68,6 +68,15 @@ class WorkerLives:
         self._end_present(rank)
         self.totals.pop(rank, None)
 
+    @property
+    def past(self) -> dict[int, WorkerStats]:
+        """What was counted in lives that are over, by rank."""
+        return dict(self._past)
+
+    def count_on(self, past: Mapping[int, WorkerStats]) -> None:
+        """Before anything is heard: of lives that somebody else has followed, its `past`."""
+        self._past = dict(past)
+
     def _end_present(self, rank: int) -> None:
         last = self._present.pop(rank, None)
         if last is not None:

@@ -5,17 +5,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
-from amoe.cluster.admin import ClusterAdmin, ClusterStatus
+from amoe.cluster.admin import AdminDesk, ClusterStatus, Order, Rebalance, Replicate, Scale
 from amoe.errors import ConfigError, RequestError
-from amoe.server.admin_actions import AdminActions
 from amoe.server.context import ServerContext
 from amoe.server.encoding import json_response
 from amoe.server.errors import ConflictError
@@ -64,63 +61,52 @@ def cluster_stats(status: ClusterStatus) -> ClusterStats:
 def admin_router(context: ServerContext) -> APIRouter:
     """The routes, over `context.admin`."""
     router = APIRouter(prefix="/admin", include_in_schema=False)
-    actions = AdminActions()
 
-    def answer(admin: ClusterAdmin, status: int, **own: int) -> Response:
-        return json_response(asdict(admin.status()) | {"actions": actions.as_json()} | own, status)
+    async def answer(desk: AdminDesk, status: int, **own: int) -> Response:
+        view = await desk.look()
+        return json_response(asdict(view.status) | {"actions": [*map(asdict, view.actions)]} | own, status)
 
-    async def carry_out(
-        admin: ClusterAdmin, title: str, work: Coroutine[Any, Any, ClusterStatus], wait: bool
-    ) -> Response:
-        action, task = actions.start(title, work)
-        if not wait:
-            return answer(admin, 202, action_id=action.number)
+    async def carry_out(desk: AdminDesk, order: Order, wait: bool) -> Response:
         try:
-            await asyncio.shield(task)  # whatever becomes of this request, half a move helps nobody
+            action_id = await desk.order(order, wait=wait)
         except ConfigError as error:
             raise ConflictError(str(error)) from error
-        return answer(admin, 200, action_id=action.number)
+        return await answer(desk, 200 if wait else 202, action_id=action_id)
 
     @router.get("/cluster")
     async def cluster() -> Response:
         """Workers, experts, and what has been asked for lately."""
-        return answer(_admin(context), 200)
+        return await answer(_desk(context), 200)
 
     @router.post("/scale")
     async def scale(body: ScaleRequest, wait: Wait = True) -> Response:
         """Let there be so many expert workers."""
-        admin, count = _admin(context), body.expert_workers
-        _check_count(count, admin.status())
-        return await carry_out(admin, f"scale to {_workers(count, 'expert ')}", admin.scale_experts(count), wait)
+        desk = _desk(context)
+        _check_count(body.expert_workers, (await desk.look()).status)
+        return await carry_out(desk, Scale(body.expert_workers), wait)
 
     @router.post("/replicas")
     async def replicas(body: ReplicasRequest, wait: Wait = True) -> Response:
         """Let so many workers hold an expert."""
-        admin, layer, expert = _admin(context), body.layer, body.expert
-        _check_expert(body, admin.status())
-        title = f"hold expert {expert} of layer {layer} at {_workers(body.count)}"
-        return await carry_out(admin, title, admin.replicate(layer, expert, body.count), wait)
+        desk = _desk(context)
+        _check_expert(body, (await desk.look()).status)
+        return await carry_out(desk, Replicate(body.layer, body.expert, body.count), wait)
 
     @router.post("/rebalance")
     async def rebalance(body: RebalanceRequest | None = None, wait: Wait = True) -> Response:
         """Place experts by their measured load."""
-        admin = _admin(context)
-        return await carry_out(admin, "rebalance", admin.rebalance(), wait)
+        return await carry_out(_desk(context), Rebalance(), wait)
 
     return router
 
 
-def _admin(context: ServerContext) -> ClusterAdmin:
+def _desk(context: ServerContext) -> AdminDesk:
     if context.admin is None:
         raise ConflictError(
-            "the workers of this server are neither replaced nor changed while it runs: that needs one API process "
-            "(no --api-server-count), and a --schedule other than lockstep"
+            "the workers of this server are neither replaced nor changed while it runs: that needs a --schedule other "
+            "than lockstep"
         )
     return context.admin
-
-
-def _workers(count: int, kind: str = "") -> str:
-    return f"{count} {kind}worker{'' if count == 1 else 's'}"
 
 
 def _check_count(count: int, status: ClusterStatus) -> None:

@@ -72,7 +72,7 @@ def settings_of(
     options = replace(
         server_options(args, tuple(names), environment), chat=chat_options(args), executor=ray_options(args)
     )
-    config = elastic_config(engine_config(args), args, options.api_server_count)
+    config = elastic_config(engine_config(args), args)
     if options.executor.name == "ray" and args.transport is None:
         config = replace(config, transport="tcp")
     options.executor.check(config, options.api_server_count)

@@ -92,27 +92,14 @@ def failure_config(args: argparse.Namespace) -> FailureConfig:
     return FailureConfig(timeout_s=args.failure_timeout, on_expert_loss=args.on_expert_loss, warm_spare=args.warm_spare)
 
 
-def elastic_config(config: EngineConfig, args: argparse.Namespace, api_server_count: int = 1) -> EngineConfig:
+def elastic_config(config: EngineConfig, args: argparse.Namespace) -> EngineConfig:
     """`config` with what `add_elastic_flags` describe.
-
-    Args:
-        api_server_count: processes that answer HTTP. Several of them have no common view of the workers: then none is
-            replaced, added or moved.
 
     Raises:
         ConfigError: naming the flag that cannot work.
     """
-    asked = {
-        "--max-expert-workers": args.max_expert_workers is not None,
-        "--rebalance-interval": args.rebalance_interval != 0,
-        "--autoscale-experts": args.autoscale_experts is not None,
-        "--warm-spare": config.failure.warm_spare,
-    }
-    if api_server_count > 1 and (flags := [flag for flag, is_asked in asked.items() if is_asked]):
-        raise ConfigError(f"{flags[0]} goes with one API process: leave --api-server-count away")
-    is_fixed = api_server_count > 1 or not config.survives_losses
     most = args.max_expert_workers
-    if most is None and not is_fixed:
+    if most is None and config.survives_losses:
         most = _usual_maximum(config.placement, args.autoscale_experts)
     return replace(
         config,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from amoe.cluster.admin import ClusterAdmin
+from amoe.cluster.admin import AdminDesk
 from amoe.engine.async_engine import AsyncEngine
 from amoe.engine.async_generation import Generation
 from amoe.errors import RequestError
@@ -43,7 +43,7 @@ class ServerContext:
     created: int = field(default_factory=lambda: int(time.time()))
     check_grammar: GrammarCheck = check_in_thread
     chat: ChatOptions = field(default_factory=ChatOptions)
-    admin: ClusterAdmin | None = None
+    admin: AdminDesk | None = None
     background: set[asyncio.Task[None]] = field(default_factory=set)
 
     def resolve_model(self, name: str | None) -> str:

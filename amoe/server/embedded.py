@@ -72,7 +72,7 @@ class EmbeddedServer:
                 defaults=defaults,
                 check_grammar=await stack.enter_async_context(GrammarProcess()),
                 chat=options.chat,
-                admin=front.admin,
+                admin=front.desk,
             )
             collect = front.engine.metrics.registry.collect
             await stack.enter_async_context(told_metrics(options.executor, collect))

@@ -66,7 +66,7 @@ def operations_router(context: ServerContext, load: LoadCounter) -> APIRouter:
     async def expose_metrics() -> Response:
         """Prometheus text."""
         if context.admin is not None:
-            engine.metrics.clustered(cluster_stats(context.admin.status()))
+            engine.metrics.clustered(cluster_stats((await context.admin.look()).status))
         text = await asyncio.to_thread(engine.metrics.render)  # it may take long: streams go on meanwhile
         return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 

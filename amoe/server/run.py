@@ -16,13 +16,15 @@ import setproctitle
 import uvloop
 
 from amoe.cluster.cluster import WorkerCluster
-from amoe.cluster.front import connect, introduce, model_info
+from amoe.cluster.front import connect, introduce, model_info, supervise
+from amoe.cluster.front_ends import FrontEnds
 from amoe.cluster.local import LocalCluster
 from amoe.cluster.opening import open_cluster
 from amoe.cluster.process import DEFAULT_ENTRY
 from amoe.cluster.shutdown import ShutdownSignals
 from amoe.config import EngineConfig
 from amoe.engine.messages import Ready
+from amoe.engine.model_info import ModelInfo
 from amoe.engine.tokenizer import Tokenizer
 from amoe.errors import ConfigError
 from amoe.logs import LogOptions, configure
@@ -79,8 +81,8 @@ async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions,
     check_certificate(options)
     if options.otlp_traces_endpoint is not None:
         check_tracing(options.otlp_traces_endpoint)
-    num_fronts = options.api_server_count if options.api_server_count > 1 else 0
-    if num_fronts == 0 and is_multiprocess():
+    has_fronts = options.api_server_count > 1
+    if not has_fronts and is_multiprocess():
         raise ConfigError(
             "PROMETHEUS_MULTIPROC_DIR is set: what others have counted there, or this server before it was started "
             "anew, would be added to its metrics: unset it (for --api-server-count, amoe makes its own)"
@@ -89,7 +91,7 @@ async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions,
     tokenizer = Tokenizer(config.model, options.chat.chat_template)
     defaults = SamplingDefaults.from_checkpoint(config.model)
     with bound_socket(options) as listener:
-        cluster = await open_cluster(config, options.executor, logs=logs, num_fronts=num_fronts)
+        cluster = await open_cluster(config, options.executor, logs=logs, with_doors=has_fronts)
         signals = ShutdownSignals(cluster.kill)
         signals.install()
         try:
@@ -102,11 +104,8 @@ async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions,
                 lines = summary(config, info, ready) + ([f"host: {where}"] if where else [])
                 _announce(lines, options, defaults, listener)
 
-            if num_fronts:
-                assert isinstance(cluster, LocalCluster), "checked with the flags"
-                introduce(cluster, ready)
-                processes = ApiProcesses(cluster, options, info, logs)
-                return await processes.run(listener, signals.requested, on_listening)
+            if has_fronts:
+                return await _serve_by_others(cluster, ready, info, options, logs, listener, signals, on_listening)
             return await _serve_here(cluster, ready, tokenizer, defaults, options, listener, signals, on_listening)
         finally:
             await cluster.stop(WORKER_GRACE_S)
@@ -132,10 +131,40 @@ async def _serve_here(
     )
     try:
         return await serve_engine(
-            front.engine, options, defaults, listener, signals.requested, on_listening, admin=front.admin
+            front.engine,
+            options,
+            defaults,
+            listener,
+            signals.requested,
+            on_listening,
+            admin=front.desk,
         )
     finally:
         await front.close()
+
+
+async def _serve_by_others(
+    cluster: WorkerCluster,
+    ready: list[Ready],
+    info: ModelInfo,
+    options: ServerOptions,
+    logs: LogOptions,
+    listener: socket.socket,
+    signals: ShutdownSignals,
+    on_listening: Callable[[], None],
+) -> int:
+    """`_serve_here`, with the engines in API processes."""
+    assert isinstance(cluster, LocalCluster), "checked with the flags"
+    board = introduce(cluster, ready)
+    fronts = FrontEnds(cluster)
+    fronts.run()
+    supervision = supervise(cluster, fronts, board)
+    processes = ApiProcesses(cluster.config, fronts, supervision.desk, options, info, logs)
+    try:
+        return await processes.run(listener, signals.requested, on_listening)
+    finally:
+        await supervision.close()
+        await fronts.close()
 
 
 def _warn_of_short_cache(has: int, asked: int | None, trained: int) -> None:

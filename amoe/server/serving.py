@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 
-from amoe.cluster.admin import ClusterAdmin
+from amoe.cluster.admin import AdminDesk
 from amoe.cluster.opening import told_metrics
 from amoe.engine.async_engine import AsyncEngine
 from amoe.server.app import create_app
@@ -32,7 +32,7 @@ async def serve_engine(
     requested: asyncio.Event,
     on_listening: Callable[[], None],
     *,
-    admin: ClusterAdmin | None = None,
+    admin: AdminDesk | None = None,
 ) -> int:
     """Serve until `requested` is set, and what is open has ended, or the engine dies. Closes the engine.
 

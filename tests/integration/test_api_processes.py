@@ -1,23 +1,32 @@
-"""`--api-server-count`: several processes answer HTTP over the same workers."""
+"""`--api-server-count`: several processes answer HTTP over the same workers, which are supervised for all of them."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from benchmarks.chaos.faults import Fault
+from benchmarks.chaos.run import run
+from benchmarks.chaos.server import ChaosServer
+from benchmarks.chaos.streams import make_load
+from benchmarks.chaos.ties import clear_requests
+from tests.integration.test_chaos import VOCAB_SIZE, assert_unharmed, suffer
 from tests.served import ServedModel
 
 BODY = {"prompt": "def add(a, b):", "max_tokens": 8, "temperature": 0}
-
-
-FLAGS = ("--api-server-count", "2", "--colocated", "2", "--shutdown-timeout", "5")
+TWO = ("--api-server-count", "2")
+FLAGS = (*TWO, "--colocated", "2", "--shutdown-timeout", "5")
+APART = (*TWO, "--attention-workers", "2", "--expert-workers", "2", "--uvicorn-log-level", "warning")
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +35,9 @@ def lasting() -> Iterator[ServedModel]:
         yield server
 
 
-@pytest.fixture
-def served() -> Iterator[ServedModel]:
-    """One that the test may end."""
-    with ServedModel(*FLAGS) as server:
-        yield server
-
-
-def family(server: ServedModel) -> dict[str, psutil.Process]:
+def family(pid: int) -> dict[str, psutil.Process]:
     """Children by title."""
-    return {process.cmdline()[0]: process for process in psutil.Process(server.pid).children(recursive=True)}
+    return {child.cmdline()[0]: child for child in psutil.Process(pid).children(recursive=True)}
 
 
 def complete(server: ServedModel) -> str:
@@ -50,12 +52,22 @@ def counted(server: ServedModel) -> float:
     return sum(float(value) for value in re.findall(r"^amoe:generation_tokens_total\{.*\} (\S+)$", text, re.MULTILINE))
 
 
+def have_served(printed: str) -> set[str]:
+    return {line.split(" INFO ")[1].split(":")[0] for line in printed.splitlines() if "request ended" in line}
+
+
+def until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.05)
+
+
 def test_all_processes_serve_the_same_model(lasting: ServedModel) -> None:
     with ThreadPoolExecutor(16) as pool:
         texts = set(pool.map(lambda _: complete(lasting), range(48)))
     assert len(texts) == 1
-    served_by = {line.split(" INFO ")[1].split(":")[0] for line in lasting.output if "request ended" in line}
-    assert served_by == {"api 0", "api 1"}
+    assert have_served("".join(lasting.output)) == {"api 0", "api 1"}
     assert {counted(lasting) for _ in range(8)} == {48.0 * 8}, "every process tells the sum"
     assert httpx.get(f"{lasting.url}/health").status_code == 200
 
@@ -68,28 +80,92 @@ def test_a_client_that_goes_frees_its_sequence(lasting: ServedModel) -> None:
     assert lasting.until_idle()
 
 
-def test_a_process_that_goes_takes_the_server_along(served: ServedModel) -> None:
-    children = family(served)
-    os.kill(children["amoe: api 1"].pid, signal.SIGKILL)
-    assert served.process.wait(60) == 1
-    _, alive = psutil.wait_procs(children.values(), timeout=30)
-    assert not alive
-
-
-def test_a_worker_that_dies_takes_the_server_along(served: ServedModel) -> None:
-    children = family(served)
-    os.kill(children["amoe: worker 1"].pid, signal.SIGKILL)
-    assert served.process.wait(60) == 1
-    _, alive = psutil.wait_procs(children.values(), timeout=30)
-    assert not alive
-
-
-def test_sigterm_lets_open_streams_end(served: ServedModel) -> None:
+def test_a_process_that_dies_is_started_anew(lasting: ServedModel) -> None:
+    """What it was asked for is given up by the workers; the other one's streams go on, and its counts stay."""
+    text, tokens = complete(lasting), counted(lasting)
+    first = family(lasting.pid)
     with httpx.stream(
-        "POST", f"{served.url}/v1/completions", json=BODY | {"max_tokens": 200, "stream": True}, timeout=60
+        "POST", f"{lasting.url}/v1/completions", json=BODY | {"max_tokens": 1500, "stream": True}, timeout=60
     ) as answer:
         lines = answer.iter_lines()
         next(lines)
+        os.kill(first["amoe: api 0"].pid, signal.SIGKILL)
+        os.kill(first["amoe: api 1"].pid, signal.SIGKILL)
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(lines)
+    until(lambda: {"amoe: api 0", "amoe: api 1"} <= family(lasting.pid).keys(), "they are back")
+    assert complete(lasting) == text, "who comes while nobody listens waits"
+    assert lasting.until_idle()
+    assert counted(lasting) >= tokens + 8
+    now = family(lasting.pid)
+    assert {title for title in now if now[title].pid != first[title].pid} == {"amoe: api 0", "amoe: api 1"}
+
+
+def test_sigterm_lets_open_streams_end() -> None:
+    with (
+        ServedModel(*FLAGS) as served,
+        httpx.stream(
+            "POST", f"{served.url}/v1/completions", json=BODY | {"max_tokens": 200, "stream": True}, timeout=60
+        ) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        children = family(served.pid)
         served.process.terminate()
         assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert served.process.wait(60) == 0
+        assert served.process.wait(60) == 0
+        _, alive = psutil.wait_procs(children.values(), timeout=30)
+        assert not alive
+
+
+@pytest.mark.parametrize("victim", ["amoe: api 1", "amoe: worker 1"])
+def test_in_lockstep_whoever_dies_takes_the_server_along(victim: str) -> None:
+    """There nobody replaces anybody."""
+    with ServedModel(*FLAGS, "--schedule", "lockstep") as served:
+        children = family(served.pid)
+        os.kill(children[victim].pid, signal.SIGKILL)
+        assert served.process.wait(60) == 1
+        _, alive = psutil.wait_procs(children.values(), timeout=30)
+        assert not alive
+
+
+async def test_workers_die_and_nobody_notices(checkpoint_factory: Callable[..., Path], tmp_path: Path) -> None:
+    model = checkpoint_factory("qwen3_moe")
+    with ChaosServer(tmp_path, str(model), *APART) as server:
+        faults = [
+            Fault(kind="kill", workers=("expert 0",), at=0.1),
+            Fault(kind="kill", workers=("attention 0",), at=0.3),
+            Fault(kind="stop", workers=("attention 1",), at=0.6),
+        ]
+        await suffer(server, model, faults)
+        assert have_served(server.printed()) == {"api 0", "api 1"}
+        # Whichever process answers says the same, and each loss is counted once.
+        for _ in range(8):
+            told = server.metrics()
+            assert (told["worker_losses_total"], told["worker_respawns_total"]) == (3, 3)
+            assert told["expert_workers_serving"] == 2
+        everything = [*family(server.process.pid).values()]
+        server.process.kill()
+        _, alive = psutil.wait_procs(everything, timeout=30)
+        assert not alive
+
+
+async def test_scaling_under_traffic(checkpoint_factory: Callable[..., Path], tmp_path: Path) -> None:
+    """With a warm spare, and with an API process that dies meanwhile: what an operator has asked for goes on."""
+    model = checkpoint_factory("qwen3_moe")
+    with ChaosServer(tmp_path, str(model), *APART, "--warm-spare") as server:
+        load = make_load(24, 4, 40, VOCAB_SIZE)
+        load, oracle = clear_requests(model, load, (await run(server, load)).answers)
+        before = server.residue()
+        server.admin("POST", "/admin/scale?wait=false", {"expert_workers": 3})
+        while [action["state"] for action in server.cluster()["actions"]] != ["done"]:
+            assert_unharmed(await run(server, load), oracle, load)
+        assert server.lives()["expert 2"] == ("serving", 0)
+        os.kill(family(server.process.pid)["amoe: api 1"].pid, signal.SIGKILL)
+        narrower = await asyncio.to_thread(server.admin, "POST", "/admin/scale", {"expert_workers": 2})
+        assert [action["state"] for action in narrower["actions"]] == ["done", "done"]
+        assert "expert 2" not in server.lives()
+        until(lambda: "amoe: api 1" in family(server.process.pid), "it is back")
+        assert_unharmed(await run(server, load), oracle, load)
+        assert {len(server.cluster()["actions"]) for _ in range(8)} == {2}
+        assert server.residue().leaks(before) == []

@@ -24,6 +24,7 @@ from selenium.webdriver.common.by import By
 
 from amoe.builtin import builtin_model_path
 from amoe.cluster.admin import ClusterStatus, WorkerStatus
+from amoe.cluster.admin_desk import LocalDesk
 from amoe.server.app import create_app
 from amoe.server.context import ServerContext
 from amoe.server.options import HttpOptions, digest_keys
@@ -309,7 +310,8 @@ class FakeServed(threading.Thread):
 
     async def _serve(self) -> None:
         engine, workers = make_engine(self._tokenizer)
-        context = ServerContext(engine=engine, model_names=("fake",), created=self._created, admin=self._admin)
+        desk = None if self._admin is None else LocalDesk(self._admin)
+        context = ServerContext(engine=engine, model_names=("fake",), created=self._created, admin=desk)
         config = uvicorn.Config(create_app(context, self._options), log_level="error", lifespan="off")
         self._server = uvicorn.Server(config)
         self._is_up.set()

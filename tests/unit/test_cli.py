@@ -92,9 +92,9 @@ def test_every_flag():
 
 class TestElasticity:
     @staticmethod
-    def config(flags: str, api_server_count: int = 1) -> EngineConfig:
+    def config(flags: str) -> EngineConfig:
         args = parse("m", *flags.split())
-        return cluster_flags.elastic_config(engine_flags.engine_config(args), args, api_server_count)
+        return cluster_flags.elastic_config(engine_flags.engine_config(args), args)
 
     def test_there_is_room_to_grow_where_experts_have_workers_of_their_own(self):
         assert self.config("").placement.max_expert_workers is None
@@ -104,7 +104,6 @@ class TestElasticity:
         assert self.config("--expert-workers 1 --autoscale-experts 1:9").placement.max_expert_workers == 9
 
     def test_there_is_none_where_nobody_can_come(self):
-        assert self.config("--expert-workers 2", api_server_count=2).placement.max_expert_workers is None
         assert self.config("--expert-workers 2 --schedule lockstep").placement.max_expert_workers is None
 
     def test_following_the_load(self):
@@ -146,11 +145,6 @@ class TestElasticity:
     def test_what_cannot_work_is_refused(self, flags: str, message: str):
         with pytest.raises(ConfigError, match=message):
             self.config(flags)
-
-    @pytest.mark.parametrize("flags", ["--max-expert-workers 3", "--rebalance-interval 5", "--autoscale-experts 1:2"])
-    def test_several_api_processes_are_refused(self, flags: str):
-        with pytest.raises(ConfigError, match="--api-server-count"):
-            self.config(f"--expert-workers 1 {flags}", api_server_count=2)
 
 
 def test_a_capacity_without_effect_is_refused():

@@ -55,12 +55,12 @@ class LiveSource:
         async with self._lock:
             now = self._clock.now()
             if self._answer is None or now - self._answer[0] >= CACHE_S:
-                moment = self._look(now)
+                moment = self._look(now, None if self._admin is None else (await self._admin.look()).status)
                 # 60 layers of 256 experts at 64 workers take tens of milliseconds: not in the event loop's time.
                 self._answer = (now, await asyncio.to_thread(self._compute, moment))
             return self._answer[1]
 
-    def _look(self, now: float) -> _Moment:
+    def _look(self, now: float, cluster: ClusterStatus | None) -> _Moment:
         """What the engine knows. Another thread may read it: what a worker said is replaced, never changed."""
         metrics = self._engine.metrics
         workers = dict(metrics.workers)
@@ -75,7 +75,7 @@ class LiveSource:
             num_open=self._engine.num_open,
             is_healthy=self._engine.healthy,
             word=self._engine.complaint or self._engine.note,
-            cluster=None if self._admin is None else self._admin.status(),
+            cluster=cluster,
         )
 
     def _compute(self, moment: _Moment) -> bytes:

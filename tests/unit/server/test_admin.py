@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from amoe.cluster.admin import ClusterStatus, WorkerStatus
+from amoe.cluster.admin_desk import LocalDesk
 from amoe.errors import ConfigError, EngineDeadError, UnfinishedError
 from amoe.server.app import create_app
 from amoe.server.context import ServerContext
@@ -88,7 +89,8 @@ def cluster() -> FakeCluster:
 def client_of(
     server: Harness, cluster: FakeCluster | None, options: HttpOptions = OPTIONS, root_path: str = ""
 ) -> httpx.AsyncClient:
-    context = ServerContext(engine=server.engine, model_names=("fake",), admin=cluster)
+    desk = None if cluster is None else LocalDesk(cluster)
+    context = ServerContext(engine=server.engine, model_names=("fake",), admin=desk)
     transport = httpx.ASGITransport(create_app(context, options), raise_app_exceptions=False, root_path=root_path)
     return httpx.AsyncClient(transport=transport, base_url="http://test", headers=ADMIN)
 
