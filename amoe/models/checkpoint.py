@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,15 @@ class Checkpoint:
         weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: weight_map is missing or empty")
-        for name in weight_map.values():
-            if not isinstance(name, str) or Path(name).name != name:
+        names = list(weight_map.values())
+        for name in names:
+            if not isinstance(name, str) or os.path.basename(name) != name:
                 raise CheckpointError(f"{index}: weight_map names {name!r}, which is not a file of this directory")
-            if not (self.directory / name).is_file():
-                raise CheckpointError(f"{self.directory / name}: missing, but {INDEX} names it")
-        return {name: self.directory / file for name, file in weight_map.items()}
+        files = {name: self.directory / name for name in set(names)}  # few, and there are thousands of tensors
+        for file in files.values():
+            if not file.is_file():
+                raise CheckpointError(f"{file}: missing, but {INDEX} names it")
+        return {name: files[file] for name, file in weight_map.items()}
 
     def _open(self, file: Path) -> Any:  # safetensors exports no type for its handles
         if file not in self._handles:

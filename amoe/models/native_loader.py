@@ -62,15 +62,20 @@ def load_native_experts(
     quantize: bool = False,
     held: PackedExperts | None = None,
 ) -> PackedExperts:
-    """As `loader.load_experts`.
+    """As `loader.load_experts`, but in the memory of those that are `held`, which stay where they are: a model may
+    compute with them meanwhile.
 
     Raises:
         CheckpointError: as `load_model`.
     """
     checkpoint = Checkpoint(path)
-    held_at = {} if held is None else {expert: local for local, expert in enumerate(held.ids)}
-    WeightsBuilder(checkpoint, config, dtype, _META).experts(layer, ids, frozenset(held_at))
-    return _Packer(checkpoint, config, dtype, quantize, None).experts(layer, ids, held)
+    WeightsBuilder(checkpoint, config, dtype, _META).experts(layer, ids, frozenset(() if held is None else held.ids))
+    try:
+        return _Packer(checkpoint, config, dtype, quantize, None).experts(layer, ids, held)
+    except BaseException:
+        if held is not None:
+            held.forget_others()
+        raise
 
 
 class _Packer:
@@ -157,27 +162,27 @@ class _Packer:
         )
 
     def experts(self, layer: int, ids: tuple[int, ...], held: PackedExperts | None = None) -> PackedExperts:
-        """Experts of a layer; those of `held` are copied instead of read."""
+        """Experts of a layer, with room for all there are; those of `held` stay where they are."""
         config = self._config
-        packed = PackedExperts.empty(
-            ids, config.hidden_size, config.moe_intermediate_size, self._dtype, quantize=self._quantize
-        )
-        held_at = {} if held is None else {expert: local for local, expert in enumerate(held.ids)}
+        if held is None:
+            sizes = (config.hidden_size, config.moe_intermediate_size, self._dtype)
+            packed = PackedExperts.empty(ids, *sizes, quantize=self._quantize, room=config.num_experts)
+        else:
+            packed = held.holding(ids)
+        here = frozenset(() if held is None else held.ids)
+        new = [at for at in zip(packed.ids, packed.places, strict=True) if at[0] not in here]
 
-        def fill(local: int) -> int:
+        def fill(at: tuple[int, int]) -> int:
             """Returns the bytes of the checkpoint that have been read."""
-            expert = ids[local]
-            if held is not None and expert in held_at:
-                packed.copy(local, held, held_at[expert])
-                return 0
+            expert, place = at
             builder = self._builder()
             weights = builder.experts(layer, (expert,))
             builder.fill(None)
-            packed.put(local, weights.w13[0], weights.w2[0])
+            packed.put(place, weights.w13[0], weights.w2[0])
             return builder.total_bytes
 
         with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="amoe-pack") as threads:
-            for num_bytes in threads.map(fill, range(len(ids))):
+            for num_bytes in threads.map(fill, new):
                 self._report(num_bytes)
         self.num_bytes += packed.num_bytes
         return packed

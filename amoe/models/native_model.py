@@ -115,12 +115,13 @@ class NativeModel:
         if experts.ids:
             self.weights.experts[layer] = experts
             self._index(layer)
+            experts.forget_others()
 
     def _index(self, layer: int) -> None:
-        """Note the local index of each global expert of a layer, -1 if it is not here."""
-        ids = self.weights.experts[layer].ids
+        """Note the place of each global expert of a layer, -1 if it is not here."""
+        experts = self.weights.experts[layer]
         index = torch.full((self.config.num_experts,), -1, dtype=torch.int64)
-        index[list(ids)] = torch.arange(len(ids))
+        index[list(experts.ids)] = torch.tensor(experts.places)
         self._local_index[layer] = index
 
     # ---- blocks

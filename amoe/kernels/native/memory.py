@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import math
 import mmap
+from collections.abc import Callable
 
 import torch
+
+_Madvise = Callable[[int, int, int], int]
 
 HUGE_PAGE = 2 << 20
 
@@ -26,3 +31,26 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE
     return whole[start : start + num_bytes].view(dtype).view(shape)
+
+
+def give_back(part: torch.Tensor) -> None:
+    """Give the memory of a part of what `empty` has made back to the system: what is in it is not defined afterwards,
+    and it is taken anew where it is written. Nothing happens to small tensors, which share their pages with others.
+
+    Args:
+        part: contiguous.
+    """
+    if part.untyped_storage().nbytes() < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    start = -(-part.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (part.data_ptr() + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < end:
+        _madvise()(start, end - start, mmap.MADV_DONTNEED)
+
+
+@functools.cache
+def _madvise() -> _Madvise:
+    """Python's own is a method of the object that has mapped the memory, which torch has by now."""
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from amoe.kernels.native import _native
-from amoe.kernels.native.memory import empty
+from amoe.kernels.native.memory import empty, give_back
 
 PANEL = 32
 HALF = PANEL // 2
@@ -62,8 +62,12 @@ class PackedMatrix:
 class PackedExperts:
     """The experts of one layer that are here, for `Context.experts`.
 
+    Each has a place in memory that may have room for more, so that experts come and go while the others stay where they
+    are, and are computed with.
+
     Attributes:
         ids: global ids, ascending.
+        places: of these experts.
         w13: [E, ceil(I / 16), H / 2 or H, 32]: a panel holds 16 gate rows, then the 16 up rows that belong to them.
         w2: [E, ceil(H / 32), I / 2 or I, 32].
         w13_scales, w2_scales: [E, rows rounded up] float32 of int8 rows, else None.
@@ -71,6 +75,7 @@ class PackedExperts:
     """
 
     ids: tuple[int, ...]
+    places: tuple[int, ...]
     w13: torch.Tensor
     w2: torch.Tensor
     w13_scales: torch.Tensor | None
@@ -79,11 +84,19 @@ class PackedExperts:
 
     @classmethod
     def empty(
-        cls, ids: Sequence[int], hidden: int, intermediate: int, dtype: torch.dtype, *, quantize: bool = False
+        cls,
+        ids: Sequence[int],
+        hidden: int,
+        intermediate: int,
+        dtype: torch.dtype,
+        *,
+        quantize: bool = False,
+        room: int = 0,
     ) -> PackedExperts:
-        """Room for the experts `ids`; `put` fills it."""
+        """Room for the experts `ids`, which get the first places, or for `room` experts, if that is more. `put` fills
+        it, and memory is taken only where it has."""
         stored = torch.int8 if quantize else dtype
-        count, gate_up_rows = len(ids), 2 * HALF * math.ceil(intermediate / HALF)
+        count, gate_up_rows = max(len(ids), room), 2 * HALF * math.ceil(intermediate / HALF)
         w13 = empty((count, *packed_shape(gate_up_rows, hidden, stored)), LANES[stored])
         w2 = empty((count, *packed_shape(hidden, intermediate, stored)), LANES[stored])
         w13_scales, w2_scales = (torch.zeros((count, w.shape[1] * PANEL)) if quantize else None for w in (w13, w2))
@@ -98,15 +111,41 @@ class PackedExperts:
             0 if w13_scales is None else w13_scales.stride(0),
             0 if w2_scales is None else w2_scales.stride(0),
         )
-        return cls(tuple(ids), w13, w2, w13_scales, w2_scales, handle)
+        return cls(tuple(ids), tuple(range(len(ids))), w13, w2, w13_scales, w2_scales, handle)
 
     @property
     def num_bytes(self) -> int:
+        """Of the experts that are here."""
         parts = (self.w13, self.w2, self.w13_scales, self.w2_scales)
-        return sum(part.nbytes for part in parts if part is not None)
+        return sum(part[0].nbytes * len(self.ids) for part in parts if part is not None and len(part))
 
-    def put(self, local: int, w13: torch.Tensor, w2: torch.Tensor) -> None:
-        """Expert `local` has weights w13 [2I, H], gate rows then up rows, and w2 [H, I]."""
+    def holding(self, ids: Sequence[int]) -> PackedExperts:
+        """The experts `ids` in the same memory: those that are here stay in their places, the others get free ones,
+        which `put` fills.
+
+        Raises:
+            ValueError: there is no room for so many.
+        """
+        at = dict(zip(self.ids, self.places, strict=True))
+        new = [expert for expert in ids if expert not in at]
+        free = self._free_places()
+        if len(new) > len(free):
+            raise ValueError(f"{len(new)} more experts, and {len(free)} free places")
+        at |= dict(zip(new, free, strict=False))
+        return replace(self, ids=tuple(ids), places=tuple(at[expert] for expert in ids))
+
+    def forget_others(self) -> None:
+        """Give the memory of all places back that have none of these experts."""
+        for start, end in _runs(self._free_places()):
+            give_back(self.w13[start:end])
+            give_back(self.w2[start:end])
+
+    def _free_places(self) -> list[int]:
+        taken = set(self.places)
+        return [place for place in range(len(self.w13)) if place not in taken]
+
+    def put(self, place: int, w13: torch.Tensor, w2: torch.Tensor) -> None:
+        """The expert in a place has weights w13 [2I, H], gate rows then up rows, and w2 [H, I]."""
         for source, packed, scales, is_gated in (
             (w13, self.w13, self.w13_scales, True),
             (w2, self.w2, self.w2_scales, False),
@@ -114,15 +153,8 @@ class PackedExperts:
             if scales is not None:
                 source, row_scales = quantize_rows(source)
                 row_scales = interleave(row_scales) if is_gated else row_scales
-                scales[local, : len(row_scales)] = row_scales
-            pack_into(packed[local], source, is_gated=is_gated)
-
-    def copy(self, local: int, other: PackedExperts, other_local: int) -> None:
-        """Expert `local` is what `other_local` of `other` is."""
-        for name in ("w13", "w2", "w13_scales", "w2_scales"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine is not None:
-                mine[local].copy_(theirs[other_local])
+                scales[place, : len(row_scales)] = row_scales
+            pack_into(packed[place], source, is_gated=is_gated)
 
 
 def packed_shape(rows: int, depth: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -174,6 +206,13 @@ def weights_handle(packed: torch.Tensor, scales: torch.Tensor | None, rows: int,
     """What the kernels take of a matrix, or of the first of a stack; keep the tensors alive as long as it."""
     address = 0 if scales is None else scales.data_ptr()
     return _native.Weights(packed.data_ptr(), address, rows, depth, packed.dtype == torch.int16)
+
+
+def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
+    """[start, end) of neighbours among ascending places."""
+    starts = [place for place in places if place - 1 not in places]
+    ends = [place + 1 for place in places if place + 1 not in places]
+    return list(zip(starts, ends, strict=True))
 
 
 def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:

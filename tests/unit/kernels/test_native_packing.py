@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +23,7 @@ from amoe.kernels.native.packing import (
     quantize_rows,
 )
 from tests.unit.kernels.native_cases import each_dtype, needs_native
-from tests.unit.kernels.native_products import each_kind, random
+from tests.unit.kernels.native_products import Kind, each_kind, random
 
 pytestmark = needs_native
 
@@ -95,18 +97,73 @@ def test_experts_come_out_as_they_went_in(kind, hidden, intermediate):
             assert torch.equal(ours, expected)
 
 
+def put_random(packed: PackedExperts, places: tuple[int, ...], hidden: int, size: int, kind: Kind) -> None:
+    for place in places:
+        w13, w2 = (random(*shape, seed=place, dtype=kind.dtype) for shape in ((2 * size, hidden), (hidden, size)))
+        packed.put(place, w13, w2)
+
+
 @each_kind
-def test_an_expert_that_is_copied_is_the_same(kind):
-    first, second = (PackedExperts.empty(ids, 48, 36, kind.dtype, quantize=kind.quantize) for ids in ((1, 4), (4, 6)))
-    for local in (0, 1):
-        first.put(local, random(72, 48, seed=local, dtype=kind.dtype), random(48, 36, seed=local, dtype=kind.dtype))
-        second.put(local, random(72, 48, seed=8, dtype=kind.dtype), random(48, 36, seed=9, dtype=kind.dtype))
-    before = reference.unpacked_expert(second, 1, 48, 36)
-    second.copy(0, first, 1)
-    pairs = zip(reference.unpacked_expert(second, 0, 48, 36), reference.unpacked_expert(first, 1, 48, 36), strict=True)
-    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
-    after = reference.unpacked_expert(second, 1, 48, 36)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "its neighbour"
+def test_experts_come_and_go_while_others_stay_where_they_are(kind):
+    hidden, size = 1024, 512  # large enough for memory of its own
+    first = PackedExperts.empty((1, 4, 6), hidden, size, kind.dtype, quantize=kind.quantize, room=5)
+    put_random(first, (0, 1, 2), hidden, size, kind)
+    before = [reference.unpacked_expert(first, place, hidden, size) for place in (0, 1, 2)]
+    more = first.holding((0, 1, 4, 6))
+    assert (first.ids, first.places) == ((1, 4, 6), (0, 1, 2))
+    assert (more.ids, more.places) == ((0, 1, 4, 6), (3, 0, 1, 2))
+    put_random(more, (3,), hidden, size, kind)
+    fewer = more.holding((0, 6))
+    assert fewer.places == (3, 2)
+    assert 2 * fewer.num_bytes == more.num_bytes
+    fewer.forget_others()
+    for place, expected in ((2, before[2]), (3, reference.unpacked_expert(more, 3, hidden, size))):
+        ours = reference.unpacked_expert(fewer, place, hidden, size)
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    again = fewer.holding((0, 1, 2, 3, 6))
+    assert again.places == (3, 0, 1, 4, 2), "free ones, in order"
+    put_random(again, (0,), hidden, size, kind)
+    ours = reference.unpacked_expert(again, 0, hidden, size)
+    assert all(torch.equal(a, b) for a, b in zip(ours, before[0], strict=True)), (
+        "memory that was given back is taken anew"
+    )
+    with pytest.raises(ValueError, match="1 more experts, and 0 free places"):
+        again.holding((0, 1, 2, 3, 5, 6))
+
+
+def resident(part: torch.Tensor) -> int:
+    """Bytes of a tensor's pages that are in memory."""
+    first, count = part.data_ptr() // mmap.PAGESIZE, -(-part.nbytes // mmap.PAGESIZE)
+    with open("/proc/self/pagemap", "rb") as pages:
+        pages.seek(8 * first)
+        entries = np.frombuffer(pages.read(8 * count), np.uint64)
+    return int((entries >> np.uint64(63)).sum()) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux")
+def test_what_is_forgotten_takes_no_memory():
+    packed = PackedExperts.empty(range(6), 1024, 1024, torch.bfloat16, room=12)
+    assert resident(packed.w13[6:]) < HUGE_PAGE, "nothing is there before it is written"
+    for place in range(6):
+        packed.w13[place].fill_(1)
+        packed.w2[place].fill_(1)
+    before = resident(packed.w13), resident(packed.w2)
+    packed.holding((0, 4, 5)).forget_others()
+    forgotten = before[0] - resident(packed.w13), before[1] - resident(packed.w2)
+    whole = 3 * packed.w13[0].nbytes, 3 * packed.w2[0].nbytes
+    assert all(bytes_ >= expected - 2 * mmap.PAGESIZE for bytes_, expected in zip(forgotten, whole, strict=True))
+    assert int(packed.w13[0].sum()) == packed.w13[0].numel(), "neighbours lose nothing"
+    assert int(packed.w2[4].sum()) == packed.w2[4].numel()
+
+
+@each_kind
+def test_small_ones_are_forgotten_in_words_only(kind):
+    packed = PackedExperts.empty((0, 1), 64, 48, kind.dtype, quantize=kind.quantize, room=3)
+    put_random(packed, (0, 1), 64, 48, kind)
+    before = reference.unpacked_expert(packed, 0, 64, 48)
+    packed.holding((0,)).forget_others()
+    after = reference.unpacked_expert(packed, 0, 64, 48)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 @each_kind
