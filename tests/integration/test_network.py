@@ -1,68 +1,22 @@
-"""Two hosts and the link between them: network namespaces of this machine, joined by a pair of virtual interfaces."""
+"""Ends of transports on two hosts, and a wire between that is cut, or long: see `tests/network.py`."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from tests.network import HERE, THERE, Network, two_hosts
 from tests.transport_group import MOST_TOKENS, PATIENCE_S, Group, batch_of, readable
 
-NET = f"10.213.{os.getpid() % 256}"  # of this run's own
-HERE, THERE = f"{NET}.1", f"{NET}.2"
 LINK_TIMEOUT_S = 0.5
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
-class Network:
-    """This namespace and one more.
-
-    Attributes:
-        prefix: of a command that runs in the other one.
-    """
-
-    def __init__(self) -> None:
-        self._space = f"amoe-{os.getpid()}"
-        self._near, self._far = f"amoe{os.getpid() % 10**6}a", f"amoe{os.getpid() % 10**6}b"
-        self.prefix = ("ip", "netns", "exec", self._space)
-
-    def open(self) -> None:
-        ip("netns", "add", self._space)
-        ip("link", "add", self._near, "type", "veth", "peer", "name", self._far)
-        ip("link", "set", self._far, "netns", self._space)
-        ip("addr", "add", f"{HERE}/30", "dev", self._near)
-        ip("link", "set", self._near, "up")
-        ip("-n", self._space, "addr", "add", f"{THERE}/30", "dev", self._far)
-        self.heal()
-
-    def cut(self) -> None:
-        """Whatever is sent vanishes, and nobody is told."""
-        ip("-n", self._space, "link", "set", self._far, "down")
-
-    def heal(self) -> None:
-        ip("-n", self._space, "link", "set", self._far, "up")
-
-    def close(self) -> None:
-        for arguments in (("link", "del", self._near), ("netns", "del", self._space)):
-            subprocess.run(["ip", *arguments], check=False, capture_output=True)
 
 
 @pytest.fixture
 def network() -> Iterator[Network]:
-    network = Network()
-    try:
-        network.open()
-    except (OSError, subprocess.CalledProcessError) as error:
-        network.close()
-        pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', None) or error}")
-    yield network
-    network.close()
+    with two_hosts() as network:
+        yield network
 
 
 class Traffic:
@@ -132,5 +86,17 @@ def test_a_short_cut_loses_nothing(network: Network) -> None:
         network.cut()
         traffic.go_on(LINK_TIMEOUT_S)
         network.heal()
+        traffic.go_on_until_answered(traffic.sent)
+        assert traffic.answered == list(range(len(traffic.answered)))
+
+
+@pytest.mark.parametrize("kind", ["tcp", "distributed"])
+def test_a_long_wire_breaks_no_link(network: Network, kind: str) -> None:
+    """50 ms each way: nothing is lost, sent twice or out of order."""
+    with Group(kind, 3, host=HERE, num_homes=1, link_timeout_s=LINK_TIMEOUT_S) as group:
+        traffic = Traffic(group, network)
+        traffic.go_on_until_answered(5)
+        network.delay(0.05)
+        traffic.go_on(LINK_TIMEOUT_S / 2)
         traffic.go_on_until_answered(traffic.sent)
         assert traffic.answered == list(range(len(traffic.answered)))

@@ -1,4 +1,4 @@
-"""Greedy output equals transformers' over transports between hosts: schedules × placements × transports.
+"""Greedy output equals transformers' over transports between hosts: schedules × placements × transports × kernels.
 
 The workers share this process and talk through sockets; a few cells run again with worker processes. `make test-all`
 has more of both, with the architectures and features of `test_token_exact.py`.
@@ -12,36 +12,13 @@ from pathlib import Path
 import pytest
 
 from amoe.cluster.front import running_engine
-from tests.integration.exactness import COUNTS, FACTORS, PLACEMENTS, Case, assert_exact, checkpoint, make_cases
-from tests.pairwise import all_combinations, pairwise
+from tests.integration.exactness import FACTORS, Case, assert_exact, checkpoint, make_cases
+from tests.integration.transport_cells import BETWEEN, CELLS, TRANSPORTS
+from tests.pairwise import pairwise
 from tests.processes import generate
 from tests.wired import WiredCluster
 
-TRANSPORTS = ("tcp", "distributed")
-_BETWEEN = [name for name, placement in PLACEMENTS.items() if placement.num_workers > 1]
-_REST = [("qwen2_moe", "plain"), ("olmoe", "cached"), ("qwen3_moe", "cached+preempted"), ("mixtral", "preempted")]
-
-
-def _cells() -> list[Case]:
-    """All schedules and placements of several workers; one architecture and feature for each, in turn."""
-    rows = all_combinations({"schedule": FACTORS["schedule"], "count": COUNTS, "placement": _BETWEEN})
-    rest = [
-        {"arch": _REST[n % 4][0], "feature": _REST[n % 4][1], "variant": n % 3, "replicas": 2 * (n % 2)}
-        for n in range(len(rows))
-    ]
-    # A schedule without a count would come once for each of the counts.
-    has_count = ("waves", "lockstep")
-    return make_cases(
-        [
-            {**row, **more}
-            for row, more in zip(rows, rest, strict=True)
-            if row["schedule"] in has_count or row["count"] == COUNTS[0]
-        ]
-    )
-
-
-CELLS = _cells()
-MATRIX = make_cases(pairwise({**FACTORS, "placement": _BETWEEN}))
+MATRIX = make_cases(pairwise({**FACTORS, "placement": BETWEEN}))
 PROCESSES = [
     (Case("waves", 0, "qwen3_moe", "2A2E", "cached+preempted", 0, 2), "tcp"),
     (Case("progress", 1, "olmoe", "colocated2", "plain", 1), "distributed"),
@@ -73,8 +50,7 @@ async def run_processes(case: Case, transport: str, root: Path) -> None:
         assert_exact(case, root, [result.token_ids for result in results], logprobs)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("case", CELLS, ids=str)
+@pytest.mark.parametrize(("case", "transport"), CELLS, ids=str)
 def test_every_schedule_and_placement(case: Case, transport: str, root: Path) -> None:
     run_wired(case, transport, root)
 
@@ -92,7 +68,6 @@ def test_matrix(case: Case, transport: str, root: Path) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("case", CELLS, ids=str)
+@pytest.mark.parametrize(("case", "transport"), CELLS, ids=str)
 async def test_matrix_of_processes(case: Case, transport: str, root: Path) -> None:
     await run_processes(case, transport, root)
