@@ -172,6 +172,9 @@ class WorkerStats:
         redone_tokens: (token, layer) dispatches begun again because a worker that owed answers was lost, cumulative.
         resent_tokens: likewise, sent again because an answer did not come, cumulative (attention workers).
         parked_tokens: tokens that wait, now, for an expert that nobody holds (attention workers).
+        expert_wait_s: seconds that tokens have waited for others at the experts, summed over the tokens, cumulative
+            (expert workers): from their arrival until their step, while the worker ran another, and in their step,
+            whose time is shared evenly among its tokens, for the shares of the others.
     """
 
     rank: int
@@ -208,6 +211,7 @@ class WorkerStats:
     redone_tokens: int = 0
     resent_tokens: int = 0
     parked_tokens: int = 0
+    expert_wait_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

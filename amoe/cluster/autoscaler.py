@@ -4,40 +4,60 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from amoe.clock import Clock, MonotonicClock
 from amoe.cluster.admin import ClusterAdmin
 from amoe.config import AutoscaleConfig
 from amoe.errors import AmoeError
-from amoe.policy.autoscaling import AutoscaleState, ExpertLoad, wanted_workers
+from amoe.policy.autoscaling import AutoscaleState, ExpertLoad, Flow, wanted_workers
 from amoe.stats import WorkerStats
 
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 0.5
-SILENCE_S = 1.5  # three heartbeats: what a worker said before that is not what it does now
+WINDOW_S = 1.0  # a worker is judged by so much of its time, however often it tells of itself: some steps may be long
+SILENCE_S = 2.5  # what a worker said before that is not what it does now
 RETRY_S = 30.0  # after a change that could not be made: there may be room by then
 
 
-def queue_age(before: WorkerStats, after: WorkerStats) -> float:
-    """How long tokens waited for a worker's experts, between two of its heartbeats.
+def expert_load(before: WorkerStats, after: WorkerStats) -> ExpertLoad:
+    """What an expert worker did between two heartbeats of one life."""
+    tokens = _tokens(after, "experts") - _tokens(before, "experts")
+    waited = after.expert_wait_s - before.expert_wait_s
+    busy = (after.experts_s - before.experts_s) / (after.at_s - before.at_s)
+    return ExpertLoad(max(0.0, waited / tokens) if tokens > 0 else 0.0, min(1.0, max(0.0, busy)))
 
-    Queues fill and drain many times meanwhile, so it is the mean over the tokens that ran, layers together; or the age
-    of who waits still, where that is more: nothing may run at all.
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """What the tokens of one home did in a window of its time.
+
+    Attributes:
+        seconds: of the window.
+        token_s: that tokens spent on their way in it, summed; tokens: that passed a layer, summed over the layers.
     """
-    waited = _waited(after) - _waited(before)
-    tokens = _tokens(after) - _tokens(before)
-    oldest = max((queue.age_s for queue in after.queues if queue.kind == "experts"), default=0.0)
-    return max(waited / tokens if tokens > 0 else 0.0, oldest)
+
+    seconds: float
+    token_s: float
+    tokens: float
 
 
-def expert_load(before: WorkerStats, after: WorkerStats) -> ExpertLoad | None:
-    """What a worker did between two heartbeats; None: they are of different lives, or no time lies between."""
-    seconds = after.at_s - before.at_s
-    if seconds <= 0 or after.loops < before.loops:
-        return None
-    busy = (after.experts_s - before.experts_s) / seconds
-    return ExpertLoad(queue_age(before, after), min(1.0, max(0.0, busy)))
+def passage(before: WorkerStats, after: WorkerStats) -> Passage:
+    """What an attention worker's tokens did between two heartbeats of one life."""
+    return Passage(
+        after.at_s - before.at_s,
+        max(0.0, _token_seconds(after) - _token_seconds(before)),
+        max(0.0, _tokens(after, "attention") - _tokens(before, "attention")),
+    )
+
+
+def flow_of(passages: Sequence[Passage]) -> Flow:
+    """Of all homes together."""
+    tokens = sum(item.tokens for item in passages)
+    pace_s = sum(item.token_s for item in passages) / tokens if tokens else 0.0
+    return Flow(pace_s, sum(item.token_s / item.seconds for item in passages))
 
 
 class Autoscaler:
@@ -52,17 +72,21 @@ class Autoscaler:
         self._admin = admin
         self._clock = clock or MonotonicClock()
         self._state = AutoscaleState()
-        self._last: dict[int, WorkerStats] = {}
+        self._bases: dict[int, WorkerStats] = {}  # where the window of each worker began
         self._loads: dict[int, tuple[float, ExpertLoad]] = {}  # when it was said, by rank
+        self._passages: dict[int, tuple[float, Passage]] = {}
 
     def observe(self, stats: WorkerStats) -> None:
         """A worker's heartbeat."""
-        if stats.role != "experts":
-            return
-        last = self._last.get(stats.rank)
-        self._last[stats.rank] = stats
-        if last is not None and (load := expert_load(last, stats)) is not None:
-            self._loads[stats.rank] = (self._clock.now(), load)
+        base = self._bases.setdefault(stats.rank, stats)
+        if stats.loops < base.loops:  # of another life
+            self._bases[stats.rank] = stats
+        elif stats.at_s - base.at_s >= WINDOW_S:
+            self._bases[stats.rank] = stats
+            if stats.role == "experts":
+                self._loads[stats.rank] = self._clock.now(), expert_load(base, stats)
+            else:
+                self._passages[stats.rank] = self._clock.now(), passage(base, stats)
 
     async def run(self) -> None:
         """Look at the queues twice a second, until cancelled."""
@@ -75,30 +99,36 @@ class Autoscaler:
         status, now = self._admin.status(), self._clock.now()
         serving = {worker.rank for worker in status.workers if worker.role == "experts" and worker.state == "serving"}
         loads = {rank: load for rank, (at, load) in self._loads.items() if rank in serving and now - at < SILENCE_S}
+        flow = flow_of([passed for at, passed in self._passages.values() if now - at < SILENCE_S])
         count = status.num_expert_workers
-        wanted, self._state = wanted_workers(self._config, self._state, loads, count, now)
+        wanted, self._state = wanted_workers(self._config, self._state, loads, flow, count, now)
         if wanted == count:
             return
-        logger.info("autoscaling: %d -> %d expert workers (%s)", count, wanted, _reason(loads))
+        logger.info("autoscaling: %d -> %d expert workers (%s)", count, wanted, _reason(loads, flow))
         try:
             await self._admin.scale_experts(wanted)
         except AmoeError as error:
             logger.warning("autoscaling: there cannot be %d expert workers now: %s", wanted, error)
-            self._state = AutoscaleState(settled_at=self._clock.now() + RETRY_S)
+            self._state = self._state.settling(self._clock.now() + RETRY_S)
         else:
-            self._state = AutoscaleState(settled_at=self._clock.now() + self._state.settled_at - now)
+            self._state = self._state.settling(self._clock.now() + self._state.settled_at - now)
 
 
-def _reason(loads: dict[int, ExpertLoad]) -> str:
+def _reason(loads: Mapping[int, ExpertLoad], flow: Flow) -> str:
     age = max((load.queue_age_s for load in loads.values()), default=0.0)
-    busy = sum(load.busy for load in loads.values())
-    return f"tokens wait {age:.3f} s, the workers' time is used {busy:.2f} times"
+    busy = max((load.busy for load in loads.values()), default=0.0)
+    return (
+        f"of {flow.pace_s * 1e3:.1f} ms that a layer takes, tokens wait {age * 1e3:.1f} ms for others at the experts; "
+        f"the busiest worker uses {busy:.0%} of its time"
+    )
 
 
-def _waited(stats: WorkerStats) -> float:
-    return sum(queue.waited_s for queue in stats.queues if queue.kind == "experts")
+def _token_seconds(stats: WorkerStats) -> float:
+    """That tokens have spent at a home, in its queues and blocks, and waiting for their experts."""
+    here = sum(queue.waited_s + queue.ran_s for queue in stats.queues if queue.kind != "experts")
+    return here + sum(waits.total for waits in stats.join_waits)
 
 
-def _tokens(stats: WorkerStats) -> float:
-    """Sum of the histogram's values: tokens that went through the expert blocks of all layers."""
-    return sum(sizes.total for sizes in stats.batch_sizes if sizes.kind == "experts")
+def _tokens(stats: WorkerStats, kind: str) -> float:
+    """Sum of the histogram's values: tokens that went through such blocks, of all layers."""
+    return sum(sizes.total for sizes in stats.batch_sizes if sizes.kind == kind)

@@ -74,16 +74,20 @@ class AutoscaleConfig:
 
     Attributes:
         min_workers, max_workers: bounds of their number.
-        queue_age_s: tokens that wait longer for experts, for some time, ask for one more worker.
+        queue_age_s: tokens that wait longer for others at an expert worker, at each layer, ask for one more; None: a
+            part of the time that a layer takes them, see `amoe.policy.autoscaling`.
     """
 
     min_workers: int
     max_workers: int
-    queue_age_s: float = 0.2
+    queue_age_s: float | None = None
 
     def __post_init__(self) -> None:
         require(
             1 <= self.min_workers < self.max_workers,
             f"--autoscale-experts {self.min_workers}:{self.max_workers} must be MIN:MAX with 1 <= MIN < MAX",
         )
-        require(0 < self.queue_age_s < float("inf"), "--autoscale-queue-age must be greater than 0 seconds")
+        require(
+            self.queue_age_s is None or 0 < self.queue_age_s < float("inf"),
+            "--autoscale-queue-age must be greater than 0 seconds",
+        )

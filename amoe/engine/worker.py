@@ -140,6 +140,7 @@ class Worker:
             self._next_control = now + CONTROL_INTERVAL_S
             self._handle_messages()
         batches = self._transport.poll()
+        self.stats.arrived(batches)
         for batch in batches:
             self._receive(batch, now)
         if self._loading is not None and self._loading.is_busy:
@@ -186,7 +187,7 @@ class Worker:
         self._run_block(step)
         seconds = self._clock.now() - began
         self.stats.observe(step, seconds)
-        self.stats.waited(self.core.queues.depth, seconds)
+        self.stats.waited(self.core.queues.depth, seconds, busy=True)
         self.core.observe(step, seconds)
 
     def _run_forward(self, step: ForwardStep, began: float) -> None:

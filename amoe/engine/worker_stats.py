@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from amoe.engine.traffic import TrafficCounts
 from amoe.policy.decision import Reason
 from amoe.policy.steering import count_work
 from amoe.stats import BATCH_SIZE_EDGES, ITERATION_EDGES, LayerHistograms, QueueSnapshot, WorkerStats
-from amoe.types import Batch, BlockKind
+from amoe.types import Batch, BatchKind, BlockKind
 
 _NAMES = {BlockKind.ATTENTION: "attention", BlockKind.EXPERTS: "experts", BlockKind.HEAD: "head"}
 
@@ -43,6 +43,8 @@ class StatsKeeper:
         self.loops = 0
         self.steps = 0
         self.expert_work = 0
+        self.expert_wait_s = 0.0
+        self._unseen_s = 0.0  # what has come since may have waited so long before it was seen
         self._busy_s = dict.fromkeys(BlockKind, 0.0)
         self._wait_s = dict.fromkeys((Reason.IDLE, Reason.AWAY, Reason.HELD), 0.0)
         self._waited_s = np.zeros(1)  # by μ-queue, as soon as one has been seen
@@ -57,6 +59,7 @@ class StatsKeeper:
     def observe(self, step: BlockStep, seconds: float) -> None:
         """A step has run."""
         self.steps += 1
+        self._unseen_s = seconds
         self._ran_s[step.block.kind][step.block.layer] += step.num_tokens * seconds
         self._busy_s[step.block.kind] += seconds
         self._batch_sizes[step.block.kind].observe(step.block.layer, step.num_tokens)
@@ -66,6 +69,7 @@ class StatsKeeper:
             counts = count_pairs(step.expert_ids, self._expert_pairs.shape[1])
             self._expert_pairs[step.block.layer] += counts
             self.expert_work += count_work(counts, self._ridge_tokens)
+            self.expert_wait_s += (step.num_tokens - 1) * seconds
 
     def observe_forward(
         self,
@@ -113,13 +117,24 @@ class StatsKeeper:
         self._busy_s[kind] += float(seconds.sum())
         self._batch_sizes[kind].observe_each(layers, tokens)
 
-    def waited(self, depth: npt.NDArray[np.int64], seconds: float) -> None:
-        """While the loop ran a step, or slept, `depth` tokens were in the μ-queues, by their index."""
+    def arrived(self, batches: Sequence[Batch]) -> None:
+        """The loop has looked for batches. Those that came while it ran a step have waited half of it, on average."""
+        if self._unseen_s:
+            tokens = sum(batch.count for batch in batches if batch.kind is BatchKind.DISPATCH)
+            self.expert_wait_s += tokens * self._unseen_s / 2
+            self._unseen_s = 0.0
+
+    def waited(self, depth: npt.NDArray[np.int64], seconds: float, *, busy: bool = False) -> None:
+        """While the loop ran a step (`busy`) or slept, `depth` tokens were in the μ-queues, by their index. Who is in a
+        queue while the worker sleeps waits for tokens that are elsewhere, not for the worker."""
         self._waited_s = self._waited_s + depth * seconds
+        if busy:
+            self.expert_wait_s += float(depth.sum()) * seconds
 
     def slept(self, seconds: float, reason: Reason) -> None:
         """The loop had nothing to run."""
         self._wait_s[reason] += seconds
+        self._unseen_s = 0.0
 
     def sent(self, batch: Batch) -> None:
         """A batch is about to be sent."""
@@ -134,6 +149,8 @@ class StatsKeeper:
         stats.wait_s = {reason.name.lower(): seconds for reason, seconds in self._wait_s.items()}
         stats.decisions, stats.traffic = core.decisions.snapshot(), self._traffic.snapshot()
         stats.expert_work = self.expert_work
+        if self.role == "experts":  # elsewhere tokens of other blocks are in the queues too
+            stats.expert_wait_s = self.expert_wait_s
         stats.at_s = now
         stats.num_waves, stats.num_slips = core.num_waves, core.num_slips
         stats.queues = self._queues(core, now)

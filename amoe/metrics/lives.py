@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 
 _SUMS = (
     *("loops", "busy_s", "steps", "num_preemptions", "prefix_queries", "prefix_hits", "modelled_s", "num_slips"),
-    *("home_s", "experts_s", "expert_work", "redone_tokens", "resent_tokens"),
+    *("home_s", "experts_s", "expert_work", "expert_wait_s", "redone_tokens", "resent_tokens"),
 )
 
 

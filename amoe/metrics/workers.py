@@ -134,13 +134,21 @@ def _queue_families(stats: list[WorkerStats]) -> Iterator[Metric]:
         "Seconds that tokens have waited for a block, summed over the tokens: its rate is the mean depth.",
         labels=_BLOCK_LABELS,
     )
+    experts = CounterMetricFamily(
+        "amoe:expert_wait_token_seconds",
+        "Seconds that tokens have waited for others at an expert worker, in its queues and in their steps, summed over "
+        "the tokens: divided by the tokens, the queue age that --autoscale-experts goes by.",
+        labels=("worker",),
+    )
     for worker in stats:
         for queue in worker.queues:
             values = (str(worker.rank), queue.kind, str(queue.layer))
             depth.add_metric(values, queue.depth)
             age.add_metric(values, queue.age_s)
             waited.add_metric(values, queue.waited_s)
-    yield from (depth, age, waited)
+        if worker.role == "experts":
+            experts.add_metric((str(worker.rank),), worker.expert_wait_s)
+    yield from (depth, age, waited, experts)
 
 
 def _histogram_families(stats: list[WorkerStats]) -> Iterator[Metric]:

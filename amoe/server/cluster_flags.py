@@ -78,8 +78,8 @@ def add_elastic_flags(parser: argparse.ArgumentParser) -> None:
         "--autoscale-queue-age",
         type=float,
         metavar="SECONDS",
-        help="of --autoscale-experts: tokens that wait longer for experts ask for one more worker (default: "
-        f"{AutoscaleConfig(min_workers=1, max_workers=2).queue_age_s})",
+        help="of --autoscale-experts: tokens that wait longer for others at an expert worker, at each layer, ask for "
+        "one more; default: half of the time that a layer takes them, whatever the model, the device and the schedule",
     )
 
 
@@ -122,8 +122,6 @@ def _autoscale(args: argparse.Namespace) -> AutoscaleConfig | None:
             raise ConfigError("--autoscale-queue-age does nothing without --autoscale-experts MIN:MAX")
         return None
     least, most = args.autoscale_experts
-    if args.autoscale_queue_age is None:
-        return AutoscaleConfig(min_workers=least, max_workers=most)
     return AutoscaleConfig(min_workers=least, max_workers=most, queue_age_s=args.autoscale_queue_age)
 
 

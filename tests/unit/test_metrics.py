@@ -33,6 +33,7 @@ GOLDEN = {
     "amoe:event_loop_lag_seconds": ("histogram", set()),
     "amoe:expert_load_imbalance": ("gauge", {"layer"}),
     "amoe:expert_pairs": ("counter", {"layer", "expert", "worker"}),
+    "amoe:expert_wait_token_seconds": ("counter", {"worker"}),
     "amoe:generation_tokens": ("counter", REQUEST_LABELS),
     "amoe:home_share": ("gauge", {"worker"}),
     "amoe:http_connections_open": ("gauge", set()),
@@ -179,7 +180,7 @@ def metrics() -> EngineMetrics:
             capacity=CapacitySnapshot("slack", [[1, 4, 6, 0], [2, 0, 1, 3]], 5, 2.5, 80),
         )
     )
-    metrics.worker(WorkerStats(rank=1, role="experts", steps=3, expert_pairs=[[0, 8], [2, 0]]))
+    metrics.worker(WorkerStats(rank=1, role="experts", steps=3, expert_pairs=[[0, 8], [2, 0]], expert_wait_s=3.5))
     states = {0: ("attention", "serving"), 1: ("experts", "serving"), 2: ("experts", "waiting")}
     metrics.clustered(ClusterStats(version=7, states=states, num_wanted=2, num_most=6, num_replicas=3, num_missing=1))
     return metrics
@@ -244,6 +245,8 @@ def test_worker_values(metrics: EngineMetrics):
     assert found["amoe:micro_queue_depth{block=attention,layer=1,worker=0}"] == 4
     assert found["amoe:micro_queue_age_seconds{block=attention,layer=1,worker=0}"] == 0.25
     assert found["amoe:micro_queue_token_seconds_total{block=attention,layer=1,worker=0}"] == 7.5
+    assert found["amoe:expert_wait_token_seconds_total{worker=1}"] == 3.5
+    assert "amoe:expert_wait_token_seconds_total{worker=0}" not in found, "no expert worker"
     assert found["amoe:worker_steps_total{worker=1}"] == 3
     assert (found["amoe:waves{worker=0}"], found["amoe:wave_slips_total{worker=0}"]) == (2, 5)
     assert "amoe:waves{worker=1}" not in found, "a schedule without waves"

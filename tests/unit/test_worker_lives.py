@@ -47,6 +47,7 @@ def told(times: int, rank: int = 0, layer: int = 0) -> WorkerStats:
         home_s=float(times),
         experts_s=float(times),
         expert_work=times,
+        expert_wait_s=float(times),
         capacity=CapacitySnapshot("slack", [[layer, 1, times, times]], times, float(times), times),
         busy_by_block={"experts": float(times)},
         wait_s={"idle": float(times)},

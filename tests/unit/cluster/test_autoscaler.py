@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from amoe.clock import ManualClock
 from amoe.cluster.admin import ClusterStatus, WorkerStatus
-from amoe.cluster.autoscaler import RETRY_S, Autoscaler, expert_load, queue_age
+from amoe.cluster.autoscaler import RETRY_S, WINDOW_S, Autoscaler, Passage, expert_load, flow_of, passage
 from amoe.config import AutoscaleConfig
 from amoe.errors import ConfigError
-from amoe.policy.autoscaling import COOLDOWN_S, SUSTAIN_S, ExpertLoad
+from amoe.policy.autoscaling import COOLDOWN_S, SUSTAIN_S, ExpertLoad, Flow
 from amoe.stats import HistogramSnapshot, QueueSnapshot, WorkerStats
 
-CONFIG = AutoscaleConfig(min_workers=1, max_workers=3, queue_age_s=0.2)
+CONFIG = AutoscaleConfig(min_workers=1, max_workers=3)
+BEAT_S = 0.2
 
 
-def heartbeat(
-    at_s: float, *, rank: int = 1, waited_s: float = 0, tokens: int = 0, age_s: float = 0, busy_s: float = 0, **more
-) -> WorkerStats:
-    """Cumulative counters of an expert worker of two layers, each with half of what there is."""
+def experts(at_s: float, *, rank: int = 1, age_s: float = 0.0, tokens: float = 0.0, busy_s: float = 0.0) -> WorkerStats:
+    """Cumulative counters of an expert worker of two layers, each with half of the tokens, which waited for `age_s`."""
+    sizes = [HistogramSnapshot("experts", layer, [], tokens / 2) for layer in (0, 1)]
     return WorkerStats(
         rank,
-        more.pop("role", "experts"),
+        "experts",
         at_s=at_s,
-        loops=more.pop("loops", int(at_s * 100)),
+        loops=int(at_s * 100),
         experts_s=busy_s,
-        queues=[QueueSnapshot("experts", layer, 1, age_s, waited_s / 2) for layer in (0, 1)],
-        batch_sizes=[HistogramSnapshot("experts", layer, [], tokens / 2) for layer in (0, 1)],
+        batch_sizes=sizes,
+        expert_wait_s=age_s * tokens,
     )
+
+
+def home(at_s: float, *, tokens: float = 0.0, here_s: float = 0.0, away_s: float = 0.0) -> WorkerStats:
+    """Of an attention worker: in each of two layers its tokens were `here_s` seconds at home, half of them queued, and
+    `away_s` at experts."""
+    each = tokens / 2
+    queues = [QueueSnapshot("attention", layer, 0, 0.0, here_s * each / 2, here_s * each / 2) for layer in (0, 1)]
+    sizes = [HistogramSnapshot("attention", layer, [], each) for layer in (0, 1)]
+    waits = [HistogramSnapshot("experts", layer, [], away_s * each) for layer in (0, 1)]
+    loops = int(at_s * 100)
+    return WorkerStats(0, "attention", at_s=at_s, loops=loops, queues=queues, batch_sizes=sizes, join_waits=waits)
 
 
 class FakeAdmin:
@@ -53,63 +65,89 @@ class FakeAdmin:
         return self.status()
 
 
-def test_queue_age_is_the_mean_wait_or_the_oldest_token():
-    before = heartbeat(10.0, waited_s=5, tokens=100)
-    assert queue_age(before, heartbeat(10.5, waited_s=8, tokens=110)) == pytest.approx(0.3)
-    assert queue_age(before, heartbeat(10.5, waited_s=8, tokens=110, age_s=0.7)) == 0.7
-    assert queue_age(before, heartbeat(10.5, waited_s=6, tokens=100, age_s=0.4)) == 0.4  # nothing ran
+def test_the_queue_age_is_the_mean_wait_of_a_window():
+    before = experts(10.0, age_s=0.3, tokens=100, busy_s=3.0)
+    after = experts(12.0, age_s=0.3, tokens=300, busy_s=4.5)
+    after.expert_wait_s += 20.0
+    assert expert_load(before, after) == ExpertLoad(pytest.approx(0.4), 0.75)
+    assert expert_load(before, experts(12.0, age_s=0.3, tokens=100, busy_s=3.0)) == ExpertLoad(0.0, 0.0)
 
 
-def test_load_between_two_heartbeats_of_one_life():
-    before = heartbeat(10.0, busy_s=3.0)
-    assert expert_load(before, heartbeat(12.0, busy_s=4.5)) == ExpertLoad(0.0, 0.75)
-    assert expert_load(before, heartbeat(10.0, busy_s=3.0)) is None
-    assert expert_load(before, heartbeat(11.0, loops=3)) is None  # it has been started anew
+def test_the_pace_counts_all_of_a_tokens_time():
+    before = home(10.0, tokens=100, here_s=0.1, away_s=0.2)
+    assert passage(before, home(11.0, tokens=300, here_s=0.1, away_s=0.2)) == Passage(1.0, pytest.approx(60.0), 200)
+    assert flow_of([Passage(1.0, 60.0, 200), Passage(2.0, 20.0, 200)]) == Flow(0.2, 70.0)
+    assert flow_of([]) == flow_of([Passage(1.0, 0.0, 0.0)]) == Flow(0.0, 0.0)
 
 
 class Driven:
-    """An autoscaler, and workers that have worked for `busy` of their time and kept tokens for `age_s`."""
+    """An autoscaler, and workers that have worked for `busy` of their time and kept tokens waiting for `age_s`, of a
+    second that each layer took them."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, config: AutoscaleConfig = CONFIG) -> None:
         self.clock = ManualClock(50.0)
         self.admin = FakeAdmin(count)
-        self.scaler = Autoscaler(CONFIG, self.admin, self.clock)
+        self.scaler = Autoscaler(config, self.admin, self.clock)
 
-    def go_on(self, seconds: float, *, age_s: float = 0.0, busy: float = 0.0) -> None:
-        for _ in range(round(seconds / 0.5)):
-            self.clock.advance(0.5)
+    def go_on(self, seconds: float, *, age_s: float = 0.0, busy: float = 0.0, away_s: float = 0.9) -> None:
+        for _ in range(round(seconds / BEAT_S)):
+            self.clock.advance(BEAT_S)
             now = self.clock.now()
             for rank in range(1, 1 + self.admin.count):
-                self.scaler.observe(heartbeat(now, rank=rank, age_s=age_s, busy_s=busy * now))
-            self.scaler.observe(heartbeat(now, rank=0, age_s=9, role="attention"))
+                self.scaler.observe(experts(now, rank=rank, age_s=age_s, tokens=100 * now, busy_s=busy * now))
+            self.scaler.observe(home(now, tokens=100 * now, here_s=0.1, away_s=away_s))
             asyncio.run(self.scaler.step())
 
 
 def test_up_and_down():
     driven = Driven(1)
-    driven.go_on(SUSTAIN_S + 2, age_s=0.4, busy=1.0)
+    driven.go_on(SUSTAIN_S + 2, age_s=0.6, busy=1.0)
     assert driven.admin.asked == [2]
-    driven.go_on(COOLDOWN_S + SUSTAIN_S + 2, age_s=0.4, busy=1.0)
-    driven.go_on(60, age_s=0.4, busy=1.0)
+    driven.go_on(COOLDOWN_S + SUSTAIN_S + 2, age_s=0.6, busy=1.0)
+    driven.go_on(60, age_s=0.6, busy=1.0)
     assert driven.admin.asked == [2, 3]
     driven.go_on(300)
     assert driven.admin.asked == [2, 3, 2, 1]
 
 
+def test_a_wait_that_is_a_small_part_of_a_tokens_time_asks_for_nobody():
+    driven = Driven(1)
+    driven.go_on(60, age_s=0.6, busy=1.0, away_s=1.4)
+    assert driven.admin.asked == []
+
+
+def test_a_number_of_seconds_is_a_bound_of_its_own():
+    driven = Driven(1, replace(CONFIG, queue_age_s=0.5))
+    driven.go_on(SUSTAIN_S + 2, age_s=0.6, busy=1.0, away_s=1.4)
+    assert driven.admin.asked == [2]
+
+
 def test_silence_decides_nothing():
     driven = Driven(1)
-    driven.go_on(1, age_s=0.4)
+    driven.go_on(WINDOW_S + BEAT_S, age_s=0.6)
     for _ in range(100):
         driven.clock.advance(0.5)
         asyncio.run(driven.scaler.step())
     assert driven.admin.asked == []
 
 
+def test_a_worker_that_has_been_started_anew_is_judged_by_its_new_life():
+    """Its counters begin again at 0."""
+    driven = Driven(1)
+    driven.go_on(WINDOW_S, age_s=0.1, busy=0.1)
+    for beat in range(60):
+        driven.clock.advance(BEAT_S)
+        driven.scaler.observe(experts(beat * BEAT_S, age_s=0.6, tokens=beat, busy_s=beat * BEAT_S))
+        driven.scaler.observe(home(driven.clock.now(), tokens=100 * driven.clock.now(), here_s=0.1, away_s=0.9))
+        asyncio.run(driven.scaler.step())
+    assert driven.admin.asked == [2]
+
+
 def test_what_cannot_be_done_is_tried_again_later():
     driven = Driven(1)
     driven.admin.refuses = True
-    driven.go_on(SUSTAIN_S + 5, age_s=0.4, busy=1.0)
+    driven.go_on(SUSTAIN_S + 5, age_s=0.6, busy=1.0)
     assert driven.admin.asked == [2]
     driven.admin.refuses = False
-    driven.go_on(RETRY_S + SUSTAIN_S, age_s=0.4, busy=1.0)
+    driven.go_on(RETRY_S + SUSTAIN_S, age_s=0.6, busy=1.0)
     assert driven.admin.asked == [2, 2] and driven.admin.count == 2

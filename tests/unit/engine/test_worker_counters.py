@@ -15,7 +15,7 @@ from amoe.core.steps import AttentionStep, ExpertsStep, ForwardStep, HeadStep
 from amoe.engine.worker_stats import StatsKeeper
 from amoe.policy.decision import Reason
 from amoe.stats import WorkerStats
-from amoe.types import BlockId, BlockKind
+from amoe.types import BatchKind, BlockId, BlockKind
 
 NONE = np.empty(0, np.int32)
 
@@ -59,6 +59,36 @@ def test_busy_time_is_told_by_kind_of_block(core: Any):
     assert stats.busy_by_block == {"attention": 0.75, "head": 0.0, "experts": 1.0}
     assert (stats.busy_s, stats.home_s, stats.experts_s, stats.steps) == (1.75, 0.75, 1.0, 3)
     assert stats.expert_pairs == [[0, 0, 0, 0], [1, 0, 2, 0]]
+
+
+def dispatch(count: int) -> Any:
+    return SimpleNamespace(kind=BatchKind.DISPATCH, count=count)
+
+
+def test_at_an_expert_worker_tokens_wait_for_others_in_queues_and_in_steps(core: Any):
+    """Seven token-seconds: each of two tokens shares a step of a second with the other; one is in a queue for 2 s in
+    which another step runs, and four that are found after it have come, on average, in the middle of it; who is queued
+    while the worker sleeps, or comes to one that sleeps, does not wait for it."""
+    keeper = StatsKeeper(0, "experts", 2, 4)
+    keeper.arrived([dispatch(2)])
+    keeper.observe(experts([[0, 2], [2, -1]]), 1.0)
+    keeper.arrived([])
+    keeper.observe(experts([[1, 3]]), 2.0)
+    core.queues.push(BlockId(BlockKind.EXPERTS, 1, 0), (np.zeros(1),), np.zeros(1, np.int32), 0.0)
+    keeper.waited(core.queues.depth, 2.0, busy=True)
+    keeper.arrived([dispatch(3), dispatch(1)])
+    keeper.arrived([dispatch(100)])
+    keeper.waited(core.queues.depth, 50.0)
+    keeper.observe(experts([[1, 3]]), 3.0)
+    keeper.slept(1.0, Reason.IDLE)
+    keeper.arrived([dispatch(100)])
+    assert keeper.snapshot(core, 9.0).expert_wait_s == pytest.approx(2 * 0.5 + 2.0 + 4 * 1.0)
+
+
+def test_only_expert_workers_tell_of_waits_for_experts(core: Any):
+    keeper = StatsKeeper(0, "colocated", 2, 4)
+    keeper.observe(experts([[0, 2], [2, -1]]), 1.0)
+    assert keeper.snapshot(core, 9.0).expert_wait_s == 0.0
 
 
 def forward(num_tokens: int, wanted: list[int] | None = None) -> ForwardStep:
