@@ -18,7 +18,7 @@ from amoe.cluster.supervised import SupervisedEngine
 from amoe.cluster.supervisor import Supervisor
 from amoe.cluster.topology import TopologyBoard
 from amoe.engine.emulated_device import Shape
-from amoe.engine.messages import Heartbeat, HoldExperts, Holding, ToServer
+from amoe.engine.messages import Heartbeat, HoldExperts, Holding, LayerHeld, ToServer
 from amoe.errors import ConfigError, UnfinishedError
 
 logger = logging.getLogger(__name__)
@@ -218,8 +218,10 @@ class ElasticCluster:
 
     def _hear(self, rank: int, message: ToServer) -> None:
         if isinstance(message, Holding):
-            self._manager.on_holding(rank, message)
+            self._manager.orders.on_holding(rank, message)
             self._tell_moves()
+        elif isinstance(message, LayerHeld):
+            self._manager.orders.on_layer_held(rank, message)
         elif isinstance(message, Heartbeat):
             is_empty = not any(queue.depth for queue in message.stats.queues)
             self._empty_beats[rank] = self._empty_beats[rank] + 1 if is_empty else 0

@@ -8,7 +8,7 @@ import contextlib
 from amoe.cluster.cluster import WorkerCluster
 from amoe.cluster.launcher import WorkerHandle
 from amoe.cluster.topology import TopologyBoard
-from amoe.engine.messages import HoldExperts, Holding, Loading, Ready
+from amoe.engine.messages import HoldExperts, Holding, LayerHeld, Loading, Ready
 from amoe.errors import ConfigError, EngineDeadError
 from amoe.policy.placement import experts_of
 
@@ -83,12 +83,21 @@ async def _hold(worker: WorkerHandle, experts: list[list[int]]) -> list[list[int
 
     Raises:
         ConfigError: it cannot.
-        EngineDeadError: it has died.
+        EngineDeadError: it has died, or does not get on.
     """
+    loop = asyncio.get_running_loop()
     worker.channel.send(HoldExperts(_CATCH_UP, experts))
-    async for message in worker.channel:
-        if isinstance(message, Holding) and message.order == _CATCH_UP:
-            if message.complaint:
-                raise ConfigError(f"{worker.describe()} cannot load its experts: {message.complaint}")
-            return experts
+    try:
+        async with asyncio.timeout(START_SILENCE_S) as patience:
+            async for message in worker.channel:
+                if isinstance(message, LayerHeld):
+                    patience.reschedule(loop.time() + START_SILENCE_S)
+                elif isinstance(message, Holding) and message.order == _CATCH_UP:
+                    if message.complaint:
+                        raise ConfigError(f"{worker.describe()} cannot load its experts: {message.complaint}")
+                    return experts
+    except TimeoutError as error:
+        raise EngineDeadError(
+            f"{worker.describe()} has not got on with loading experts for {START_SILENCE_S:g} s: its storage may hang"
+        ) from error
     raise EngineDeadError(f"{worker.describe_exit()} while loading experts{worker.describe_output()}")

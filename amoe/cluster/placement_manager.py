@@ -5,6 +5,11 @@ A transition loads what is new beside what is old, waits until everybody holds i
 waits until every home routes by it, and then lets go of what is old. So a token finds its expert whichever table its
 home goes by. A worker that dies in the middle leaves the board, which ends every wait for it; then the transition is
 planned again from what is true by then.
+
+A worker may live and not get on: a thread of it waits for storage that never answers. Nobody waits for it for ever. If
+it is to hold more, the transition is given up: the table is what it was, and an answer that comes late is no answer to
+the order that is in force by then. If it is a home that does not change its routing, the new table stays, and what is
+old is let go of after a later transition.
 """
 
 from __future__ import annotations
@@ -12,16 +17,16 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
 
+from amoe.cluster.orders import STANDSTILL_S, ExpertOrders
 from amoe.cluster.topology import NOBODY, TopologyBoard
 from amoe.config import EngineConfig
 from amoe.engine.emulated_device import Shape
-from amoe.engine.messages import HoldExperts, Holding, Topology
+from amoe.engine.messages import HoldExperts, Topology
 from amoe.engine.planning import considerate
 from amoe.errors import ConfigError
 from amoe.policy import rebalance as policy
@@ -38,15 +43,6 @@ MAX_ATTEMPTS = 5  # of one transition: it is planned again when a worker dies in
 MIN_GAIN = 0.1  # of the busiest workers' load, that a rebalance has to promise to be worth it, if nobody has asked
 
 
-@dataclass(slots=True)
-class _Asked:
-    """An order that has not been carried out yet."""
-
-    order: int
-    incarnation: int
-    answer: asyncio.Future[Holding | None]  # None: the worker is gone
-
-
 class PlacementManager:
     """Who holds which experts, in one cluster. One transition at a time; the next one waits.
 
@@ -60,6 +56,7 @@ class PlacementManager:
     Attributes:
         action: what is going on, for a person; "" if nothing.
         num_moved: copies of experts that transitions have loaded somewhere, cumulative.
+        orders: which have to be told of the workers' answers.
     """
 
     def __init__(
@@ -79,15 +76,14 @@ class PlacementManager:
         self._ranks = config.placement.owner_ranks
         self._redundant = config.placement.redundant_experts
         self._interval_s = config.steering.rebalance_interval_s
-        self._send = send
         self._measured_load = measured_load
         self._title = title
+        self.orders = ExpertOrders(board, self._ranks, self._sparse, send=send, title=title)
         # [D] who ought to hold experts. Who ought to, and is not there, is expected back.
         self._members: BoolArray = np.array([rank in config.placement.expert_ranks for rank in self._ranks])
         self._known = [board.incarnations[rank] for rank in self._ranks]
-        self._asked: dict[int, _Asked] = {}
-        self._num_orders = 0
         self._loose: set[int] = set()  # ranks that may hold more than the table gives them
+        self._laggards: list[int] = []  # ranks that have not changed their routing after the last transition
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
         board.observers.append(self._on_topology)
@@ -109,14 +105,6 @@ class PlacementManager:
         """[D] who serves."""
         return np.array([self._board.incarnations[rank] != NOBODY for rank in self._ranks])
 
-    def on_holding(self, rank: int, message: Holding) -> None:
-        """A worker has carried out an order, or says why it cannot."""
-        asked = self._asked.get(rank)
-        if asked is not None and asked.order == message.order:
-            del self._asked[rank]
-            if not asked.answer.done():
-                asked.answer.set_result(message)
-
     def _on_topology(self, topology: Topology) -> None:
         """Ends the waits for who is gone. Who comes anew may have been started by an older table: it is told."""
         for owner, rank in enumerate(self._ranks):
@@ -124,11 +112,13 @@ class PlacementManager:
             if incarnation == self._known[owner]:
                 continue
             self._known[owner] = incarnation
-            if (asked := self._asked.pop(rank, None)) is not None and not asked.answer.done():
-                asked.answer.set_result(None)
+            self.orders.drop(rank)
             self._loose.discard(rank)
             if incarnation > 0:
-                self._ask(rank, self._board.owners)
+                self.orders.give(rank, self._board.owners)
+        self._wake()
+
+    def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -164,6 +154,8 @@ class PlacementManager:
             self._members = before & ~leaving
             try:
                 await self._carry_out(functools.partial(self._spread, newcomers=np.zeros_like(leaving)))
+                if self._laggards:
+                    raise ConfigError(f"{self._title(rank)} stays: {self._complaint(self._laggards)}")
             except BaseException:
                 self._members = before
                 raise
@@ -276,6 +268,7 @@ class PlacementManager:
         finally:
             self.action = ""
             self._tidy_up()
+            self._wake()  # whoever has come back meanwhile, and was not planned with, may hold nothing
 
     async def _who_is_there(self) -> BoolArray:
         """[D] members that serve; those that do not are waited for, but not for ever."""
@@ -297,48 +290,70 @@ class PlacementManager:
         return there
 
     async def _move(self, target: Int16Array) -> bool:
-        """Let `target` be in force. False: a worker has gone that it needs."""
+        """Let `target` be in force. False: a worker has gone that it needs.
+
+        Raises:
+            ConfigError: a worker cannot hold what it should, or does not get on.
+        """
+        if self._needs_who_is_gone(target):  # while it was planned
+            return False
         gained = policy.moves(self._board.owners, target, len(self._ranks), self._sparse)
-        counts = gained.sum(axis=(0, 1))
         lost = policy.moves(target, self._board.owners, len(self._ranks), self._sparse).any(axis=(0, 1))
-        both = policy.union(self._board.owners, target)
-        asked = {owner: self._ask(self._ranks[owner], both) for owner in np.flatnonzero(counts).tolist()}
-        self._loose.update(self._ranks[owner] for owner in asked)
-        num_done = 0
-        for owner, order in asked.items():
-            self.action = f"moving {num_done} of {int(counts.sum())} experts"
-            answer = await order.answer
-            if answer is not None and answer.complaint:
-                raise ConfigError(f"{self._title(self._ranks[owner])} cannot hold its experts: {answer.complaint}")
-            num_done += int(counts[owner])
-        if any(self._board.incarnations[self._ranks[owner]] != order.incarnation for owner, order in asked.items()):
+        if not await self._load_all(policy.union(self._board.owners, target), gained.sum(axis=(0, 1)).tolist()):
+            return False
+        if self._needs_who_is_gone(target):
             return False
         self._loose.update(self._ranks[owner] for owner in np.flatnonzero(lost & self._present).tolist())
+        count = int(gained.sum())
         if not np.array_equal(target, self._board.owners):
-            self.action = f"sending tokens to {int(counts.sum())} experts that have moved"
+            self.action = f"sending tokens to {count} experts that have moved"
             self._board.place(target)
-            await self._board.wait_applied(self._board.version)
-            self.num_moved += int(counts.sum())
+            self.num_moved += count
+        await self._follow()
         return True
+
+    def _needs_who_is_gone(self, target: Int16Array) -> bool:
+        needed = policy.copies_at(target, len(self._ranks)).any(axis=(0, 1))
+        return bool((needed & ~self._present).any())
+
+    async def _load_all(self, owners: Int16Array, counts: list[int]) -> bool:
+        """Let everybody who gains experts hold what a table gives them. False: one of them has gone.
+
+        Args:
+            counts: [D] of experts that each gains.
+        """
+        given = {owner: self.orders.give(self._ranks[owner], owners) for owner, count in enumerate(counts) if count}
+        self._loose.update(self._ranks[owner] for owner in given)
+        num_done = 0
+        for owner, order in given.items():
+            self.action = f"moving {num_done} of {sum(counts)} experts"
+            await self.orders.wait(self._ranks[owner], order)
+            num_done += counts[owner]
+        incarnations = self._board.incarnations
+        return all(incarnations[self._ranks[owner]] == order.incarnation for owner, order in given.items())
+
+    async def _follow(self) -> None:
+        """Until every home routes by the table in force; those that do not are noted."""
+        version = self._board.version
+        try:
+            await asyncio.wait_for(self._board.wait_applied(version), STANDSTILL_S)
+            self._laggards = []
+        except TimeoutError:
+            self._laggards = self._board.laggards(version)
+            logger.error("%s", self._complaint(self._laggards))
+
+    def _complaint(self, laggards: Iterable[int]) -> str:
+        names = ", ".join(map(self._title, laggards))
+        return (
+            f"{names} has not changed its routing for {STANDSTILL_S:g} s: experts that have moved stay where they were "
+            "as well. End that worker (kill -9), which is replaced then, and ask again"
+        )
 
     def _tidy_up(self) -> None:
         """Who holds more than the table in force gives forgets it; who is about to be stopped need not."""
+        if self._laggards:
+            return
         for owner, rank in enumerate(self._ranks):
             if rank in self._loose and self._members[owner]:
-                self._ask(rank, self._board.owners)
+                self.orders.give(rank, self._board.owners)
         self._loose.clear()
-
-    def _ask(self, rank: int, owners: Int16Array) -> _Asked:
-        """Order what a table gives to a worker."""
-        self._num_orders += 1
-        answer = asyncio.get_running_loop().create_future()
-        asked = _Asked(self._num_orders, self._board.incarnations[rank], answer)
-        if (former := self._asked.get(rank)) is not None and not former.answer.done():
-            former.answer.cancel()
-        self._asked[rank] = asked
-        experts = policy.orders_for(owners, self._ranks.index(rank), self._sparse)
-        if asked.incarnation == NOBODY:
-            answer.set_result(None)
-        else:
-            self._send(rank, HoldExperts(asked.order, experts))
-        return asked

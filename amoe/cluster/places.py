@@ -27,7 +27,8 @@ class Place:
         reason: of the last death, for a person.
         last_words: what it has said of its own failure.
         retry_at: when the next life begins, while `waiting`.
-        successor: the task that starts the next life.
+        successor: the task that starts the next life, or buries the last one.
+        burial: held while the last life is buried.
     """
 
     rank: int
@@ -43,6 +44,7 @@ class Place:
     last_words: str = ""
     retry_at: float = 0.0
     successor: asyncio.Task[None] | None = field(default=None, repr=False)
+    burial: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
     def serve(self, worker: WorkerHandle, now: float) -> None:
         """A life has begun."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 import numpy as np
 
@@ -178,10 +178,10 @@ class Supervisor:
             self._engine.die("the supervisor has failed")
 
     def _look(self, now: float) -> None:
-        owners = {
-            rank for rank, place in self._places.items() if place.state == "serving" and place.role != "attention"
-        }
-        for loss in self._signs.losses(owners, self._seems_to_run):
+        serving = {rank: place.role for rank, place in self._places.items() if place.state == "serving"}
+        homes = {rank for rank, role in serving.items() if role != "experts"}
+        owners = {rank for rank, role in serving.items() if role != "attention"}
+        for loss in self._signs.losses(homes, owners, self._seems_to_run):
             place = self._places[loss.rank]
             assert place.worker is not None
             self._lose(place, loss.kind, f"{place.worker.describe()} {loss}")
@@ -208,8 +208,9 @@ class Supervisor:
         self._engine.metrics.worker_lost(place.rank, place.role, kind)
         if is_draining:  # whoever drains it sees to what it held, and needs no other
             place.state = "draining"
+            self._begin(place, self._bury(place))
         else:
-            self._begin_replacing(place)
+            self._begin(place, self._replace(place))
         self._changed()
 
     def _consequence(self, place: Place) -> str:
@@ -234,8 +235,8 @@ class Supervisor:
 
     # -- the next life -----------------------------------------------------------------------------------------------
 
-    def _begin_replacing(self, place: Place) -> None:
-        place.successor = asyncio.create_task(self._replace(place), name=f"amoe-replace-{place.rank}")
+    def _begin(self, place: Place, work: Coroutine[None, None, None]) -> None:
+        place.successor = asyncio.create_task(work, name=f"amoe-replace-{place.rank}")
         place.successor.add_done_callback(self._end_if_failed)
 
     def _end_if_failed(self, task: asyncio.Task[None]) -> None:
@@ -264,12 +265,16 @@ class Supervisor:
         self._changed()
 
     async def _bury(self, place: Place) -> None:
-        """What a dead worker has said is heard; then its rank is free."""
-        place.worker = None
-        await self._engine.lose(place.rank, place.reason)
-        worker = self._cluster.workers.get(place.rank)
-        if worker is None:
-            return
+        """What a dead worker has said is heard; then its rank is free. Nothing happens if it is buried."""
+        async with place.burial:
+            place.worker = None
+            await self._engine.lose(place.rank, place.reason)
+            worker = self._cluster.workers.get(place.rank)
+            if worker is not None:
+                await self._fence(worker)
+
+    async def _fence(self, worker: WorkerHandle) -> None:
+        """Let it end, however long that takes."""
         worker.kill()
         while not worker.exited.is_set():
             with contextlib.suppress(TimeoutError):
@@ -343,9 +348,9 @@ class Supervisor:
         place = self._places[rank]
         if place.worker is not None:
             place.state = "serving"
-        else:
+        elif not self._is_stopping:
             place.state = "lost"
-            self._begin_replacing(place)
+            self._begin(place, self._replace(place))
         self._changed()
 
     async def remove(self, rank: int) -> None:
@@ -360,6 +365,8 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(worker.exited.wait(), LEAVE_GRACE_S)
         place.reason = f"{place.title} has left"
+        if place.successor is not None:
+            await asyncio.gather(place.successor, return_exceptions=True)  # it has died before, and is being buried
         await self._bury(place)
         del self._places[rank]
         self._engine.metrics.worker_removed(rank)

@@ -75,8 +75,12 @@ class TopologyBoard:
 
     async def wait_applied(self, version: int) -> None:
         """Until every worker that serves has said so of this version, or of a later one."""
-        while any(self._applied[rank] < version for rank in self.present):
+        while self.laggards(version):
             await self._changed.wait()
+
+    def laggards(self, version: int) -> list[int]:
+        """Ranks of workers that serve, and have not said so yet."""
+        return [rank for rank in self.present if self._applied[rank] < version]
 
     def _tell(self) -> None:
         self.version += 1

@@ -21,7 +21,7 @@ import numpy as np
 
 from amoe.core.experts import ExpertsCore
 from amoe.core.steps import ExpertsStep
-from amoe.engine.messages import HoldExperts, Holding, ToServer
+from amoe.engine.messages import HoldExperts, Holding, LayerHeld, ToServer
 from amoe.types import BoolArray
 
 logger = logging.getLogger(__name__)
@@ -110,13 +110,18 @@ class ExpertLoading:
     def poll(self) -> list[ToServer]:
         """Go on with the order, as far as that takes no time. Once per turn, when no step runs and batches have been
         received. Returns what there is to tell."""
-        if not self.is_busy or (self._job is not None and not self._finish(*self._job)):
+        if not self.is_busy:
             return []
+        told: list[ToServer] = []
+        if self._job is not None:
+            if not self._finish(*self._job):
+                return []
+            told.append(LayerHeld(self._order))
         change = None if self._complaint else self._next_change()
         if change is not None:
             layer, ids = change
             self._job = (layer, ids, self._thread.submit(self._store.prepare, layer, ids))
-            return []
+            return told
         self.is_busy = False
         if self._complaint:
             logger.error("experts could not be loaded: %s", self._complaint)

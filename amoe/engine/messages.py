@@ -138,6 +138,12 @@ class Holding(msgspec.Struct, frozen=True, array_like=True, tag=True):
     complaint: str = ""
 
 
+class LayerHeld(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Expert worker to server: it gets on with `HoldExperts` number `order`: one more layer holds something else."""
+
+    order: int
+
+
 class Unanswered(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Attention worker to server: the worker `rank` has owed answers for `seconds`, and has sent none since."""
 
@@ -204,7 +210,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 ToWorker = AddRequest | AbortRequests | Steer | Topology | HoldExperts | Stop
-ToServer = Loading | Ready | Outputs | Heartbeat | Alive | Pulse | Applied | Holding | Unanswered | Failed
+ToServer = Loading | Ready | Outputs | Heartbeat | Alive | Pulse | Applied | Holding | LayerHeld | Unanswered | Failed
 
 
 class ControlPort(Protocol):

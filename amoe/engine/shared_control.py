@@ -19,6 +19,7 @@ from amoe.engine.messages import (
     AddRequest,
     Applied,
     Holding,
+    LayerHeld,
     Loading,
     Outputs,
     Ready,
@@ -128,7 +129,7 @@ class SharedControlPort:
             self._send_outputs(message)
             return
         self._parent.send(message)
-        if not isinstance(message, Loading | Ready | Applied | Holding | Unanswered):
+        if not isinstance(message, Loading | Ready | Applied | Holding | LayerHeld | Unanswered):
             for port in tuple(self._fronts.values()):
                 port.send(message)
 

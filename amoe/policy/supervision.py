@@ -13,7 +13,8 @@ How long each takes, and why: `amoe.policy.patience`.
 
 A cut link has two ends, and only one of them is replaced: the one that is waited for; of two that wait for each other
 the greater rank. But if all links that are cut end at one worker, and it has such a link with everybody else who holds
-experts, and these are several, it is that worker which is cut off.
+experts, it is that worker which is cut off: if these are several, or if it holds none itself and there is another home,
+which waits for nobody.
 
 A worker that has died is started anew: at once, if its life was long; else after a pause that doubles with each life
 that was short, so that a machine that is out of order is not kept busy by starting.
@@ -133,15 +134,15 @@ class LifeSigns:
         for pair in [pair for pair, item in self._accusations.items() if item.age_s > self._patience.lapse_s]:
             del self._accusations[pair]
 
-    def losses(self, owners: set[int], seems_to_run: Callable[[int], bool]) -> list[Loss]:
+    def losses(self, homes: set[int], owners: set[int], seems_to_run: Callable[[int], bool]) -> list[Loss]:
         """Who is taken for dead now.
 
         Args:
-            owners: ranks that hold experts, of those that are there.
+            homes, owners: ranks that have sequences, and that hold experts, of those that are there.
             seems_to_run: whether a worker visibly uses a processor; asked only about those that are silent.
         """
         found = [loss for rank, signs in self._workers.items() if (loss := self._of_signs(rank, signs, seems_to_run))]
-        return found + self._cut({loss.rank for loss in found}, owners)
+        return found + self._cut({loss.rank for loss in found}, homes, owners)
 
     def _of_signs(self, rank: int, signs: _Signs, seems_to_run: Callable[[int], bool]) -> Loss | None:
         if signs.step is not None and self._patience.is_hung(signs.step):
@@ -154,7 +155,7 @@ class LifeSigns:
             return None
         return Loss(rank, "silent", signs.silence_s)
 
-    def _cut(self, dead: set[int], owners: set[int]) -> list[Loss]:
+    def _cut(self, dead: set[int], homes: set[int], owners: set[int]) -> list[Loss]:
         """Whoever waits for a worker that is dead anyway has nothing new to say."""
         alive = {pair: item for pair, item in self._accusations.items() if dead.isdisjoint(pair)}
         latest_s = REPORTS * self._patience.sign_s
@@ -162,12 +163,12 @@ class LifeSigns:
         worst: dict[int, float] = {}
         for pair, item in alive.items():
             if item.is_proven:
-                rank = _culprit(pair, founded | {pair}, owners)
+                rank = _culprit(pair, founded | {pair}, homes, owners)
                 worst[rank] = max(item.seconds, worst.get(rank, 0.0))
         return [Loss(rank, "cut", seconds) for rank, seconds in sorted(worst.items())]
 
 
-def _culprit(pair: tuple[int, int], founded: Collection[tuple[int, int]], owners: set[int]) -> int:
+def _culprit(pair: tuple[int, int], founded: Collection[tuple[int, int]], homes: set[int], owners: set[int]) -> int:
     """Which end of a link that is cut is replaced.
 
     Args:
@@ -176,15 +177,18 @@ def _culprit(pair: tuple[int, int], founded: Collection[tuple[int, int]], owners
     """
     home, accused = pair
     for rank in pair:
-        if _is_isolated(rank, founded, owners):
+        if _is_isolated(rank, founded, homes, owners):
             return rank
     return max(pair) if (accused, home) in founded else accused
 
 
-def _is_isolated(rank: int, founded: Collection[tuple[int, int]], owners: set[int]) -> bool:
+def _is_isolated(rank: int, founded: Collection[tuple[int, int]], homes: set[int], owners: set[int]) -> bool:
+    """Whether nobody reaches a worker, as far as anybody has tried."""
     others = owners - {rank}
     beyond = {end for pair in founded if rank in pair for end in pair}
-    return len(others) > 1 and beyond >= others and all(rank in pair for pair in founded)
+    if not others or not beyond >= others or not all(rank in pair for pair in founded):
+        return False
+    return len(others) > 1 or (rank not in owners and len(homes) > 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ from amoe.config import FailureConfig, PlacementConfig
 from amoe.engine.assembly import Rejoin
 from amoe.engine.build import build_worker
 from amoe.engine.emulated_device import served_shape
-from amoe.engine.messages import Applied, Holding, Ready, Steer, Unanswered
+from amoe.engine.messages import Applied, Holding, LayerHeld, Ready, Steer, Unanswered
 from amoe.policy.placement import experts_of
 from amoe.transport.inproc import InprocFabric
 from tests.cluster import FakeControl, InprocCluster, _Clock
@@ -88,8 +88,8 @@ class ElasticCluster(InprocCluster):
             if isinstance(message, Applied):
                 self.board.on_applied(rank, message.version)
             elif isinstance(message, Holding):
-                self.manager.on_holding(rank, message)
-        control.outbox = [m for m in control.outbox if not isinstance(m, Applied | Holding | Unanswered)]
+                self.manager.orders.on_holding(rank, message)
+        control.outbox = [m for m in control.outbox if not isinstance(m, Applied | Holding | LayerHeld | Unanswered)]
         super()._collect(rank)
 
     async def serve_while(self, action: Awaitable[None]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from amoe.cluster import placement_manager
+from amoe.cluster import orders, placement_manager
 from amoe.cluster.placement_manager import PlacementManager
 from amoe.cluster.topology import NOBODY, TopologyBoard
 from amoe.config import EngineConfig, PlacementConfig, SteeringConfig
@@ -83,7 +83,7 @@ class Cluster:
         hook = self.hooks.get(rank, lambda message: True)
         if self.board.incarnations[rank] == incarnation and hook(message):
             self.holds[rank] = message.experts
-            self.manager.on_holding(rank, Holding(message.order, 0))
+            self.manager.orders.on_holding(rank, Holding(message.order, 0))
 
     def check(self, topology: Topology) -> None:
         """Every worker that serves holds all that the table gives it, at the very moment that the table is told."""
@@ -216,7 +216,9 @@ async def test_a_worker_that_cannot_hold_them_is_told_of_and_nothing_has_changed
     before = cluster.board.owners
 
     def refuse(message: HoldExperts) -> bool:
-        asyncio.get_running_loop().call_soon(cluster.manager.on_holding, 4, Holding(message.order, 0, "out of memory"))
+        asyncio.get_running_loop().call_soon(
+            cluster.manager.orders.on_holding, 4, Holding(message.order, 0, "out of memory")
+        )
         return False
 
     cluster.hooks[4] = refuse
@@ -354,6 +356,92 @@ async def test_a_home_that_never_routes_anew_ends_no_wait_but_its_own() -> None:
     cluster.board.leave(HOME)  # the supervisor has ended it
     await finish(action)
     cluster.check_settled()
+
+
+async def test_a_worker_that_does_not_get_on_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lives, and never answers: the action fails, the table is what it was, and others may follow."""
+    monkeypatch.setattr(orders, "STANDSTILL_S", 0.02)
+    cluster = Cluster()
+    cluster.join(4)
+    before, stuck = cluster.board.owners, list[HoldExperts]()
+    cluster.hooks[4] = lambda message: bool(stuck.append(message))
+    with pytest.raises(ConfigError, match=r"expert 3 has not got on with loading .* no expert has moved"):
+        await cluster.manager.take_in(4)
+    assert cluster.board.owners is before
+    cluster.manager.orders.on_holding(4, Holding(stuck[0].order, 0))  # too late
+    monkeypatch.undo()
+    del cluster.hooks[4]
+    await cluster.manager.replicate(0, 0, 2)
+    cluster.obey(4, 0, stuck[0])  # later still
+    await cluster.manager.replicate(0, 0, 1)
+    await settle()
+    assert shares(cluster)[3] == 0
+    cluster.board.leave(4)
+    cluster.check_settled()
+
+
+async def test_a_home_that_does_not_follow_keeps_what_is_old_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement_manager, "STANDSTILL_S", 0.02)
+    cluster = Cluster()
+    cluster.join(4)
+    apply = cluster.apply
+    cluster.apply = lambda rank, incarnation, topology: None if rank == HOME else apply(rank, incarnation, topology)  # type: ignore[method-assign]
+    await cluster.manager.take_in(4)
+    await settle()
+    assert shares(cluster) == [2, 2, 2, 2, 0]
+    assert cluster.held(1) > 4, "its tokens may still go there"
+    with pytest.raises(ConfigError, match="expert 3 stays: expert -1 has not changed its routing"):
+        await cluster.manager.empty(4)
+    cluster.apply = apply  # type: ignore[method-assign]
+    cluster.load = np.ones((len(SPARSE), NUM_EXPERTS))
+    await cluster.manager.rebalance()
+    await settle()
+    cluster.check_settled()
+
+
+@pytest.mark.parametrize("victim", [1, 4])
+async def test_a_worker_dies_while_it_is_planned(victim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets nothing, and is missed: who keeps what it has, and who was to get something."""
+    monkeypatch.setattr(placement_manager, "PATIENCE_S", 0.02)
+    cluster = Cluster()
+    cluster.join(4)
+    await cluster.manager.take_in(4)
+    cluster.load = np.ones((len(SPARSE), NUM_EXPERTS))
+    cluster.load[:, :3] = 10.0
+    plan = cluster.manager._plan
+
+    async def slow_plan(what: Any, present: np.ndarray) -> np.ndarray:
+        target = await plan(what, present)
+        if victim in cluster.board.present:
+            cluster.board.leave(victim)
+        return target
+
+    monkeypatch.setattr(cluster.manager, "_plan", slow_plan)
+    await cluster.manager.rebalance()
+    await settle()
+    assert shares(cluster)[cluster.ranks.index(victim)] == 0
+    cluster.check_settled()
+
+
+async def test_who_comes_back_while_the_others_take_its_experts_gets_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement_manager, "PATIENCE_S", 0.02)
+    cluster = Cluster()
+    cluster.load = np.ones((len(SPARSE), NUM_EXPERTS))
+    background = asyncio.create_task(cluster.manager.run())
+    cluster.board.leave(2)
+
+    def come_back(message: HoldExperts) -> bool:
+        if 2 not in cluster.board.present:
+            cluster.join(2, incarnation=1)
+        return True
+
+    cluster.hooks[1] = come_back
+    await cluster.manager.rebalance()
+    while shares(cluster)[1] == 0:  # noqa: ASYNC110 - the event loop of a test has nothing else to do
+        await asyncio.sleep(0.001)
+    await settle()
+    cluster.check_settled()
+    background.cancel()
 
 
 async def test_the_background_moves_only_for_a_gain(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,38 @@ async def test_add_and_remove():
         assert fakes.board.incarnations[3] == 1  # never the same life twice
 
 
+async def test_one_that_dies_while_it_drains_is_buried_at_once():
+    """Nothing is expected of it any more; nobody takes its place, unless it is to stay after all."""
+    async with Fakes(CALM) as fakes:
+        await fakes.supervisor.add(3)
+        for ending in ("keep", "remove"):
+            fakes.events.clear()
+            await fakes.supervisor.drain(3)
+            fakes.worker(3).die("was killed by SIGKILL")
+            await fakes.until("lose 3")
+            assert fakes.supervisor.statuses()[3].state == "draining"
+            if ending == "keep":
+                fakes.supervisor.keep(3)
+                await fakes.until("back 3")
+                assert fakes.board.incarnations[3] == 1
+            else:
+                await fakes.supervisor.remove(3)
+                assert "back 3" not in fakes.events
+        assert fakes.supervisor.ranks == {0, 1, 2}
+
+
+async def test_who_is_kept_while_the_server_goes_is_not_replaced():
+    async with Fakes(CALM) as fakes:
+        await fakes.supervisor.add(3)
+        await fakes.supervisor.drain(3)
+        fakes.worker(3).die("was killed by SIGKILL")
+        await fakes.supervisor.stop()
+        fakes.supervisor.keep(3)
+        await asyncio.sleep(0)
+        assert fakes.supervisor.statuses()[3].state == "draining"
+        assert not any(event.startswith("launch 3.1") for event in fakes.events)
+
+
 async def test_one_that_dies_while_it_is_added_is_replaced(monkeypatch):
     """Between its readiness and its first request: it has served, and its next life must not be anybody's orphan."""
     async with Fakes(CALM) as fakes:

@@ -18,7 +18,7 @@ from amoe.core.micro_queue import MicroQueues
 from amoe.core.steps import ExpertsStep, Outgoing
 from amoe.engine.executor import ExpertsExecutor
 from amoe.engine.expert_loading import ExpertLoading
-from amoe.engine.messages import HoldExperts, Holding
+from amoe.engine.messages import HoldExperts, Holding, LayerHeld
 from amoe.errors import CheckpointError
 from amoe.models.config import load_model_config
 from amoe.models.loader import Blocks, load_model
@@ -79,12 +79,13 @@ def order(number: int, first: list[int], last: list[int]) -> HoldExperts:
 
 
 def carry_out(loading: ExpertLoading) -> Holding:
-    """Poll, as the loop does, until there is an answer."""
+    """Poll, as the loop does, until there is an answer; before it, that it gets on."""
     told: list[Any] = []
-    while not told:
+    while not (told and isinstance(told[-1], Holding)):
         told = loading.poll()
         if not told:
             wait_for_thread(loading)
+        assert all(message == LayerHeld(loading._order) for message in told[:-1])
     (holding,) = told
     assert not loading.is_busy
     assert loading.poll() == []

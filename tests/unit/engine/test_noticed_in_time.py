@@ -149,7 +149,7 @@ class World:
         yield self.case.look_phase * self.patience.look_s
         while True:
             self.signs.advance(self.patience.look_s)
-            self.found += [(self.clock.now(), loss) for loss in self.signs.losses({OWNER}, lambda _: False)]
+            self.found += [(self.clock.now(), loss) for loss in self.signs.losses({HOME}, {OWNER}, lambda _: False)]
             yield self.patience.look_s
 
 
@@ -221,7 +221,7 @@ def test_nobody_is_lost_whose_signs_are_late(timeout_s: float, late: list[float]
     signs.advance(now)
     for beat in beats:
         while now < beat:
-            assert signs.losses({OWNER}, lambda _: False) == []
+            assert signs.losses({HOME}, {OWNER}, lambda _: False) == []
             now += patience.look_s
             if now < beat:
                 signs.advance(patience.look_s)

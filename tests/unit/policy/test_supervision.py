@@ -13,7 +13,7 @@ TIMEOUT_S = 2.0
 PATIENCE = Patience(TIMEOUT_S)
 PERIOD_S = PATIENCE.sign_s
 HOME, OTHER_HOME, OWNER, OTHER_OWNER = 0, 1, 2, 3
-OWNERS = {OWNER, OTHER_OWNER}
+HOMES, OWNERS = {HOME, OTHER_HOME}, {OWNER, OTHER_OWNER}
 
 
 class Cluster:
@@ -23,6 +23,7 @@ class Cluster:
         self.signs = LifeSigns(TIMEOUT_S)
         self.quiet: set[int] = set()
         self.running: set[int] = set()
+        self.owners = OWNERS
         self.oldest_s = dict.fromkeys((HOME, OTHER_HOME, OWNER, OTHER_OWNER), 0.0)
         self.waits: dict[tuple[int, int], float] = {}
         for rank in self.oldest_s:
@@ -39,7 +40,7 @@ class Cluster:
                 if self.waits[pair] >= PATIENCE.named_s and pair[0] not in self.quiet:
                     self.signs.accuse(*pair, self.waits[pair])
             self.signs.advance(PERIOD_S)
-            if found := self.signs.losses(OWNERS, self.running.__contains__):
+            if found := self.signs.losses(HOMES, self.owners, self.running.__contains__):
                 return found
         return []
 
@@ -155,9 +156,21 @@ def test_of_colocated_workers_the_one_that_nobody_reaches_is_cut_off(alone):
             signs.accuse(alone, other, number * PERIOD_S)
             signs.accuse(other, alone, number * PERIOD_S)
         signs.advance(PERIOD_S)
-        if found := signs.losses({0, 1, 2}, lambda _: False):
+        if found := signs.losses({0, 1, 2}, {0, 1, 2}, lambda _: False):
             break
     assert [(loss.rank, loss.kind) for loss in found] == [(alone, "cut")]
+
+
+def test_a_home_that_does_not_reach_the_only_owner_is_cut_off_if_another_does():
+    """Its owner serves the other one: to replace that would make both stand still."""
+    cluster = Cluster()
+    cluster.owners = {OWNER}
+    cluster.waits = {(HOME, OWNER): 0.0}
+    assert [(loss.rank, loss.kind) for loss in cluster.pass_time(100)] == [(HOME, "cut")]
+    cluster.signs.forget(HOME)
+    cluster.waits = {(OTHER_HOME, OWNER): 0.0, (HOME, OWNER): 0.0}
+    cluster.signs.expect(HOME)
+    assert [(loss.rank, loss.kind) for loss in cluster.pass_time(100)] == [(OWNER, "cut")], "nobody reaches it"
 
 
 def test_of_two_that_accuse_each_other_one_is_replaced():
@@ -204,4 +217,4 @@ def test_strangers_are_ignored(stranger):
     signs.accuse(stranger, 0, 9.0)
     signs.forget(stranger)
     signs.advance(100.0)
-    assert signs.losses(set(), lambda _: False) == []
+    assert signs.losses(set(), set(), lambda _: False) == []
