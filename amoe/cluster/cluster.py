@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from amoe.cluster.launcher import Launcher, WorkerHandle
+from amoe.cluster.patience import ready_in_time
 from amoe.config import EngineConfig
 from amoe.engine.control import AsyncControlChannel
 from amoe.engine.emulated_device import Shape, emulated_device, served_shape
@@ -18,6 +19,8 @@ from amoe.profiles.models import ModelSizes
 from amoe.types import Int16Array
 
 logger = logging.getLogger(__name__)
+
+START_SILENCE_S = 180.0  # longer than for a late one: the machine has read neither Python's packages nor the model yet
 
 
 class WorkerCluster:
@@ -78,7 +81,7 @@ class WorkerCluster:
 
         Raises:
             ConfigError, CheckpointError: it cannot work; the message is for the user.
-            EngineDeadError: a worker failed or died.
+            EngineDeadError: a worker failed, died, or hangs.
         """
         loaded: dict[int, Loading] = {}
 
@@ -89,7 +92,7 @@ class WorkerCluster:
 
         async def start_one(rank: int) -> Ready:
             worker = await self.launch(rank, 0, is_late=False)
-            return await worker.wait_ready(on_loading)
+            return await ready_in_time(worker, START_SILENCE_S, on_loading)
 
         try:
             self._read_model()

@@ -7,8 +7,9 @@ import contextlib
 
 from amoe.cluster.cluster import WorkerCluster
 from amoe.cluster.launcher import WorkerHandle
+from amoe.cluster.patience import ready_in_time
 from amoe.cluster.topology import TopologyBoard
-from amoe.engine.messages import HoldExperts, Holding, LayerHeld, Loading, Ready
+from amoe.engine.messages import HoldExperts, Holding, LayerHeld, Ready
 from amoe.errors import ConfigError, EngineDeadError
 from amoe.policy.placement import experts_of
 
@@ -54,18 +55,7 @@ class LateStarter:
             raise
 
     async def _wait_ready(self, worker: WorkerHandle) -> Ready:
-        loop = asyncio.get_running_loop()
-
-        def on_loading(_worker: WorkerHandle, _message: Loading) -> None:
-            patience.reschedule(loop.time() + START_SILENCE_S)
-
-        try:
-            async with asyncio.timeout(START_SILENCE_S) as patience:
-                ready = await worker.wait_ready(on_loading)
-        except TimeoutError as error:
-            raise EngineDeadError(
-                f"{worker.describe()} has said nothing for {START_SILENCE_S:g} s while starting"
-            ) from error
+        ready = await ready_in_time(worker, START_SILENCE_S, lambda _worker, _message: None)
         self._cluster.check_late(worker, ready)
         return ready
 
