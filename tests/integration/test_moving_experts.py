@@ -14,7 +14,7 @@ import pytest
 from amoe.config import PlacementConfig
 from amoe.policy.rebalance import copies_at
 from tests.integration.elastic import ELASTIC, ElasticCluster, skewed
-from tests.integration.exactness import Case
+from tests.integration.exactness import KERNELS, Case
 
 
 @pytest.fixture(scope="session")
@@ -22,10 +22,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("moving")
 
 
-@pytest.mark.parametrize(("schedule", "variant"), [(("waves", 2), 1), (("progress", 1), 0)], ids=str)
-async def test_scaling_and_rebalancing_change_no_token(schedule: tuple[str, int], variant: int, root: Path) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "variant", "kernels"), [(("waves", 2), 1, KERNELS[0]), (("progress", 1), 0, KERNELS[-1])], ids=str
+)
+async def test_scaling_and_rebalancing_change_no_token(
+    schedule: tuple[str, int], variant: int, kernels: str, root: Path
+) -> None:
     """Two workers become four and three again; replicas come and go; all while tokens of every layer are under way."""
-    cluster = ElasticCluster(Case(*schedule, "qwen3_moe", "2A2E", "plain", variant), root, ELASTIC)
+    cluster = ElasticCluster(Case(*schedule, "qwen3_moe", "2A2E", "plain", variant, kernels=kernels), root, ELASTIC)
     manager = cluster.manager
 
     async def script() -> None:
