@@ -64,6 +64,17 @@ def _stop(*workers: str, at: float = 0.33) -> Fault:
     return Fault(kind="stop", workers=workers, at=at)
 
 
+def _hang(*workers: str) -> Fault:
+    return Fault(kind="hang", workers=workers, at=0.33)
+
+
+def _cut(*workers: str) -> Fault:
+    return Fault(kind="cut", workers=workers, at=0.33)
+
+
+_ONE_OF_EACH = ((_kill("expert 0"),), (_stop("expert 1"),), (_cut("expert 0"),), (_kill("attention 0"),))
+
+
 SCENARIOS = (
     Scenario(
         name="2 attention, 2 expert",
@@ -73,7 +84,10 @@ SCENARIOS = (
             (_stop("expert 1"),),
             (_kill("attention 0"),),
             (_stop("attention 1"),),
-            (Fault(kind="cut", workers=("expert 0",)),),
+            (_hang("expert 0"),),
+            (_hang("attention 0"),),
+            (_cut("expert 0"),),
+            (_cut("attention 1"),),
             (Fault(kind="delay", workers=("expert 1",)),),
             (_kill("expert 0", "expert 1"),),
             (_kill("expert 0", "attention 1"),),
@@ -91,7 +105,7 @@ SCENARIOS = (
         runs=(
             (_kill("expert 0"),),
             (_stop("expert 0"),),
-            (Fault(kind="cut", workers=("expert 0",)),),
+            (_cut("expert 0"),),
             (_kill("expert 1", "attention 0"),),
         ),
     ),
@@ -104,6 +118,22 @@ SCENARIOS = (
         name="1 attention, 2 expert, `--on-expert-loss reroute`",
         flags=(*_ONE_HOME, "--on-expert-loss", "reroute"),
         runs=((_kill("expert 0"),),),
+    ),
+    Scenario(
+        name="1 worker that holds everything",
+        flags=(),
+        runs=((_kill("worker 0"),), (_stop("worker 0"),), (_hang("worker 0"),)),
+    ),
+    Scenario(
+        name="2 attention, 2 expert, `--schedule progress`",
+        flags=(*_APART, "--schedule", "progress"),
+        runs=_ONE_OF_EACH,
+    ),
+    Scenario(name="2 attention, 2 expert, `--transport tcp`", flags=(*_APART, "--transport", "tcp"), runs=_ONE_OF_EACH),
+    Scenario(
+        name="2 attention, 2 expert, `--transport distributed`",
+        flags=(*_APART, "--transport", "distributed"),
+        runs=_ONE_OF_EACH,
     ),
 )
 

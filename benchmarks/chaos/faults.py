@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FaultKind = Literal["kill", "stop", "cut", "delay"]
+FaultKind = Literal["kill", "stop", "hang", "cut", "delay"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,8 +13,8 @@ class Fault:
     """One fault, of one worker or of several at once.
 
     Attributes:
-        kind: `kill`: SIGKILL; `stop`: SIGSTOP; `cut`: the worker and all others hear nothing of each other;
-            `delay`: they hear everything later.
+        kind: `kill`: SIGKILL; `stop`: SIGSTOP; `hang`: its loop stays inside its next step for ever, the process lives;
+            `cut`: the worker and all others hear nothing of each other; `delay`: they hear everything later.
         workers: their titles, as `ps` shows them: `expert 0`.
         at: the share of the run's tokens that have come by then.
         seconds: how long a link is cut, or delayed.
@@ -33,6 +33,8 @@ class Fault:
             return f"kill -9 {who}"
         if self.kind == "stop":
             return f"SIGSTOP {who}"
+        if self.kind == "hang":
+            return f"hang {who} inside a step"
         if self.kind == "cut":
             return f"cut {who} off for {self.seconds:g} s"
         return f"delay all to and from {who} by {1e3 * self.delay_s:g} ms for {self.seconds:g} s"
@@ -40,7 +42,7 @@ class Fault:
     @property
     def ends_life(self) -> bool:
         """The worker cannot go on: another one has to come in its place."""
-        return self.kind in ("kill", "stop")
+        return self.kind in ("kill", "stop", "hang")
 
 
 @dataclass(slots=True)
@@ -50,8 +52,10 @@ class Incident:
     Attributes:
         began: when it was done.
         healed: when all workers served again; None: they did not within the run and a while.
+        noticed: when the server had taken all workers that were hurt for dead; None: it has not.
     """
 
     fault: Fault
     began: float
     healed: float | None = None
+    noticed: float | None = None

@@ -24,6 +24,7 @@ class Figures:
         num_failed: that did not end as they were asked to.
         num_identical: of the others, with the tokens of the undisturbed run.
         num_streams: in all.
+        noticed_s: from each fault until the server took the workers for dead; None: it did not.
         serving_s: from the first fault until all workers served again; None: they did not.
         silence_s: longest time behind the last fault in which no stream at all got a token.
         resumed_s: from the last fault until the first token after the longest silence behind it.
@@ -36,6 +37,7 @@ class Figures:
     num_failed: int
     num_identical: int
     num_streams: int
+    noticed_s: tuple[float | None, ...]
     serving_s: float | None
     silence_s: float
     resumed_s: float
@@ -66,6 +68,7 @@ def figures(run: Run, oracle: Sequence[Answer], max_tokens: int) -> Figures:
         num_failed=sum(bool(complaint) for complaint in complaints),
         num_identical=sum(not bad and a.token_ids == o.token_ids for a, o, bad in pairs),
         num_streams=len(answers),
+        noticed_s=tuple(None if i.noticed is None else i.noticed - i.began for i in incidents),
         serving_s=None if healed is None else healed - first,
         silence_s=silence_s,
         resumed_s=resumed - last,

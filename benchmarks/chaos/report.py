@@ -38,9 +38,10 @@ class Row:
 
 
 _HEAD = (
-    "| workers | fault | failed | identical | all serve again after s | longest silence of all s (over after s) "
-    "| longest gap of a stream s | ITL p99 ms before / during / after | left behind | resident MiB before / after |",
-    "|---|---|---|---|---|---|---|---|---|---|",
+    "| workers | fault | failed | identical | noticed after s | all serve again after s "
+    "| longest silence of all s (over after s) | longest gap of a stream s | ITL p99 ms before / during / after "
+    "| left behind | resident MiB before / after |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -52,13 +53,14 @@ def table(rows: Sequence[Row]) -> str:
 def _line(row: Row) -> str:
     f = row.figures
     serving = "never" if f.serving_s is None else f"{f.serving_s:.1f}"
+    noticed = ", ".join("-" if seconds is None else f"{seconds:.2f}" for seconds in f.noticed_s)
     lost = ", ".join(f"{name} {value:g}" for name, value in row.usage.items())
     identical = f"{f.num_identical} of {f.num_streams}" + (f" (usage: {lost})" if lost else "")
     p99 = " / ".join(f"{value:.0f}" for value in (f.p99_before_ms, f.p99_during_ms, f.p99_after_ms))
     memory = " / ".join(f"{value:.0f}" for value in row.memory_mib)
     left = "; ".join(row.leaks) or "nothing"
     return (
-        f"| {row.server} | {row.faults} | {f.num_failed} | {identical} | {serving} | "
+        f"| {row.server} | {row.faults} | {f.num_failed} | {identical} | {noticed} | {serving} | "
         f"{f.silence_s:.1f} ({f.resumed_s:.1f}) | {f.longest_gap_s:.1f} | {p99} | {left} | {memory} |"
     )
 

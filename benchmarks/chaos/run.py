@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,12 +51,16 @@ async def _hurt(
             raise AssertionError(f"all streams have ended before {fault}")
         await asyncio.sleep(_POLL_S / 5)
     before = await _wait_serving(server, fault.workers)
+    everybody = await asyncio.to_thread(server.pids)
+    pids = {worker: everybody[worker] for worker in fault.workers}
     incident = Incident(fault, time.monotonic())
-    await asyncio.to_thread(_do, server, fault)
+    await asyncio.to_thread(_do, server, fault, pids)
     if not fault.ends_life:
         await asyncio.sleep(fault.seconds)
         await asyncio.to_thread(server.heal, fault.workers)
     await _wait_healed(server, incident, before)
+    noticed = [server.taken_for_dead(worker, pid) for worker, pid in pids.items()]
+    incident.noticed = max((time for time in noticed if time is not None), default=None) if all(noticed) else None
     return incident
 
 
@@ -67,14 +73,17 @@ async def _wait_serving(server: ChaosServer, workers: Sequence[str]) -> dict[str
         await asyncio.sleep(_POLL_S)
 
 
-def _do(server: ChaosServer, fault: Fault) -> None:
+def _do(server: ChaosServer, fault: Fault, pids: dict[str, int]) -> None:
+    """`pids`: of the workers; to look for them takes a while that would count as the server's."""
     if fault.kind == "cut":
         server.cut(fault.workers)
     elif fault.kind == "delay":
         server.delay(fault.workers, fault.delay_s)
+    elif fault.kind == "hang":
+        server.hang(pids.values())
     else:
-        for worker in fault.workers:
-            (server.kill if fault.kind == "kill" else server.stop)(worker)
+        for pid in pids.values():
+            os.kill(pid, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
 
 
 async def _wait_healed(server: ChaosServer, incident: Incident, before: dict[str, tuple[str, int]]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.chaos.worker import LINKS, STEERED
+from benchmarks.chaos.worker import LINKS, STEERED, hang_file
 
 ROOT = Path(__file__).parents[2]
 _TITLE = re.compile(r"amoe: ((?:attention|expert|worker) \d+)")
@@ -133,9 +133,15 @@ class ChaosServer:
         """SIGKILL."""
         os.kill(self.pids()[worker], signal.SIGKILL)
 
-    def stop(self, worker: str) -> None:
-        """SIGSTOP: it lives, and does nothing any more."""
-        os.kill(self.pids()[worker], signal.SIGSTOP)
+    def hang(self, pids: Iterable[int]) -> None:
+        """The loops of these workers stay inside their next steps for ever."""
+        for pid in pids:
+            hang_file(self._links, pid).touch()
+
+    def taken_for_dead(self, worker: str, pid: int) -> float | None:
+        """When the server said so of this life of a worker; None: it has not."""
+        name = f"{worker} (pid {pid})"
+        return next((time for time, line in self.output if name in line and "ERROR" in line), None)
 
     def cut(self, workers: Iterable[str]) -> None:
         """From now on these and all others hear nothing of each other."""

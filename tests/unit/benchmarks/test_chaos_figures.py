@@ -33,7 +33,7 @@ def disturbed_run(healed: float | None = 7.0) -> Run:
     """Two streams that wait from second 3 to 5 for a worker killed at second 4 (it is told late), and a failed one."""
     first = answer([1, 2, 3, 4], [1.0, 2.0, 6.0, 8.0])
     second = answer([5, 6, 7, 9], [1.5, 3.0, 6.5, 8.5])
-    return Run(0.5, [first, second, Answer(error="connection lost")], [Incident(KILL, 4.0, healed)])
+    return Run(0.5, [first, second, Answer(error="connection lost")], [Incident(KILL, 4.0, healed, noticed=4.25)])
 
 
 ORACLE = [answer([1, 2, 3, 4], []), answer([5, 6, 7, 8], []), answer([1], [])]
@@ -43,6 +43,7 @@ def test_figures() -> None:
     result = figures(disturbed_run(), ORACLE, 4)
     assert (result.num_failed, result.num_identical, result.num_streams) == (1, 1, 3)
     assert result.serving_s == 3.0
+    assert result.noticed_s == (0.25,)
     assert result.longest_gap_s == 4.0
     assert result.silence_s == 2.0  # of the times from the fault on: 4, 6, 6.5, 8, 8.5
     assert result.resumed_s == 2.0
@@ -109,6 +110,6 @@ def test_a_row_and_a_picture(tmp_path: Path) -> None:
     )
     lines = table([row]).splitlines()
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
-    assert "| kill -9 expert 0 | 1 | 1 of 3 (usage: dropped_pairs 3) | 3.0 |" in lines[2]
+    assert "| kill -9 expert 0 | 1 | 1 of 3 (usage: dropped_pairs 3) | 0.25 | 3.0 |" in lines[2]
     plot(tmp_path / "chaos.png", [("a run", run)])
     assert (tmp_path / "chaos.png").stat().st_size > 1000
