@@ -17,23 +17,21 @@ import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 
-import numpy as np
-
 from amoe.clock import Clock, MonotonicClock
 from amoe.cluster.admin import WorkerStatus
 from amoe.cluster.cluster import WorkerCluster
+from amoe.cluster.coverage import Coverage
 from amoe.cluster.late_start import LateStarter
 from amoe.cluster.launcher import WorkerHandle
 from amoe.cluster.places import Place
 from amoe.cluster.process import title_of
 from amoe.cluster.supervised import SupervisedEngine
-from amoe.cluster.topology import NOBODY, TopologyBoard
+from amoe.cluster.topology import TopologyBoard
 from amoe.engine.messages import Alive, Applied, Failed, Heartbeat, Pulse, ToServer, Unanswered
 from amoe.engine.roles import role_of
 from amoe.errors import AmoeError, ConfigError
 from amoe.metrics.cluster import LossKind
 from amoe.policy.patience import Patience, StepTime
-from amoe.policy.rebalance import are_held_elsewhere
 from amoe.policy.supervision import Crashes, LifeSigns
 from amoe.stats import WorkerStats
 
@@ -68,6 +66,7 @@ class Supervisor:
         self._board = board
         self._clock = clock or MonotonicClock()
         self._starter = LateStarter(cluster, board)
+        self._coverage = Coverage(cluster, board)
         self._signs = LifeSigns(self._config.failure.timeout_s)
         self._look_s = Patience(self._config.failure.timeout_s).look_s
         self._places: dict[int, Place] = {}
@@ -204,7 +203,7 @@ class Supervisor:
         self._board.leave(place.rank)
         worker.kill()
         place.worker = None
-        logger.error("%s: %s", reason, self._consequence(place))
+        logger.error("%s: %s", reason, self._coverage.consequence(place))
         self._engine.metrics.worker_lost(place.rank, place.role, kind)
         if is_draining:  # whoever drains it sees to what it held, and needs no other
             place.state = "draining"
@@ -212,26 +211,6 @@ class Supervisor:
         else:
             self._begin(place, self._replace(place))
         self._changed()
-
-    def _consequence(self, place: Place) -> str:
-        """For the log, once it has left the board."""
-        waits = {
-            "attention": "its sequences go on at others, or at its next life",
-            "experts": "tokens for experts that it alone holds wait for its next life",
-        }
-        if self._config.failure.on_expert_loss == "reroute":
-            waits["experts"] = "tokens go on without the experts that it alone holds"
-        if place.role != "attention" and self._is_replicated(place.rank):
-            waits["experts"] = "replicas of its experts take over"
-        return waits.get(place.role, f"{waits['attention']}; {waits['experts']}")
-
-    def _is_replicated(self, rank: int) -> bool:
-        """Whether others who serve hold every expert that it holds."""
-        shape, ranks = self._cluster.shape, self._config.placement.owner_ranks
-        if shape is None or rank not in ranks:
-            return False
-        present = np.array([self._board.incarnations[owner_rank] != NOBODY for owner_rank in ranks])
-        return are_held_elsewhere(self._board.owners, ranks.index(rank), present, shape.sparse_layers)
 
     # -- the next life -----------------------------------------------------------------------------------------------
 
@@ -381,9 +360,12 @@ class Supervisor:
             listener()
 
     def _tell_health(self, now: float) -> None:
+        """A worker that dies again and again is trouble only if nothing can be served without it."""
         limit = self._config.failure.max_crashes
-        self._engine.trouble = "; ".join(filter(None, (place.trouble(limit, now) for place in self.places)))
-        self._engine.note = "; ".join(filter(None, (place.note for place in self.places)))
+        troubles = [place.trouble(limit, now) for place in self.places]
+        words = "; ".join(filter(None, (loop or place.note for loop, place in zip(troubles, self.places, strict=True))))
+        is_down = any(troubles) and not self._coverage.can_serve()
+        self._engine.trouble, self._engine.note = (words, "") if is_down else ("", words)
 
 
 def _oldest_s(stats: WorkerStats) -> float:

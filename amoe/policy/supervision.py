@@ -51,9 +51,20 @@ class Loss(NamedTuple):
         how = {
             "silent": "has given no sign of life",
             "hung": "has been inside one step",
-            "cut": "has not answered others that wait for it, and has nothing to do,",
+            "cut": "is cut off: no answer has come from it, or none to it,",
         }
         return f"{how[self.kind]} for {self.seconds:.1f} s"
+
+
+def can_serve(num_homes: int, num_owners: int, num_missing: int, *, degrades: bool) -> bool:
+    """Whether tokens can be served by the workers that are there.
+
+    Args:
+        num_homes, num_owners: workers that have sequences, and that hold experts.
+        num_missing: (layer, expert) pairs that nobody holds.
+        degrades: tokens go on without experts that nobody holds, rather than wait for them.
+    """
+    return num_homes > 0 and num_owners > 0 and (num_missing == 0 or degrades)
 
 
 @dataclass(slots=True)

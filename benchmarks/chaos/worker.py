@@ -26,7 +26,7 @@ def build_worker(config: EngineConfig, rank: int, transport: Transport, control:
     print(f"{STEERED} at rank {rank}", flush=True)
     links = Path(os.environ[LINKS])
     worker = build(config, rank, FaultyTransport(transport, steered_by=links), control, **more)
-    worker._run = _hanging(worker._run, hang_file(links, os.getpid()))  # type: ignore[method-assign]
+    worker._run = _hanging(worker._run, hang_file(links, os.getpid()))  # type: ignore[assignment]
     return worker
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from amoe.cluster.process import title_of
 from amoe.cluster.topology import NOBODY
 from amoe.config import FailureConfig
 from amoe.engine.messages import Applied, Failed, Heartbeat, Pulse, Topology, Unanswered
@@ -184,6 +187,31 @@ async def test_add_and_remove():
         assert fakes.events[-3:] == ["lose 3", "close 3.0", "removed 3"]
         await fakes.supervisor.add(3)
         assert fakes.board.incarnations[3] == 1  # never the same life twice
+
+
+@pytest.mark.parametrize(
+    ("rank", "held_by", "on_expert_loss", "can"),
+    [
+        (2, [0], "wait", True),  # it holds nothing
+        (1, [0], "wait", False),
+        (1, [0, 1], "wait", True),  # the other one holds all of it as well
+        (1, [0], "reroute", True),
+        (0, [0, 1], "reroute", False),  # the only one with attention
+    ],
+)
+async def test_a_crash_loop_is_trouble_only_if_nothing_can_be_served_without_it(rank, held_by, on_expert_loss, can):
+    failure = replace(CALM, max_crashes=2, on_expert_loss=on_expert_loss)
+    async with Fakes(failure) as fakes:
+        fakes.cluster.shape = cast(Any, SimpleNamespace(num_layers=1, sparse_layers=(True,)))
+        fakes.board.owners = np.array([[held_by, held_by]], np.int16)
+        fakes.scripts[rank].append(ConfigError("no such file"))
+        fakes.hold = asyncio.Event()
+        fakes.worker(rank).die("was killed by SIGKILL")
+        await fakes.until(f"launch {rank}.2")
+        told, other = (fakes.engine.note, fakes.engine.trouble) if can else (fakes.engine.trouble, fakes.engine.note)
+        title = title_of(fakes.config.placement, rank)
+        assert told == f"{title} has died 2 times in a row, last: no such file; it is being started anew"
+        assert other == ""
 
 
 async def test_one_that_dies_while_it_drains_is_buried_at_once():

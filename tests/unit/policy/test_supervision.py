@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amoe.policy.patience import Patience, StepTime
-from amoe.policy.supervision import FIRST_SIGN_S, RUNNING_TIMES, Crashes, LifeSigns, Loss
+from amoe.policy.supervision import FIRST_SIGN_S, RUNNING_TIMES, Crashes, LifeSigns, Loss, can_serve
 
 TIMEOUT_S = 2.0
 PATIENCE = Patience(TIMEOUT_S)
@@ -184,6 +184,21 @@ def test_who_waits_for_the_dead_accuses_nobody():
     cluster.waits[HOME, OWNER] = 0.0
     cluster.quiet.add(OWNER)
     assert [(loss.rank, loss.kind) for loss in cluster.pass_time(100)] == [(OWNER, "silent")]
+
+
+@pytest.mark.parametrize(
+    ("num_homes", "num_owners", "num_missing", "degrades", "can"),
+    [
+        (1, 1, 0, False, True),
+        (0, 1, 0, False, False),
+        (1, 1, 3, False, False),
+        (1, 1, 3, True, True),
+        (1, 0, 8, True, False),
+        (0, 1, 3, True, False),
+    ],
+)
+def test_what_can_be_served(num_homes, num_owners, num_missing, degrades, can):
+    assert can_serve(num_homes, num_owners, num_missing, degrades=degrades) is can
 
 
 @given(st.lists(st.floats(0, 100), max_size=30), st.floats(0.1, 5), st.floats(5, 60))
