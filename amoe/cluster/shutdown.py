@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_KILLED = 128 + signal.SIGINT
@@ -44,4 +47,6 @@ class ShutdownSignals:
                 self._on_kill()
             finally:
                 os._exit(EXIT_KILLED)
+        if not self.requested.is_set():
+            logger.info("%s: leaving once what is open has ended", signal.Signals(number).name)
         self.requested.set()

@@ -57,7 +57,8 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="processes that answer HTTP; each has its part of the queue, and stored responses of its own",
+        help="processes that answer HTTP over the same workers; each has its part of the queue, and stored responses "
+        "of its own; one that dies is started anew",
     )
     group.add_argument("--ssl-certfile", metavar="FILE", help="PEM; serves HTTPS")
     group.add_argument("--ssl-keyfile", metavar="FILE", help="PEM; default: the key is in --ssl-certfile")

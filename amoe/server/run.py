@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import shlex
 import socket
 import sys
@@ -38,6 +39,8 @@ from amoe.server.sampling import SamplingDefaults
 from amoe.server.serving import say, serve_engine
 from amoe.server.tracing import check_tracing
 from amoe.server.web_server import address_of, bound_socket, check_certificate
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -109,6 +112,7 @@ async def _serve(config: EngineConfig, options: ServerOptions, logs: LogOptions,
             return await _serve_here(cluster, ready, tokenizer, defaults, options, listener, signals, on_listening)
         finally:
             await cluster.stop(WORKER_GRACE_S)
+            logger.info("stopped")
 
 
 async def _serve_here(
