@@ -1,5 +1,8 @@
-"""Workers as actors of a Ray cluster of two nodes on this host: exact, replaced when they die, and clear when it cannot
-work. Attention workers are pinned to one node and expert workers to the other."""
+"""Workers as actors of a Ray cluster of two nodes on this host: replaced when they die, gone when the server is, and
+clear when it cannot work. Attention workers are pinned to one node and expert workers to the other.
+
+That they are exact: `test_ray_exact.py`; nodes on different hosts: `test_network_engine.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,19 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import ray
 import yaml
@@ -27,55 +30,28 @@ from ray.cluster_utils import Cluster
 
 from amoe.builtin import builtin_model_path
 from amoe.cluster.cluster import WorkerCluster
-from amoe.cluster.executor import ExecutorOptions
-from amoe.cluster.front import Front, serving
-from amoe.cluster.opening import open_cluster
+from amoe.cluster.front import Front
 from amoe.cluster.ray_cluster import session
 from amoe.cluster.ray_cluster.actor import started_at
 from amoe.cluster.ray_cluster.handle import RayWorker
-from amoe.config import EngineConfig
-from amoe.engine.tokenizer import Tokenizer
+from amoe.cluster.ray_cluster.session import NAMESPACE
 from amoe.errors import ConfigError
-from tests.integration.exactness import Case, assert_exact, checkpoint
-from tests.processes import generate
+from tests.integration.exactness import Case, checkpoint
+from tests.ray_nodes import CPUS_PER_NODE, OTHER_TAKES, check, running, two_nodes
+from tests.served import ServedModel
 
 SERVE_YAML = Path(__file__).parents[2] / "deploy" / "ray" / "serve.yaml"
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes; nothing of them is left afterwards."""
-    directory = tempfile.mkdtemp(prefix="amoe-ray-")  # short: sockets' paths are
-    roles = [{"amoe_attention": 1}, {"amoe_experts": 1}]
-    head = {"num_cpus": 4, "resources": roles[0], "include_dashboard": False, "temp_dir": directory}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        cluster.add_node(num_cpus=4, resources=roles[1])
+    with two_nodes() as cluster:
         yield cluster
-    finally:
-        cluster.shutdown()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ray")
-
-
-@contextlib.asynccontextmanager
-async def running(cluster: Cluster, config: EngineConfig, **options) -> AsyncIterator[tuple[Front, WorkerCluster]]:
-    """An engine on `cluster`, which is left afterwards."""
-    executor = ExecutorOptions(name="ray", ray_address=cluster.address, ray_pin_roles=True, **options)
-    workers = await open_cluster(config, executor)
-    async with serving(workers, name="m", tokenizer=Tokenizer(config.model)) as front:
-        yield front, workers
-    assert not ray.is_initialized()
-
-
-async def check(front: Front, case: Case, root: Path) -> None:
-    results = await generate(front.engine, case.prompts, case.params)
-    logprobs = [[entry.logprob for entry in result.logprobs] for result in results]
-    assert_exact(case, root, [result.token_ids for result in results], logprobs)
 
 
 def actor(workers: WorkerCluster, rank: int) -> RayWorker:
@@ -88,6 +64,22 @@ def actor_names() -> set[str]:
     return {found["name"] for found in ray.util.list_named_actors(all_namespaces=True)}
 
 
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[None]:
+    ray.init(address, namespace=NAMESPACE, logging_level="warning")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def until_holds(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.1)
+
+
 async def until_serving(front: Front, rank: int, incarnation: int) -> None:
     """The worker serves in that life, or in a later one."""
     assert front.admin is not None
@@ -98,31 +90,12 @@ async def until_serving(front: Front, rank: int, incarnation: int) -> None:
         await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    ("case", "transport"),
-    [
-        (Case("progress", 1, "olmoe", "2A2E", "plain", 1), "distributed"),
-        (Case("lockstep", 1, "qwen3_moe", "1A1E", "plain", 1), "tcp"),
-    ],
-    ids=str,
-)
-async def test_exact_on_two_nodes(cluster: Cluster, root: Path, case: Case, transport) -> None:
-    config = replace(case.config(checkpoint(root, case.arch, case.variant)), transport=transport)
-    async with running(cluster, config, deployment="exact") as (front, workers):
-        await check(front, case, root)
-        assert (
-            len({actor(workers, 0).where.node_id, actor(workers, config.placement.num_workers - 1).where.node_id}) == 2
-        )
-        roles = ["attention"] * len(config.placement.attention_ranks) + ["experts"] * config.placement.expert_workers
-        assert actor_names() == {f"amoe/exact/{role}-{rank}" for rank, role in enumerate(roles)}
-
-
 async def test_workers_are_replaced_added_and_removed(cluster: Cluster, root: Path) -> None:
     """One is killed, one is stopped, another one comes and goes: what was asked meanwhile is exact."""
     case = Case("waves", 0, "mixtral", "1A1E", "plain", 2)
     config = replace(case.config(checkpoint(root, case.arch, case.variant)), transport="tcp")
     config = replace(config, placement=replace(config.placement, max_expert_workers=2))
-    async with running(cluster, config) as (front, workers):
+    async with running(cluster.address, config) as (front, workers):
         for rank, number in ((1, signal.SIGKILL), (0, signal.SIGSTOP)):
             before = actor(workers, rank).where
             asked = asyncio.create_task(check(front, case, root))
@@ -141,16 +114,58 @@ async def test_workers_are_replaced_added_and_removed(cluster: Cluster, root: Pa
         await front.admin.scale_experts(1)
         await asked
         await check(front, case, root)
-        assert "amoe/amoe/experts-2" not in actor_names()
+        assert actor_names() == {"amoe/amoe/attention-0", "amoe/amoe/experts-1"}
+    assert not ray.is_initialized()
+
+
+async def test_a_lost_node(cluster: Cluster, root: Path) -> None:
+    """kill -9 of all that is Ray's there, its workers among it: the next life starts at another one that takes it."""
+    case = Case("waves", 0, "qwen3_moe", "1A1E", "plain", 1)
+    config = replace(case.config(checkpoint(root, case.arch, case.variant)), transport="tcp")
+    cluster.add_node(num_cpus=CPUS_PER_NODE, resources=OTHER_TAKES)
+    async with running(cluster.address, config) as (front, workers):
+        before = actor(workers, 1).where
+        (lost,) = [node for node in cluster.worker_nodes if node.node_id == before.node_id]
+        asked = asyncio.create_task(check(front, case, root))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(cluster.remove_node, lost, False)
+        await asked
+        await until_serving(front, 1, 1)
+        assert actor(workers, 1).where.node_id != before.node_id
+        await check(front, case, root)
+
+
+def test_nothing_survives_the_server(cluster: Cluster) -> None:
+    """kill -9 of the driver, which is the server and the supervisor: Ray ends its actors, and their names are free."""
+    flags = (
+        "--executor",
+        "ray",
+        "--ray-address",
+        cluster.address,
+        "--expert-workers",
+        "1",
+        "--threads-per-worker",
+        "1",
+    )
+    names = ("amoe/gone/attention-0", "amoe/gone/experts-1")
+    with ServedModel(*flags, "--deployment-name", "gone") as server:
+        assert server.works()
+        with connected(cluster.address):
+            actors = [ray.get_actor(name) for name in names]
+            pids = [where.pid for where in ray.get([actor.whereabouts.remote() for actor in actors])]
+            del actors
+            server.process.kill()
+            until_holds(lambda: not any(map(psutil.pid_exists, pids)), "the workers are gone")
+            until_holds(lambda: not actor_names().intersection(names), "their names are free")
 
 
 async def test_too_little_room_is_told(cluster: Cluster, root: Path) -> None:
     case = Case("waves", 0, "mixtral", "1A1E", "plain", 2)
     config = replace(case.config(checkpoint(root, case.arch, case.variant)), transport="tcp", threads_per_worker=64)
     with pytest.raises(ConfigError) as error:
-        async with running(cluster, config, ray_placement_timeout_s=0.5):
+        async with running(cluster.address, config, ray_placement_timeout_s=0.5):
             pass
-    for words in ("worker(s) of 64 CPU", "2 node(s)", "4 CPU", "fewer --threads-per-worker"):
+    for words in ("worker(s) of 64 CPU", "2 node(s)", f"{CPUS_PER_NODE} CPU", "fewer --threads-per-worker"):
         assert words in str(error.value)
     assert not ray.is_initialized()
 

@@ -4,6 +4,7 @@ keeps their logs. Tokens and control messages go between the workers by themselv
     session.py    a connection to a Ray cluster, or a new local one
     placement.py  room for workers: which resources each needs, and placement groups of them
     actor.py      a worker inside its actor
+    reach.py      whether workers' hosts reach each other, before they need to
     handle.py     one life of a worker, as the server sees it
     launcher.py   `RayLauncher`, which puts these together
 

@@ -16,6 +16,7 @@ import ray
 
 import amoe
 from amoe.cluster.process import LaunchSpec
+from amoe.cluster.ray_cluster.reach import Door, try_to_reach
 
 _TORCH = "torch"
 _WIRE_CODE = ("config/*.py", "stats.py", "types.py", "cluster/process.py", "engine/messages.py", "transport/*.py")
@@ -26,6 +27,7 @@ class Whereabouts(NamedTuple):
 
     Attributes:
         host: the address of its node; node_id: Ray's name of it.
+        port: of its `Door`; 0: nothing can listen there.
         pid, started: of its process: when it was started, as the kernel counts, tells it from a later one of that pid.
         software: versions by name; all workers and the server must have the same.
     """
@@ -35,6 +37,7 @@ class Whereabouts(NamedTuple):
     pid: int
     started: str
     software: dict[str, str]
+    port: int = 0
 
 
 def software() -> dict[str, str]:
@@ -71,14 +74,22 @@ class WorkerActor:
 
     def whereabouts(self) -> Whereabouts:
         """Where it is."""
-        pid = os.getpid()
+        pid, host = os.getpid(), ray.util.get_node_ip_address()
+        door: Door | None = None
+        with contextlib.suppress(OSError):  # the transport will say so, with its own words
+            door = Door(host)
         return Whereabouts(
-            ray.util.get_node_ip_address(),
+            host,
             ray.get_runtime_context().get_node_id(),
             pid,
             started_at(pid) or "",
             software(),
+            door.port if door is not None else 0,
         )
+
+    def reach(self, host: str, port: int) -> str:
+        """Why it cannot connect there; "" if it can."""
+        return try_to_reach(host, port)
 
     def run(self, launch_spec: str) -> int:
         """Be the worker that the JSON `launch_spec` describes, to its end; returns its exit status."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,8 +21,9 @@ from amoe.cluster.launcher import WorkerHandle
 from amoe.cluster.local import ring_bytes_for
 from amoe.cluster.process import DEFAULT_ENTRY, LaunchSpec, title_of
 from amoe.cluster.ray_cluster.actor import Whereabouts, WorkerActor, software
-from amoe.cluster.ray_cluster.handle import RayWorker, describe_death, end_actor
+from amoe.cluster.ray_cluster.handle import RayWorker, describe_death, end_actor, first_line
 from amoe.cluster.ray_cluster.placement import Place, Room, needs_of, threads_for
+from amoe.cluster.ray_cluster.reach import Acquaintances, Guest
 from amoe.cluster.ray_cluster.session import NAMESPACE, RaySession
 from amoe.config import EngineConfig
 from amoe.engine.control import AsyncControlChannel
@@ -32,7 +34,10 @@ from amoe.errors import ConfigError, EngineDeadError
 from amoe.logs import LogOptions
 from amoe.transport.opening import Fabric, create_fabric
 
+logger = logging.getLogger(__name__)
+
 _MODELLESS_BYTES = 1 << 20
+TELL_AFTER_S = 10.0  # of waiting for an actor
 START_TIMEOUT_S = 60.0  # for an actor in a bundle that is there, with a new process and amoe's imports
 _NAME_ATTEMPTS, _NAME_PAUSE_S = 20, 0.1  # the name of a former life is free a moment after its end
 
@@ -62,6 +67,7 @@ class RayLauncher:
         self._room = Room(session, config, options.deployment, needs, options.ray_placement_timeout_s)
         self._fabric: Fabric | None = None
         self._listener: ControlListener | None = None
+        self._acquaintances = Acquaintances(config.placement)
         self._software = software()
 
     @classmethod
@@ -88,7 +94,10 @@ class RayLauncher:
         try:
             self._listener = await ControlListener.open(self._session.host)
         except OSError as error:
-            raise ConfigError(f"nothing can listen at this node's address {self._session.host}: {error}") from error
+            raise ConfigError(
+                f"nothing can listen at {self._session.host}, which Ray takes for this host's address ({error}): is "
+                "this host a node of the cluster (`ray start --address=HEAD:6379`)?"
+            ) from error
         self._fabric = create_fabric(
             config.transport,
             num_ranks=config.placement.num_ranks,
@@ -98,6 +107,7 @@ class RayLauncher:
             link_timeout_s=config.failure.timeout_s,
         )
         await self._room.reserve()
+        logger.info("the Ray cluster has room for %d worker(s), and starts them", config.placement.num_workers)
 
     async def launch(
         self, rank: int, incarnation: int, on_exit: Callable[[WorkerHandle], None], *, is_late: bool
@@ -107,9 +117,13 @@ class RayLauncher:
         place = await self._room.place_of(rank)
         control = listener.expect(rank, incarnation)
         actor: Any = None
+        guest: Guest | None = None
         try:
             actor = await self._create(rank, place)
             where = await self._find(rank, actor)
+            if where.port:
+                guest = self._guest(rank, actor, where)
+                await self._acquaintances.introduce(rank, guest)
             spec = LaunchSpec(
                 config=self._config,
                 rank=rank,
@@ -126,9 +140,10 @@ class RayLauncher:
             listener.forget(rank, incarnation)
             if actor is not None:
                 self._session.thread.post(lambda: end_actor(actor))
-            await self._room.leave(rank)
+            await self._leave(rank, guest)
             raise
         title = title_of(self._config.placement, rank)
+        logger.info("%s is pid %d on %s", title, where.pid, where.host)
         return RayWorker(
             rank,
             incarnation,
@@ -139,7 +154,7 @@ class RayLauncher:
             channel,
             self._session.thread,
             on_exit,
-            lambda: self._room.leave(rank),
+            lambda: self._leave(rank, guest),
         )
 
     async def close(self) -> None:
@@ -155,6 +170,17 @@ class RayLauncher:
         # Ray shows each worker the one GPU that it has given to it.
         device = "cuda:0" if self._config.device.startswith("cuda") else "cpu"
         return self._fabric.spec_for(where.host, device)
+
+    def _guest(self, rank: int, actor: Any, where: Whereabouts) -> Guest:
+        async def reach(host: str, port: int) -> str:
+            result = await self._result(actor.reach.remote, host, port)
+            return str(await asyncio.shield(result))
+
+        return Guest(title_of(self._config.placement, rank), where.host, where.port, reach)
+
+    async def _leave(self, rank: int, guest: Guest | None) -> None:
+        self._acquaintances.forget(rank, guest)
+        await self._room.leave(rank)
 
     async def _create(self, rank: int, place: Place) -> Any:
         role = role_of(self._config, rank)
@@ -179,6 +205,9 @@ class RayLauncher:
                 return await self._session.thread.call(actor_class.remote)
             except ActorAlreadyExistsError:
                 await asyncio.sleep(_NAME_PAUSE_S)
+            except RayError as error:
+                title = title_of(self._config.placement, rank)
+                raise EngineDeadError(f"{title}: Ray does not start its actor: {first_line(error)}") from error
         raise ConfigError(
             f"there is an actor {name} in this Ray cluster: another server has this --deployment-name: choose another"
         )
@@ -193,9 +222,7 @@ class RayLauncher:
         title = title_of(self._config.placement, rank)
         try:
             found = await self._result(actor.whereabouts.remote)
-            where: Whereabouts = await asyncio.wait_for(asyncio.shield(found), START_TIMEOUT_S)
-        except TimeoutError:
-            raise EngineDeadError(f"{title}: Ray has not started its actor within {START_TIMEOUT_S:g} s") from None
+            where = await self._once_started(rank, found)
         except RayError as error:
             if "ModuleNotFoundError" in str(error) or "ImportError" in str(error):
                 raise ConfigError(f"{title}: a node of the Ray cluster cannot import amoe: install it there") from error
@@ -207,6 +234,23 @@ class RayLauncher:
                     "install the same on every node"
                 )
         return where
+
+    async def _once_started(self, rank: int, found: asyncio.Future[Whereabouts]) -> Whereabouts:
+        """What an actor says first.
+
+        Raises:
+            EngineDeadError: Ray has not started it in time; the message says what it needs and what there is.
+        """
+        waits = f"{title_of(self._config.placement, rank)}: Ray has not started its actor"
+        try:
+            return await asyncio.wait_for(asyncio.shield(found), TELL_AFTER_S)
+        except TimeoutError:
+            logger.warning("%s for %g s: %s", waits, TELL_AFTER_S, await self._room.shortage(rank))
+        try:
+            return await asyncio.wait_for(asyncio.shield(found), START_TIMEOUT_S - TELL_AFTER_S)
+        except TimeoutError:
+            shortage = await self._room.shortage(rank)
+            raise EngineDeadError(f"{waits} within {START_TIMEOUT_S:g} s: {shortage}") from None
 
     async def _result(self, method: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         """What a method of an actor will return. Ray completes it, so nobody may cancel it: see `asyncio.shield`."""

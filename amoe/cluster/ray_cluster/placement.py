@@ -22,6 +22,7 @@ from amoe.errors import ConfigError
 STRATEGIES = {"attention": "PACK", "colocated": "PACK", "experts": "SPREAD"}
 PIN_AMOUNT = 0.001  # of a custom resource, so that a node that declares 1 of it takes as many workers as fit otherwise
 _WAIT_STEP_S = 0.1
+_SHORTAGE_TIMEOUT_S = 2.0
 _SHOWN = ("CPU", "GPU")
 
 
@@ -110,6 +111,25 @@ class Room:
         if rank not in self._places:
             await self._reserve(role_of(self._config, rank), [rank])
         return self._places[rank]
+
+    async def shortage(self, rank: int) -> str:
+        """What a worker needs of a node, and what there is, for a person: its own node may have been lost, and Ray may
+        not know of that yet."""
+        import ray
+
+        role = role_of(self._config, rank)
+        kinds = [*_SHOWN, *(kind for kind in self._needs[role] if kind not in _SHOWN)]
+        needs = f"it needs {_amounts(self._needs[role], kinds)}"
+        try:
+            async with asyncio.timeout(_SHORTAGE_TIMEOUT_S):
+                nodes = await self._session.nodes()
+                free = await self._session.thread.call(ray.available_resources)
+        except TimeoutError:
+            return f"{needs}, and the head of the Ray cluster does not answer"
+        return (
+            f"{needs}; Ray knows {len(nodes)} node(s), with {_amounts(free, kinds)} free, and takes a node that it "
+            "does not hear from for lost after a while"
+        )
 
     async def leave(self, rank: int) -> None:
         """A worker has ended: the room of one that was added is given back."""

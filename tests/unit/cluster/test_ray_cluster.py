@@ -8,8 +8,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -17,12 +20,13 @@ from ray.exceptions import RayError
 
 from amoe.cluster import environment
 from amoe.cluster.executor import ExecutorOptions
-from amoe.cluster.ray_cluster import metrics, placement, session
-from amoe.cluster.ray_cluster.actor import kill_process, software, started_at
+from amoe.cluster.ray_cluster import launcher, metrics, placement, session
+from amoe.cluster.ray_cluster.actor import Whereabouts, kill_process, software, started_at
 from amoe.cluster.ray_cluster.handle import describe_death
 from amoe.cluster.ray_cluster.placement import Room, needs_of, threads_for
 from amoe.config import EngineConfig, PlacementConfig
-from amoe.errors import ConfigError
+from amoe.errors import ConfigError, EngineDeadError
+from amoe.logs import LogOptions
 
 
 def config(**options) -> EngineConfig:
@@ -242,6 +246,18 @@ class TestRoom:
         await ray_session.thread.call(lambda: None)
         assert sorted(groups.removed) == sorted(groups.made) == ["amoe/d/attention", "amoe/d/experts"]
 
+    async def test_what_a_worker_waits_for_is_told(self, monkeypatch):
+        room, _, ray_session = self.room(monkeypatch)
+        monkeypatch.setattr(ray_session, "nodes", nodes_of({"CPU": 2.0}))
+        monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 0.5})
+        assert "needs 1 CPU; Ray knows 1 node(s), with 0.5 CPU free" in await room.shortage(2)
+        monkeypatch.setattr(placement, "_SHORTAGE_TIMEOUT_S", 0.01)
+        gone = threading.Event()
+        monkeypatch.setattr("ray.available_resources", gone.wait)
+        assert "the head of the Ray cluster does not answer" in await room.shortage(2)
+        gone.set()
+        await ray_session.close()
+
     @pytest.mark.parametrize("turns", [0, 1, 20], ids=["not begun", "being made", "waiting"])
     async def test_whoever_is_cancelled_leaves_none(self, monkeypatch, turns):
         room, groups, ray_session = self.room(monkeypatch, "experts-3", timeout_s=60)
@@ -257,6 +273,30 @@ class TestRoom:
         await room.place_of(3)
         await room.close()
         assert groups.removed == groups.made
+
+
+def nodes_of(*resources: dict[str, float]) -> Callable[[], Awaitable[list[dict[str, Any]]]]:
+    async def nodes() -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": each} for each in resources]
+
+    return nodes
+
+
+async def test_a_worker_that_waits_for_room_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """First in the log, in the end as the reason why it could not be started, and meanwhile it may still come."""
+    monkeypatch.setattr(launcher, "TELL_AFTER_S", 0.01)
+    monkeypatch.setattr(launcher, "START_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(Room, "shortage", no_room)
+    ray_session = session.RaySession(session.RayThread(), "127.0.0.1", is_ours=False)
+    ours = launcher.RayLauncher(ray_session, config(), ExecutorOptions(name="ray"), "m:f", LogOptions())
+    with pytest.raises(EngineDeadError, match=r"expert 0: Ray has not started its actor within .* s: no room"):
+        await ours._once_started(1, asyncio.get_running_loop().create_future())
+    assert "expert 0: Ray has not started its actor for 0.01 s: no room" in caplog.text
+    monkeypatch.setattr(launcher, "START_TIMEOUT_S", 60.0)
+    found: asyncio.Future[Whereabouts] = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_later(0.05, found.set_result, Whereabouts("10.0.0.3", "node", 5, "1", {}))
+    assert (await ours._once_started(1, found)).pid == 5
+    await ray_session.close()
 
 
 async def no_room(*_args) -> str:
