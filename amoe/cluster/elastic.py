@@ -55,6 +55,7 @@ class ElasticCluster:
             cluster.config,
             send=self._send,
             measured_load=engine.measured_load,
+            measured_speeds=engine.measured_speeds,
             title=lambda rank: title_of(self._placement, rank),
         )
         autoscale = cluster.config.autoscale

@@ -197,6 +197,10 @@ class FrontEnds:
         """See `SupervisedEngine`."""
         return self._steering.measured_load()
 
+    def measured_speeds(self) -> npt.NDArray[np.float64]:
+        """See `SupervisedEngine`."""
+        return self._steering.measured_speeds()
+
     def attach(self, rank: int, channel: WorkerChannel) -> None:
         """See `SupervisedEngine`: of the worker that the cluster has at this rank."""
         self._channels.attach(rank, channel)

@@ -51,6 +51,7 @@ class PlacementManager:
         shape: of the model.
         send: takes an order to the worker of a rank; one that is gone must not make it raise.
         measured_load: [L, E] pairs that have been computed lately; None: nobody knows.
+        measured_speeds: [D] of the owners; 1 is usual. None: they are not measured.
         title: of the worker of a rank, for people.
 
     Attributes:
@@ -67,6 +68,7 @@ class PlacementManager:
         *,
         send: Callable[[int, HoldExperts], None],
         measured_load: Callable[[], Float64Array | None],
+        measured_speeds: Callable[[], Float64Array] | None = None,
         title: Callable[[int], str] = lambda rank: f"worker {rank}",
     ) -> None:
         self.action = ""
@@ -77,6 +79,7 @@ class PlacementManager:
         self._redundant = config.placement.redundant_experts
         self._interval_s = config.steering.rebalance_interval_s
         self._measured_load = measured_load
+        self._speeds = measured_speeds or (lambda: np.ones(len(self._ranks)))
         self._title = title
         self.orders = ExpertOrders(board, self._ranks, self._sparse, send=send, title=title)
         # [D] who ought to hold experts. Who ought to, and is not there, is expected back.
@@ -230,19 +233,24 @@ class PlacementManager:
             raise ConfigError(
                 f"{self._title(self._ranks[int(absent.argmax())])} does not come up: see the server's log"
             )
-        return policy.spread_to(load, owners, present, policy.room_for(owners, present, self._redundant), newcomers)
+        speeds = self._speeds()
+        room = policy.room_for(owners, present, self._redundant, speeds)
+        return policy.spread_to(load, owners, present, room, newcomers, speeds)
 
     def _rebalanced(self, load: Float64Array, owners: Int16Array, present: BoolArray) -> Int16Array:
-        return policy.rebalance(load, owners, present, policy.room_for(owners, present, self._redundant))
+        speeds = self._speeds()
+        room = policy.room_for(owners, present, self._redundant, speeds)
+        return policy.rebalance(load, owners, present, room, speeds)
 
     async def _rebalance_if_worth_it(self) -> None:
         load, present = self._measured_load(), self._present
         if load is None or not says_enough(load) or self._lock.locked() or not present[self._members].all():
             return
         planned = await self._plan(self._rebalanced, present & self._members)
-        before, after = (policy.hottest(load, owners, present) for owners in (self._board.owners, planned))
+        speeds = self._speeds()
+        before, after = (policy.hottest(load, owners, present, speeds) for owners in (self._board.owners, planned))
         if after <= (1 - MIN_GAIN) * before:
-            logger.info("moving experts: the busiest workers' load, %.2f of an even share, becomes %.2f", before, after)
+            logger.info("moving experts: the busiest workers' time, %.2f of an even share, becomes %.2f", before, after)
             await self.rebalance()
 
     async def _employ_idle(self) -> None:

@@ -60,6 +60,10 @@ class SupervisedEngine(Protocol):
         """[num_layers, num_experts] pairs that have been computed lately; None: nobody knows yet."""
         ...
 
+    def measured_speeds(self) -> npt.NDArray[np.float64]:
+        """[num_owners] of the expert workers, relative to their median; 1 where nothing is known."""
+        ...
+
     def attach(self, rank: int, channel: WorkerChannel) -> None:
         """A worker has come: requests may go there from the next turn of the event loop on."""
         ...

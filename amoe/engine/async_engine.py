@@ -306,6 +306,10 @@ class AsyncEngine:
         """[num_layers, num_experts] pairs that have been computed lately; None: nobody knows yet."""
         return self._steering.measured_load()
 
+    def measured_speeds(self) -> Float64Array:
+        """[num_owners] of the expert workers, relative to their median; 1 where nothing is known."""
+        return self._steering.measured_speeds()
+
     def attach(self, rank: int, channel: WorkerChannel) -> None:
         """A worker has come, in the place of one that was lost, or as a new one. What waits goes there in the next turn
         of the event loop: in this one the caller can tell the workers of each other.

@@ -20,7 +20,15 @@ from amoe.engine.load_meters import LoadMeters
 from amoe.engine.messages import Steer, Topology
 from amoe.engine.planning import considerate
 from amoe.policy.replicas import present_first, primary_shares
-from amoe.policy.steering import COUPLING, ReplicaPlan, moved_part, owner_speeds, plan_homes, plan_replicas
+from amoe.policy.steering import (
+    COUPLING,
+    ReplicaPlan,
+    lasting_speeds,
+    moved_part,
+    owner_speeds,
+    plan_homes,
+    plan_replicas,
+)
 from amoe.stats import SteeringStats, WorkerStats
 from amoe.types import BoolArray, Int16Array
 
@@ -85,6 +93,13 @@ class Steering:
     def measured_load(self) -> Float64Array | None:
         """[num_layers, num_experts] pairs that have been computed lately; None: nothing has been."""
         return self._meters.load()
+
+    def measured_speeds(self) -> Float64Array:
+        """[D] of the owners, relative to their median; 1 where they are about the same, or nothing is known."""
+        measured = self._meters.measured()
+        if measured is None:
+            return np.ones(len(self._owner_ranks))
+        return lasting_speeds(owner_speeds(measured.work, measured.expert_s))
 
     def set_topology(self, topology: Topology) -> None:
         """Other workers are there, or hold other experts: homes have begun anew, at the first replica of each expert

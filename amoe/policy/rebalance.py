@@ -2,13 +2,15 @@
 
 A table is `owners` [L, E, R]: the owners of every expert's copies, the primary first, -1 where there is none. `present`
 [D] says which owners may hold anything; a table made here names nobody else. `load` [L, E] counts pairs; a layer of
-zeros is one of which nothing is known. How much an owner may hold, and how many copies there may be, is a `Room`.
+zeros is one of which nothing is known. `speed` [D], > 0, is how fast the owners are: one of speed 2 shall have twice
+the work of one of speed 1. How much an owner may hold, and how many copies there may be, is a `Room`.
 
 Which steps are worth taking: `amoe.policy.layer_plan`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,23 +32,31 @@ class Room:
     Attributes:
         slots_per_owner: experts that an owner can hold.
         max_copies: of all experts together; copies beyond it are not made, those that exist may stay.
+        wanted_copies: of all experts together; as many are made as far as there are slots, worth it or not.
     """
 
     slots_per_owner: int
     max_copies: int
+    wanted_copies: int = 0
 
 
-def room_for(owners: Int16Array, present: BoolArray, redundant_experts: int) -> Room:
+def room_for(owners: Int16Array, present: BoolArray, redundant_experts: int, speed: FloatArray | None = None) -> Room:
     """Everybody may hold an even share and the redundant experts, or as much as somebody holds now, who has the memory
-    for it; and there may be as many copies as the redundant experts make, or as there are now."""
+    for it; and there shall be as many copies as the redundant experts make, and may be as many as there are now. Where
+    some are slow, the fastest one's part by its speed counts for an even share."""
     holds = copies_at(owners, len(present)) & present
     num_experts, num_present = owners.shape[1], max(1, int(present.sum()))
-    slots = max(-(-num_experts // num_present) + redundant_experts, int(holds.sum(axis=1).max(initial=0)))
-    copies = max(num_experts + num_present * redundant_experts, int(holds.sum(axis=(1, 2)).max(initial=0)))
-    return Room(min(slots, num_experts), copies)
+    part = (
+        1 / num_present if speed is None else float(speed[present].max(initial=0.0) / max(1e-9, speed[present].sum()))
+    )
+    slots = max(math.ceil(num_experts * part - 1e-9) + redundant_experts, int(holds.sum(axis=1).max(initial=0)))
+    wanted = num_experts + num_present * redundant_experts
+    return Room(min(slots, num_experts), max(wanted, int(holds.sum(axis=(1, 2)).max(initial=0))), wanted)
 
 
-def rebalance(load: FloatArray, owners: Int16Array, present: BoolArray, room: Room) -> Int16Array:
+def rebalance(
+    load: FloatArray, owners: Int16Array, present: BoolArray, room: Room, speed: FloatArray | None = None
+) -> Int16Array:
     """The table for a load: the busiest owner of each layer is relieved by few moves, and replicas go to what is hot.
 
     Returns:
@@ -58,16 +68,25 @@ def rebalance(load: FloatArray, owners: Int16Array, present: BoolArray, room: Ro
 
     def plan(layer: LayerPlan) -> None:
         layer.settle(present)
+        layer.fill(present)
         layer.improve(present)
 
-    return _planned(load, owners, present, room, plan)
+    return _planned(load, owners, present, room, speed, plan)
 
 
-def spread_to(load: FloatArray, owners: Int16Array, present: BoolArray, room: Room, newcomers: BoolArray) -> Int16Array:
+def spread_to(
+    load: FloatArray,
+    owners: Int16Array,
+    present: BoolArray,
+    room: Room,
+    newcomers: BoolArray,
+    speed: FloatArray | None = None,
+) -> Int16Array:
     """The table once `newcomers` [D] are there, and those that are not `present` are not any more.
 
     Newcomers get their share of the load, and nothing moves between the others. What the leaving ones alone have held
-    goes to whoever has least to do; of what they held beside others, what is hot gets another copy where there is room.
+    goes to whoever has least to do; of what they held beside others, what is hot gets another copy where there is room,
+    and so does anything until there are the copies that are wanted.
 
     Returns:
         as `rebalance`.
@@ -77,24 +96,30 @@ def spread_to(load: FloatArray, owners: Int16Array, present: BoolArray, room: Ro
     """
 
     def plan(layer: LayerPlan) -> None:
-        layer.settle(newcomers if newcomers.any() else present)
-        if newcomers.any():
-            layer.improve(newcomers, frozenset({MOVE, COPY}))
-        else:
-            layer.improve(present, frozenset({COPY}))
+        targets = newcomers if newcomers.any() else present
+        layer.settle(targets)
+        layer.improve(targets, frozenset({MOVE, COPY}) if newcomers.any() else frozenset({COPY}))
+        layer.fill(targets)
 
-    return _planned(load, owners, present, room, plan)
+    return _planned(load, owners, present, room, speed, plan)
 
 
 def _planned(
-    load: FloatArray, owners: Int16Array, present: BoolArray, room: Room, plan: Callable[[LayerPlan], None]
+    load: FloatArray,
+    owners: Int16Array,
+    present: BoolArray,
+    room: Room,
+    speed: FloatArray | None,
+    plan: Callable[[LayerPlan], None],
 ) -> Int16Array:
-    holds = copies_at(owners, len(present))
+    holds, speed = copies_at(owners, len(present)), np.ones(len(present)) if speed is None else speed
     layers = []
     for index in range(len(owners)):
-        layer = LayerPlan(load[index], holds[index], present, room.slots_per_owner, room.max_copies)
+        layer = LayerPlan(
+            load[index], holds[index], present, room.slots_per_owner, room.wanted_copies, room.max_copies, speed
+        )
         plan(layer)
-        layers.append(_ordered(layer, owners[index]))
+        layers.append(_ordered(layer, owners[index], speed))
     width = max(len(places) for layer in layers for places in layer)
     table = np.full((*owners.shape[:2], width), -1, np.int16)
     for index, places_of in enumerate(layers):
@@ -103,7 +128,7 @@ def _planned(
     return table
 
 
-def _ordered(layer: LayerPlan, before: Int16Array) -> list[list[int]]:
+def _ordered(layer: LayerPlan, before: Int16Array, speed: FloatArray) -> list[list[int]]:
     """Owners of each expert, the primary first: chosen so that primaries alone are level too, which is all that there
     is to go by until somebody has planned shares. The others stay in the order that they had `before` [E, R]."""
     places = []
@@ -112,10 +137,11 @@ def _ordered(layer: LayerPlan, before: Int16Array) -> list[list[int]]:
         places.append(old + [owner for owner in np.flatnonzero(held).tolist() if owner not in old])
     busy = np.zeros(layer.holds.shape[1])
     for expert in np.argsort(np.where(layer.copies > 1, -layer.load, -np.inf), kind="stable").tolist():
-        first = min(places[expert], key=lambda owner: busy[owner])
+        takes = layer.load[expert] / speed
+        first = min(places[expert], key=lambda owner: busy[owner] + takes[owner])
         places[expert].remove(first)
         places[expert].insert(0, first)
-        busy[first] += layer.load[expert]
+        busy[first] += takes[first]
     return places
 
 
@@ -195,12 +221,15 @@ def num_replicas(owners: Int16Array, sparse_layers: Sequence[bool]) -> int:
     return int(np.maximum(copies - 1, 0).sum())
 
 
-def hottest(load: FloatArray, owners: Int16Array, present: BoolArray) -> float:
-    """Load of the busiest owner of each layer, summed over the layers, if copies share evenly; 1 is as even as can be.
+def hottest(load: FloatArray, owners: Int16Array, present: BoolArray, speed: FloatArray | None = None) -> float:
+    """How long the busiest owner of each layer takes, summed over the layers, if the holders of an expert share it by
+    their speeds; 1 is as even as can be.
 
     The load of experts that nobody holds counts nowhere.
     """
-    holds = copies_at(owners, len(present)) & present
-    busy = ((load / np.maximum(holds.sum(axis=-1), 1))[..., None] * holds).sum(axis=1)  # [L, D]
-    even = float(load.sum()) / max(1, int(present.sum()))
+    holds, speed = copies_at(owners, len(present)) & present, np.ones(len(present)) if speed is None else speed
+    capacity = holds @ speed
+    parts = np.where(capacity > 0, load / np.where(capacity > 0, capacity, 1.0), 0.0)
+    busy = (parts[..., None] * holds).sum(axis=1)  # [L, D]
+    even = float(load.sum()) / max(float(speed[present].sum()), 1e-9)
     return float(busy.max(axis=1).sum()) / even if even > 0 else 1.0

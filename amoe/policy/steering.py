@@ -20,6 +20,7 @@ COUPLING = 0.05  # of layers, in `plan_layers`, where several waves fill each ot
 MIN_TOKENS = 64.0  # fewer say nothing of homes
 MIN_PAIRS = 16.0  # of an expert on average: fewer say nothing of experts
 MAX_SPEED_RATIO = 4.0  # beyond it a measurement is wrong, or the device is ill
+MIN_SPEED_RATIO = 1.5  # within it an owner is as fast as the others, where experts are placed
 MIN_GAIN = 0.03  # part of the time that another plan must spare: what spares less is noise
 MIN_HOME_CHANGE = 0.05  # relative
 HOME_STEP = 0.5  # of the way to the planned home shares: what is measured lags behind what is planned
@@ -81,6 +82,13 @@ def owner_speeds(work: FloatArray, seconds: FloatArray) -> FloatArray:
     speed = np.where(known, work / np.where(seconds > 0, seconds, 1.0), 1.0)
     relative = np.where(known, speed / np.median(speed[known]), 1.0)
     return np.clip(relative, 1 / MAX_SPEED_RATIO, MAX_SPEED_RATIO)
+
+
+def lasting_speeds(speed: FloatArray) -> FloatArray:
+    """[D] of `owner_speeds`, what is worth moving experts for: 1 for those that differ little from the others, be it by
+    chance, or because the fixed costs of a step weigh more where steps are small."""
+    differs = np.maximum(speed, 1 / speed) > MIN_SPEED_RATIO
+    return np.where(differs, speed, 1.0)
 
 
 def imbalance(

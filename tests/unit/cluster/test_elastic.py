@@ -36,6 +36,7 @@ class Elastic(Fakes):
         self.held: dict[int, list[int]] = {}
         self.board.owners = place_experts(2, 6, 2)
         cast(Any, self.engine).measured_load = lambda: None
+        cast(Any, self.engine).measured_speeds = lambda: np.ones(len(self.cluster.config.placement.owner_ranks))
         self.engine.metrics.experts_moved = lambda count: self.events.append(f"moved {count}")
         self.admin = ElasticCluster(self.cluster, cast(Any, self.engine), self.board, self.supervisor, SHAPE)
 

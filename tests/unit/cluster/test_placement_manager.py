@@ -50,6 +50,7 @@ class Cluster:
         self.orders: list[tuple[int, HoldExperts]] = []
         self.hooks: dict[int, Callable[[HoldExperts], bool]] = {}
         self.load: np.ndarray | None = None
+        self.speeds = np.ones(len(self.ranks))
         shape: Any = SimpleNamespace(sparse_layers=SPARSE)
         self.manager = PlacementManager(
             self.board,
@@ -57,6 +58,7 @@ class Cluster:
             self.config,
             send=self.send,
             measured_load=lambda: self.load,
+            measured_speeds=lambda: self.speeds,
             title=lambda rank: f"expert {rank - 1}",
         )
         self.board.observers.append(self.check)
@@ -172,6 +174,18 @@ async def test_a_rebalance_follows_the_load_and_needs_one() -> None:
     version = cluster.board.version
     await cluster.manager.rebalance()
     assert cluster.board.version == version, "nothing to do"
+
+
+async def test_a_rebalance_relieves_who_is_slow() -> None:
+    """Each holds as much of a load that is the same for all experts; then one is found to be four times slower."""
+    cluster = Cluster()
+    cluster.load = np.ones((len(SPARSE), NUM_EXPERTS))
+    cluster.speeds[1] = 0.25
+    await cluster.manager.rebalance()
+    await settle()
+    holds = copies_at(cluster.board.owners, len(cluster.ranks))[np.array(SPARSE)].sum(axis=1)
+    assert (holds[:, 1] == 1).all() and (holds[:, [0, 2]] >= 3).all()
+    cluster.check_settled()
 
 
 async def test_replicas_by_name() -> None:

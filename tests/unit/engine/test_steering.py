@@ -17,6 +17,7 @@ from amoe.engine.emulated_device import EmulatedDevice
 from amoe.engine.messages import Steer, Topology
 from amoe.engine.steering import Steering
 from amoe.policy.placement import place_experts, replicate_experts
+from amoe.policy.rebalance import Room, rebalance
 from amoe.policy.steering import count_work
 from amoe.profiles.models import MODELS
 from amoe.stats import BATCH_SIZE_EDGES, HistogramSnapshot, LayerHistograms, SteeringStats, WorkerStats
@@ -132,6 +133,38 @@ async def test_a_straggler_gets_fewer_pairs_and_fewer_sequences() -> None:
     assert cluster.busy.max() / cluster.busy.min() < 1.1
     assert 0 < state.moved < 0.5
     assert cluster.told[-1] == state
+
+
+async def test_who_is_four_times_slower_gets_its_share_of_the_work() -> None:
+    """Everybody holds every expert, and a home may choose: the slow one's part becomes 1/4 of the others', so that all
+    take as long; MAX_SPEED_RATIO leaves room for that much and no more."""
+    cluster = ModelledCluster("emulated:h100,straggler=2:4", 4, spare=48)
+    cluster.iterate()
+    seconds = [stats.experts_s for stats in cluster.stats]
+    assert max(seconds) > 3.5 * min(seconds), "even shares, uneven times"
+    await cluster.settle(6)
+    assert cluster.steering.state.owner_speed[2] == pytest.approx(1 / 4, rel=0.05)
+    assert cluster.pairs_at(2) == pytest.approx((1 / 4) / (3 + 1 / 4), rel=0.15)
+    before = [stats.experts_s for stats in cluster.stats]
+    cluster.iterate()
+    seconds = [stats.experts_s - earlier for stats, earlier in zip(cluster.stats, before, strict=True)]
+    assert max(seconds) < 1.25 * min(seconds)
+
+
+async def test_speeds_move_experts_where_there_are_no_replicas() -> None:
+    """What `policy.rebalance` does with them: a third of the experts, then a twelfth or so at the slow one."""
+    cluster = ModelledCluster("emulated:h100,straggler=1:4", 3, spare=0)
+    assert cluster.steering.measured_speeds().tolist() == [1, 1, 1]
+    cluster.iterate()
+    speeds = cluster.steering.measured_speeds()
+    assert speeds.tolist() == [1, pytest.approx(1 / 4, rel=0.05), 1]
+    load = cluster.steering.measured_load()
+    assert load is not None
+    everybody = np.ones(3, np.bool_)
+    room = Room(SIZES.num_experts, SIZES.num_experts)
+    table = rebalance(load, cluster.owners, everybody, room, speeds)
+    at_slow = (np.where(table == 1, 1.0, 0.0).sum(axis=-1) * cluster.popularity).sum() / SIZES.num_layers
+    assert at_slow == pytest.approx((1 / 4) / (2 + 1 / 4), abs=0.03)
 
 
 async def test_homes_beside_hot_experts_get_fewer_sequences() -> None:

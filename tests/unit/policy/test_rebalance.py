@@ -35,6 +35,7 @@ class Case(NamedTuple):
     owners: np.ndarray
     present: np.ndarray
     redundant: int
+    speed: np.ndarray
 
     @property
     def num_owners(self) -> int:
@@ -42,7 +43,7 @@ class Case(NamedTuple):
 
     @property
     def room(self) -> Room:
-        return room_for(self.owners, self.present, self.redundant)
+        return room_for(self.owners, self.present, self.redundant, self.speed)
 
 
 @st.composite
@@ -57,7 +58,8 @@ def cases(draw: st.DrawFn) -> Case:
     if redundant:
         owners = replicate_experts(rng.random((2, num_experts)), num_owners, -(-num_experts // num_owners) + redundant)
     present = np.array(draw(st.lists(st.booleans(), min_size=max_owners, max_size=max_owners).filter(any)))
-    return Case(load, owners, present, redundant)
+    speed = rng.choice([0.25, 0.5, 1.0, 2.0], max_owners) if draw(st.booleans()) else np.ones(max_owners)
+    return Case(load, owners, present, redundant, speed)
 
 
 def check(case: Case, table: np.ndarray) -> None:
@@ -74,14 +76,17 @@ def check(case: Case, table: np.ndarray) -> None:
 
 @given(cases())
 def test_a_rebalanced_table_is_complete_and_no_worse(case: Case) -> None:
-    table = rebalance(case.load, case.owners, case.present, case.room)
+    table = rebalance(case.load, case.owners, case.present, case.room, case.speed)
     check(case, table)
-    assert np.array_equal(table, rebalance(case.load, case.owners, case.present, case.room))
-    again = rebalance(case.load, table, case.present, case.room)
+    assert np.array_equal(table, rebalance(case.load, case.owners, case.present, case.room, case.speed))
+    again = rebalance(case.load, table, case.present, case.room, case.speed)
     assert not moves(table, again, case.num_owners, [True, True]).any(), "a table that was just made needs no move"
-    if copies_at(case.owners, case.num_owners)[..., case.present].any(axis=-1).all():  # nothing was lost
+    holds = copies_at(case.owners, case.num_owners) & case.present
+    is_lost, are_made = not holds.any(axis=-1).all(), (holds.sum(axis=(1, 2)) < case.room.wanted_copies).any()
+    # A replica that is made for the day on which a worker dies may get no tokens until then: `hottest` gives it some.
+    if not is_lost and not are_made and (case.redundant == 0 or (case.speed == 1).all()):
         smoothed = case.load + 0.05 * case.load.mean(axis=1, keepdims=True)
-        before, after = (hottest(smoothed, owners, case.present) for owners in (case.owners, table))
+        before, after = (hottest(smoothed, owners, case.present, case.speed) for owners in (case.owners, table))
         assert after <= before * (1 + 1e-9)
 
 
@@ -89,7 +94,7 @@ def test_a_rebalanced_table_is_complete_and_no_worse(case: Case) -> None:
 def test_a_spread_table_is_complete_and_touches_nobody_else(case: Case) -> None:
     old = copies_at(case.owners, case.num_owners)
     newcomers = case.present & ~old.any(axis=(0, 1))
-    table = spread_to(case.load, case.owners, case.present, case.room, newcomers)
+    table = spread_to(case.load, case.owners, case.present, case.room, newcomers, case.speed)
     check(case, table)
     if not newcomers.any():
         return
@@ -106,7 +111,7 @@ def test_few_moves_do_nearly_what_a_new_table_does(num_owners: int, redundant: i
     slots, present = 64 // num_owners + redundant, np.ones(num_owners, np.bool_)
     owners = replicate_experts(np.ones((4, 64)), num_owners, slots)
     room = room_for(owners, present, redundant)
-    assert room == Room(slots, 64 + num_owners * redundant)
+    assert room == Room(slots, 64 + num_owners * redundant, 64 + num_owners * redundant)
     ours = rebalance(load, owners, present, room)
     scratch = replicate_experts(load, num_owners, slots, anchored=False)
     assert hottest(load, ours, present) < hottest(load, scratch, present) + 0.12
@@ -136,6 +141,41 @@ def test_an_even_load_spreads_evenly_and_comes_back() -> None:
     back = spread_to(load, table, two, room_for(table, two, 0), np.zeros(3, np.bool_))
     assert copies_at(back, 3).sum(axis=1)[0].tolist() == [4, 4, 0]
     assert moves(table, back, 3, [True]).sum() == 2
+
+
+def test_redundancy_that_was_asked_for_is_there_however_many_workers_there_are() -> None:
+    """Two workers that hold everything, then three, four, and two again: always 8 experts more each than their part."""
+    load = np.random.default_rng(3).lognormal(0, 0.5, (2, 16))
+    owners = replicate_experts(load, 2, 16)
+    nobody, there = np.zeros(4, np.bool_), np.array([True, True, False, False])
+    assert num_replicas(owners, [True, True]) == 2 * 2 * 8
+    for newcomer in (2, 3):
+        there[newcomer] = True
+        owners = spread_to(load, owners, there, room_for(owners, there, 8), np.arange(4) == newcomer)
+        assert num_replicas(owners, [True, True]) >= 2 * 8 * there.sum()
+        assert (copies_at(owners, 4)[..., newcomer].sum(axis=1) >= 8).all()
+    for leaving in (3, 2):
+        there[leaving] = False
+        owners = spread_to(load, owners, there, room_for(owners, there, 8), nobody)
+        assert num_replicas(owners, [True, True]) >= 2 * 8 * there.sum()
+    assert copies_at(owners, 4)[..., :2].all(), "one may die, and nobody waits"
+
+
+def test_who_is_four_times_slower_gets_a_quarter_of_the_others_work() -> None:
+    """Without replicas: experts move, until all take as long. With the same experts for everybody, 16 against 4."""
+    load, speed, present = np.ones((2, 36)) * 1000, np.array([1.0, 0.25, 1.0]), np.ones(3, np.bool_)
+    owners = place_experts(2, 36, 3)
+    room = room_for(owners, present, 0, speed)
+    assert room == Room(16, 36, 36)
+    table = rebalance(load, owners, present, room, speed)
+    assert copies_at(table, 3).sum(axis=1).tolist() == [[16, 4, 16]] * 2
+    assert hottest(load, table, present, speed) == pytest.approx(1.0)
+    assert hottest(load, owners, present, speed) == pytest.approx(3.0)
+    skewed = np.random.default_rng(4).lognormal(0, 1, (2, 36))
+    table = rebalance(skewed, owners, present, room, speed)
+    assert hottest(skewed, table, present, speed) < 1.3
+    slow = (skewed[..., None] * copies_at(table, 3)).sum(axis=1)[:, 1] / skewed.sum(axis=1)
+    assert (slow < 0.15).all()
 
 
 def test_replicas_that_leave_with_their_owner_are_made_anew_where_it_is_hot() -> None:
@@ -172,7 +212,7 @@ def test_no_room_is_told() -> None:
 
 @given(cases(), st.data())
 def test_replicate_gives_one_expert_as_many_owners_as_asked_for(case: Case, data: st.DataObject) -> None:
-    owners = rebalance(case.load, case.owners, case.present, case.room)
+    owners = rebalance(case.load, case.owners, case.present, case.room, case.speed)
     count = data.draw(st.integers(1, int(case.present.sum())))
     expert = data.draw(st.integers(0, owners.shape[1] - 1))
     table = replicate(case.load, owners, case.present, 1, expert, count)
@@ -202,7 +242,7 @@ def test_replicate_names_what_is_wrong(layer: int, expert: int, count: int, mess
 
 @given(cases())
 def test_what_a_transition_holds_in_between(case: Case) -> None:
-    new = rebalance(case.load, case.owners, case.present, case.room)
+    new = rebalance(case.load, case.owners, case.present, case.room, case.speed)
     sparse = [True, False]
     for owner in range(case.num_owners):
         both = orders_for(union(case.owners, new), owner, sparse)

@@ -18,6 +18,7 @@ from amoe.policy.steering import (
     ReplicaPlan,
     count_work,
     imbalance,
+    lasting_speeds,
     moved_part,
     owner_speeds,
     plan_homes,
@@ -184,3 +185,8 @@ def test_little_changes_and_little_knowledge_change_nothing():
     assert measured([1, 1, 1], [1, 1, 1]).knows_experts
     assert not replace(measured([1, 1, 1], [1, 1, 1]), pairs=np.array([[3.0, 1.0], [0.0, 0.0]])).knows_experts
     assert measured([1, 1, 1], [1, 1, 1]).batch_load() == pytest.approx(np.full((2, 4), 1.0))
+
+
+def test_speeds_that_differ_little_move_no_experts():
+    speeds = np.array([0.25, 0.7, 1.0, 1.4, 1.6, 4.0])
+    assert lasting_speeds(speeds).tolist() == [0.25, 1.0, 1.0, 1.0, 1.6, 4.0]
