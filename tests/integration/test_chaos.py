@@ -86,6 +86,14 @@ async def test_the_only_attention_worker(checkpoint_factory: Callable[..., Path]
         await suffer(server, model, [kill(workers=("attention 0",), at=0.4)])
 
 
+async def test_one_worker_that_runs_all_layers_at_once(checkpoint_factory: Callable[..., Path], tmp_path: Path) -> None:
+    """What `amoe serve` does by itself on a small machine. All wait for its next life, and for the one after that."""
+    model = checkpoint_factory("qwen3_moe")
+    with ChaosServer(tmp_path, str(model), "--warm-spare", *QUIET) as server:
+        assert "schedule forward" in server.printed()
+        await suffer(server, model, [kill(workers=("worker 0",), at=0.2), stop(workers=("worker 0",), at=0.6)])
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("transport", ["shm", "tcp", "distributed"])
 async def test_a_worker_that_is_both(transport: str, checkpoint_factory: Callable[..., Path], tmp_path: Path) -> None:
