@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 FaultKind = Literal["kill", "stop", "hang", "cut", "delay"]
@@ -17,7 +18,7 @@ class Fault:
             `cut`: the worker and all others hear nothing of each other; `delay`: they hear everything later.
         workers: their titles, as `ps` shows them: `expert 0`.
         at: the share of the run's tokens that have come by then.
-        seconds: how long a link is cut, or delayed.
+        seconds: how long a link is cut, or delayed; inf: until the server has noticed it.
         delay_s: by how much.
     """
 
@@ -36,7 +37,7 @@ class Fault:
         if self.kind == "hang":
             return f"hang {who} inside a step"
         if self.kind == "cut":
-            return f"cut {who} off for {self.seconds:g} s"
+            return f"cut {who} off " + (f"for {self.seconds:g} s" if self.seconds < inf else "until that is noticed")
         return f"delay all to and from {who} by {1e3 * self.delay_s:g} ms for {self.seconds:g} s"
 
     @property

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from benchmarks.chaos.faults import Fault, Incident
 from benchmarks.chaos.server import ChaosServer
@@ -56,12 +57,24 @@ async def _hurt(
     incident = Incident(fault, time.monotonic())
     await asyncio.to_thread(_do, server, fault, pids)
     if not fault.ends_life:
-        await asyncio.sleep(fault.seconds)
+        await _outlast(server, fault, pids)
         await asyncio.to_thread(server.heal, fault.workers)
     await _wait_healed(server, incident, before)
     noticed = [server.taken_for_dead(worker, pid) for worker, pid in pids.items()]
     incident.noticed = max((time for time in noticed if time is not None), default=None) if all(noticed) else None
     return incident
+
+
+async def _outlast(server: ChaosServer, fault: Fault, pids: dict[str, int]) -> None:
+    """Until a fault that does not end lives is over."""
+    if fault.seconds < inf:
+        await asyncio.sleep(fault.seconds)
+        return
+    deadline = time.monotonic() + _HEAL_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if all(server.taken_for_dead(worker, pid) is not None for worker, pid in pids.items()):
+            return
+        await asyncio.sleep(_POLL_S)
 
 
 async def _wait_serving(server: ChaosServer, workers: Sequence[str]) -> dict[str, tuple[str, int]]:
