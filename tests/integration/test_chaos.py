@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,32 @@ async def test_one_worker_that_runs_all_layers_at_once(checkpoint_factory: Calla
     with ChaosServer(tmp_path, str(model), "--warm-spare", *QUIET) as server:
         assert "schedule forward" in server.printed()
         await suffer(server, model, [kill(workers=("worker 0",), at=0.2), stop(workers=("worker 0",), at=0.6)])
+
+
+async def test_who_may_lose_experts_goes_on_without_and_is_told(
+    checkpoint_factory: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With `--on-expert-loss reroute`; exact requests wait, and get the same tokens as ever."""
+    model = checkpoint_factory("qwen3_moe")
+    with ChaosServer(tmp_path, str(model), "--expert-workers", "2", "--on-expert-loss", "reroute", *QUIET) as server:
+        load = make_load(64, 0, 60, VOCAB_SIZE)
+        exact = [body | {"capacity": "exact"} for body in load.bodies[:32]]
+        load = replace(load, bodies=(*exact, *load.bodies[32:]))
+        undisturbed = (await run(server, load)).answers
+        assert not any(lost(answer) for answer in undisturbed)
+        told = (await run(server, load, [kill(workers=("expert 1",), at=0.2)])).answers
+        assert [answer.complaint(load.max_tokens) for answer in told] == [""] * len(told)
+        assert not any(lost(answer) for answer in told[:32])
+        assert any(lost(answer) for answer in told[32:])
+        oracle, _ = clear_requests(model, replace(load, bodies=tuple(exact)), undisturbed[:32])
+        for body, before, after in zip(exact, undisturbed, told, strict=False):
+            assert body not in oracle.bodies or before.token_ids == after.token_ids
+
+
+def lost(answer: Answer) -> int:
+    """Pairs of a token and an expert that were computed elsewhere, or nowhere, as the answer's `usage` tells."""
+    told = answer.usage["capacity"]
+    return told["pairs_dropped"] + told["pairs_rerouted"]
 
 
 @pytest.mark.matrix
