@@ -35,7 +35,7 @@ serve: $(VENV)/installed  ## Serve the built-in model on port 8000 (PORT=..., AR
 	$(BIN)/amoe serve --port $(PORT) $(ARGS)
 
 test: $(VENV)/installed-dev  ## Run the tests
-	$(BIN)/python -m pytest -m "not matrix and not gpu" $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -m "not matrix and not gpu" $(SIDE_BY_SIDE) --durations=40 --durations-min=5
 
 test-all: $(VENV)/installed-dev  ## Run the tests with the whole token-exactness matrix and more random examples
 	$(BIN)/python -m pytest -m "not gpu" --hypothesis-profile=thorough
