@@ -22,12 +22,14 @@ class Order:
     Attributes:
         incarnation: of the worker that was asked; `NOBODY`: none was there.
         answer: None: the worker is gone.
+        num_layers_held: layers that it has changed so far.
         patience: of who waits for the answer.
     """
 
     number: int
     incarnation: int
     answer: asyncio.Future[Holding | None]
+    num_layers_held: int = 0
     patience: asyncio.Timeout | None = None
 
 
@@ -84,7 +86,10 @@ class ExpertOrders:
     def on_layer_held(self, rank: int, message: LayerHeld) -> None:
         """A worker gets on with an order."""
         order = self._orders.get(rank)
-        if order is not None and order.number == message.order and order.patience is not None:
+        if order is None or order.number != message.order:
+            return
+        order.num_layers_held += 1
+        if order.patience is not None:
             order.patience.reschedule(asyncio.get_running_loop().time() + STANDSTILL_S)
 
     def drop(self, rank: int) -> None:

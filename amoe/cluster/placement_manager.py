@@ -18,11 +18,12 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from amoe.cluster.orders import STANDSTILL_S, ExpertOrders
+from amoe.cluster.orders import STANDSTILL_S, ExpertOrders, Order
 from amoe.cluster.topology import NOBODY, TopologyBoard
 from amoe.config import EngineConfig
 from amoe.engine.emulated_device import Shape
@@ -43,6 +44,21 @@ MAX_ATTEMPTS = 5  # of one transition: it is planned again when a worker dies in
 MIN_GAIN = 0.1  # of the busiest workers' load, that a rebalance has to promise to be worth it, if nobody has asked
 
 
+class _Move(NamedTuple):
+    """What one worker is to load."""
+
+    order: Order
+    num_experts: int
+    num_layers: int
+
+    @property
+    def num_done(self) -> int:
+        """Experts that it has loaded, as far as is known."""
+        if self.order.answer.done():
+            return self.num_experts
+        return self.num_experts * min(self.order.num_layers_held, self.num_layers) // self.num_layers
+
+
 class PlacementManager:
     """Who holds which experts, in one cluster. One transition at a time; the next one waits.
 
@@ -55,7 +71,6 @@ class PlacementManager:
         title: of the worker of a rank, for people.
 
     Attributes:
-        action: what is going on, for a person; "" if nothing.
         num_moved: copies of experts that transitions have loaded somewhere, cumulative.
         orders: which have to be told of the workers' answers.
     """
@@ -71,8 +86,9 @@ class PlacementManager:
         measured_speeds: Callable[[], Float64Array] | None = None,
         title: Callable[[int], str] = lambda rank: f"worker {rank}",
     ) -> None:
-        self.action = ""
         self.num_moved = 0
+        self._action = ""
+        self._moves: dict[int, _Move] = {}  # by rank, while they are waited for
         self._board = board
         self._sparse = shape.sparse_layers
         self._ranks = config.placement.owner_ranks
@@ -92,6 +108,15 @@ class PlacementManager:
         board.observers.append(self._on_topology)
 
     # -- what is true ------------------------------------------------------------------------------------------------
+
+    @property
+    def action(self) -> str:
+        """What is going on, for a person; "" if nothing."""
+        if not self._moves:
+            return self._action
+        moves = self._moves.values()
+        done, total = sum(move.num_done for move in moves), sum(move.num_experts for move in moves)
+        return f"moving {done} of {total} experts"
 
     @property
     def missing(self) -> int:
@@ -274,7 +299,7 @@ class PlacementManager:
                 logger.warning("a worker has gone while experts were moved: planning again")
             raise ConfigError("experts could not be moved: workers die again and again, see the server's log")
         finally:
-            self.action = ""
+            self._action = ""
             self._tidy_up()
             self._wake()  # whoever has come back meanwhile, and was not planned with, may hold nothing
 
@@ -283,7 +308,7 @@ class PlacementManager:
 
         async def wait() -> None:
             while not self._present[self._members].all():
-                self.action = "waiting for a worker that is being started"
+                self._action = "waiting for a worker that is being started"
                 await self._changed.wait()
 
         try:
@@ -307,14 +332,14 @@ class PlacementManager:
             return False
         gained = policy.moves(self._board.owners, target, len(self._ranks), self._sparse)
         lost = policy.moves(target, self._board.owners, len(self._ranks), self._sparse).any(axis=(0, 1))
-        if not await self._load_all(policy.union(self._board.owners, target), gained.sum(axis=(0, 1)).tolist()):
+        if not await self._load_all(policy.union(self._board.owners, target), gained):
             return False
         if self._needs_who_is_gone(target):
             return False
         self._loose.update(self._ranks[owner] for owner in np.flatnonzero(lost & self._present).tolist())
         count = int(gained.sum())
         if not np.array_equal(target, self._board.owners):
-            self.action = f"sending tokens to {count} experts that have moved"
+            self._action = f"sending tokens to {count} experts that have moved"
             self._board.place(target)
             self.num_moved += count
         await self._follow()
@@ -324,21 +349,24 @@ class PlacementManager:
         needed = policy.copies_at(target, len(self._ranks)).any(axis=(0, 1))
         return bool((needed & ~self._present).any())
 
-    async def _load_all(self, owners: Int16Array, counts: list[int]) -> bool:
+    async def _load_all(self, owners: Int16Array, gained: BoolArray) -> bool:
         """Let everybody who gains experts hold what a table gives them. False: one of them has gone.
 
         Args:
-            counts: [D] of experts that each gains.
+            gained: [L, E, D] who gains which.
         """
-        given = {owner: self.orders.give(self._ranks[owner], owners) for owner, count in enumerate(counts) if count}
-        self._loose.update(self._ranks[owner] for owner in given)
-        num_done = 0
-        for owner, order in given.items():
-            self.action = f"moving {num_done} of {sum(counts)} experts"
-            await self.orders.wait(self._ranks[owner], order)
-            num_done += counts[owner]
-        incarnations = self._board.incarnations
-        return all(incarnations[self._ranks[owner]] == order.incarnation for owner, order in given.items())
+        ranks = [self._ranks[owner] for owner in np.flatnonzero(gained.any(axis=(0, 1)))]
+        self._loose.update(ranks)
+        try:
+            for rank in ranks:
+                of_owner = gained[..., self._ranks.index(rank)]
+                order = self.orders.give(rank, owners)
+                self._moves[rank] = _Move(order, int(of_owner.sum()), int(of_owner.any(axis=1).sum()))
+            for rank, move in self._moves.items():
+                await self.orders.wait(rank, move.order)
+            return all(self._board.incarnations[rank] == move.order.incarnation for rank, move in self._moves.items())
+        finally:
+            self._moves.clear()
 
     async def _follow(self) -> None:
         """Until every home routes by the table in force; those that do not are noted."""

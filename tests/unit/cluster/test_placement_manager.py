@@ -15,7 +15,7 @@ from amoe.cluster import orders, placement_manager
 from amoe.cluster.placement_manager import PlacementManager
 from amoe.cluster.topology import NOBODY, TopologyBoard
 from amoe.config import EngineConfig, PlacementConfig, SteeringConfig
-from amoe.engine.messages import HoldExperts, Holding, Topology
+from amoe.engine.messages import HoldExperts, Holding, LayerHeld, Topology
 from amoe.errors import ConfigError
 from amoe.policy.placement import experts_of, place_experts
 from amoe.policy.rebalance import copies_at, hottest
@@ -345,6 +345,11 @@ async def test_one_transition_at_a_time_and_progress_is_told() -> None:
     while not held_up:  # noqa: ASYNC110 - the event loop of a test has nothing else to do
         await asyncio.sleep(0)
     assert cluster.manager.action == "moving 0 of 4 experts"
+    cluster.manager.orders.on_layer_held(4, LayerHeld(held_up[0].order))
+    assert cluster.manager.action == "moving 2 of 4 experts"
+    cluster.manager.orders.on_layer_held(4, LayerHeld(held_up[0].order - 1))
+    cluster.manager.orders.on_layer_held(3, LayerHeld(held_up[0].order))
+    assert cluster.manager.action == "moving 2 of 4 experts"
     version = cluster.board.version
     await settle()
     assert cluster.board.version == version
