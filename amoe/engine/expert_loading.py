@@ -1,9 +1,10 @@
 """Expert weights that come and go while a worker serves: `HoldExperts`, carried out beside the worker's loop.
 
-A thread makes the new weights of one layer at a time: those that stay are copied, the others are read from the
-checkpoint. The loop puts them in place between two turns, so no step ever sees half of them, and there are never two
-copies of more than one layer. Experts that come are there before any goes, which bounds what homes have to know: a
-table of owners may change at any time in between.
+A thread makes the new weights of one layer at a time: it reads what comes from the checkpoint, and lays it beside what
+stays (native kernels: in the same memory) or copies that as well (torch's, whose experts of a layer are one tensor: two
+copies of one layer then). The loop puts them in force between two turns, so no step ever sees half of them. What comes
+is there before anything goes, which bounds what homes have to know: a table of owners may change at any time in
+between. The thread, and those that it starts, leave the processor to the loop where both want it.
 
 What goes, goes late: while a token in the queue of its layer needs it, it stays. A pair may still come too late, sent
 by a table that is no longer in force. Then its token is not answered at all, rather than wrongly; its home sends it
@@ -12,7 +13,11 @@ again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -25,6 +30,10 @@ from amoe.engine.messages import HoldExperts, Holding, LayerHeld, ToServer
 from amoe.types import BoolArray
 
 logger = logging.getLogger(__name__)
+
+# A third of the loop's weight. With much less, a worker whose processor is busy would take minutes for what takes
+# seconds, and with Python's lock in hand it would wait for its turn while the loop waits for the lock.
+_NICE = 5
 
 
 class ExpertStore(Protocol):
@@ -79,7 +88,7 @@ class ExpertLoading:
         self._wanted = list(self._held)
         self._order = 0
         self._complaint = ""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="amoe-expert-loading")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="amoe-expert-loading", initializer=_step_back)
         self._job: tuple[int, tuple[int, ...], Future[Any]] | None = None
         # [num_experts + 1] of a layer, only if a pair of it may come to the wrong place: id -1 reads the last entry.
         self._absent: dict[int, BoolArray] = {}
@@ -180,3 +189,10 @@ class ExpertLoading:
         mask: BoolArray = np.zeros(self._num_experts, np.bool_)
         mask[list(experts)] = True
         return mask
+
+
+def _step_back() -> None:
+    """Let this thread, and those that it will start, have what the loop leaves of a processor that both want."""
+    if sys.platform == "linux":  # elsewhere a priority is a whole process's
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -105,6 +107,24 @@ def test_what_comes_is_there_before_anything_goes() -> None:
     assert loading.is_busy
     assert carry_out(loading) == Holding(1, 5)
     assert store.history == [(0, (0, 1, 2, 5)), (2, (0, 3, 4)), (0, (2, 5))]
+    loading.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+def test_the_loop_comes_first() -> None:
+    class Looking(Store):
+        def prepare(self, layer: int, ids: tuple[int, ...]) -> tuple[int, ...]:
+            me = threading.get_native_id()
+            priorities.append(os.getpriority(os.PRIO_PROCESS, me))
+            return super().prepare(layer, ids)
+
+    priorities: list[int] = []
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    loading = make(Looking())
+    loading.order(order(1, [0, 1, 2, 5], [3, 4]))
+    carry_out(loading)
+    assert min(priorities) > mine or mine >= 5
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
     loading.close()
 
 
