@@ -1,14 +1,20 @@
 """Expert workers added and removed under load, on emulated devices: how soon do tokens wait less?
 
-    python -m benchmarks.scale_out [--device emulated:...] [--streams N] [--seconds S] [--json FILE] [--plot FILE.png]
+    python -m benchmarks.scale_out [--parts scale,auto,uneven] [--device emulated:...] [--streams N] [--seconds S]
+                                   [--json FILE] [--plot FILE.png]
 
-One `amoe serve` with three attention workers and one expert worker, each on an emulated device (`docs/emulation.md`:
-real processes, queues and HTTP; kernels wait for the modelled time, so that more workers are faster on any machine). A
-closed loop of streams runs all the time. After S seconds the admin API is asked for three expert workers, S seconds
-after they serve for a second replica of the hottest expert, S later for one worker again.
+`amoe serve` with attention workers and expert workers, each on an emulated device (`docs/emulation.md`: real processes,
+queues and HTTP; kernels wait for the modelled time, so that more workers are faster on any machine). A closed loop of
+streams of different lengths runs all the time. Each part has a server of its own:
 
-The wait for experts is what a token spends in their queues and steps: from its dispatch to its last answer, at each
-layer, as /metrics tells it (`join_wait_seconds`), on the mean over a second.
+    scale   one expert worker; then the admin API is asked for three, for a second replica of the hottest expert, for
+            one of the hottest expert of every layer, and for one worker again
+    auto    `--autoscale-experts 1:3`: one stream at first, then all of them
+    uneven  three expert workers, one of which is four times slower, each with a third of the experts; then a rebalance,
+            which goes by measured speeds; then the same with replicas of all, whose shares the homes choose
+
+The *queue age* is the time that a token waits for others at an expert worker, at each layer (what autoscaling goes by,
+`amoe.policy.autoscaling`); the *wait for experts* that from its dispatch to its last answer. Both are means over 2 s.
 """
 
 from __future__ import annotations
@@ -17,265 +23,251 @@ import argparse
 import asyncio
 import contextlib
 import json
+import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from benchmarks.chaos.server import ChaosServer
-from benchmarks.chaos.streams import Answer, Traffic, make_load
+from benchmarks.chaos.streams import Traffic
+from benchmarks.scale_figures import Change, Record, Sample, phases_of, plot, report
 
 _SAMPLE_S = 0.5  # as often as workers tell of themselves
-_WINDOW_S = 1.0
-_PLOT_WINDOW_S = 4.0
 _VOCAB_SIZE = 4096
-_FLAGS = ("--attention-workers", "3", "--expert-workers", "1", "--max-expert-workers", "3")
 _QUIET = ("--uvicorn-log-level", "warning", "--disable-uvicorn-access-log")
+_PARTS = ("scale", "auto", "uneven")
+_SLOW_RANK, _SLOWNESS = 2, 4  # the second of three expert workers behind one home
+_AUTO_TIMEOUT_S = 120.0
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What /metrics tells at a moment (monotonic seconds), summed over homes and layers since their start."""
+class Meter:
+    """Adds up what each worker counts, so that nothing is lost when one goes."""
 
-    at: float
-    waited_s: float
-    tokens: float
+    def __init__(self, server: ChaosServer) -> None:
+        self._server = server
+        self._last: dict[tuple[str, str], float] = {}
+        self._sums = dict.fromkeys(_SERIES.values(), 0.0)
 
-
-@dataclass
-class Change:
-    """Something that was asked of the server. Times are monotonic seconds."""
-
-    title: str
-    asked: float
-    done: float = 0.0
-
-
-@dataclass
-class Record:
-    """All that was seen."""
-
-    began: float = field(default_factory=time.monotonic)
-    samples: list[Sample] = field(default_factory=list)
-    changes: list[Change] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list)
+    def read(self) -> Sample:
+        """Now."""
+        now: dict[tuple[str, str], float] = {}
+        for name, labels, value in self._server.series():
+            if name in _SERIES and labels.get("block", "experts") == "experts":
+                now[name, labels["worker"]] = now.get((name, labels["worker"]), 0.0) + value
+        for (name, worker), value in now.items():
+            self._sums[_SERIES[name]] += max(0.0, value - self._last.get((name, worker), 0.0))
+        self._last = now
+        return Sample(time.monotonic(), **self._sums)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Phase:
-    """Figures between two changes.
+_SERIES = {
+    "expert_wait_token_seconds_total": "age_s",
+    "block_batch_size_sum": "tokens",
+    "join_wait_seconds_sum": "join_s",
+    "join_wait_seconds_count": "joins",
+}
 
-    Attributes:
-        title: what was there.
-        seconds: its length.
-        tokens_per_s: streamed.
-        wait_ms: median wait for experts.
-        itl_p50_ms, itl_p99_ms: of gaps that ended within it.
+
+class Load:
+    """A closed loop of streams, whose answers have different lengths: else all would end, and begin, together."""
+
+    def __init__(self, server: ChaosServer, record: Record, max_tokens: int, prompt_len: int) -> None:
+        self._server = server
+        self._record = record
+        self._max_tokens = max_tokens
+        self._prompt_len = prompt_len
+        self._streams: list[asyncio.Task[None]] = []
+        self._is_over = False
+
+    def grow(self, num_streams: int) -> None:
+        """So many there are from now on."""
+        first = len(self._streams)
+        self._streams += [asyncio.create_task(self._stream(number)) for number in range(first, num_streams)]
+
+    async def end(self) -> None:
+        """What has begun comes to its end."""
+        self._is_over = True
+        await asyncio.gather(*self._streams)
+
+    async def _stream(self, number: int) -> None:
+        draw = random.Random(number)
+        while not self._is_over:
+            num_tokens = draw.randint(max(1, self._max_tokens // 2), self._max_tokens * 3 // 2)
+            prompt = [draw.randrange(3, _VOCAB_SIZE) for _ in range(draw.randint(1, 2 * self._prompt_len))]
+            body: dict[str, Any] = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0.0}
+            body |= {"ignore_eos": True, "stream": True, "return_token_ids": True}
+            (answer,) = await Traffic(self._server.port, [body]).run()
+            self._record.answers.append(answer)
+            if complaint := answer.complaint(num_tokens):
+                self._record.complaints.append(complaint)
+
+
+class Run:
+    """One server under load, and what is seen of it.
+
+    Args:
+        args: of the command line.
+        first: what is there at the beginning.
     """
 
-    title: str
-    seconds: float
-    tokens_per_s: float
-    wait_ms: float
-    itl_p50_ms: float
-    itl_p99_ms: float
+    def __init__(self, server: ChaosServer, args: argparse.Namespace, first: str) -> None:
+        self.server = server
+        self.record = Record(first)
+        self.seconds: float = args.seconds
+        self.load = Load(server, self.record, args.max_tokens, args.prompt_len)
+
+    @contextlib.asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Samples are taken meanwhile; then the load ends."""
+        meter = Meter(self.server)
+
+        async def watch() -> None:
+            while True:
+                self.record.samples.append(await asyncio.to_thread(meter.read))
+                await asyncio.sleep(_SAMPLE_S)
+
+        watching = asyncio.create_task(watch())
+        try:
+            yield
+            self.record.ended = time.monotonic()
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            await self.load.end()
+
+    async def change(self, title: str, ask: Callable[[], object]) -> Change:
+        """Ask for something, wait until it is done, and let a phase pass."""
+        change = Change(title, time.monotonic())
+        self.record.changes.append(change)
+        await asyncio.to_thread(ask)
+        change.done = time.monotonic()
+        await asyncio.sleep(self.seconds)
+        return change
+
+    def scale(self, count: int) -> object:
+        """Ask for so many expert workers."""
+        return self.server.admin("POST", "/admin/scale", {"expert_workers": count})
+
+    def replicate(self, places: list[tuple[int, int]]) -> None:
+        """Ask for a second replica of each (layer, expert)."""
+        for layer, expert in places:
+            self.server.admin("POST", "/admin/replicas", {"layer": layer, "expert": expert, "count": 2})
+
+    def hottest(self) -> list[tuple[int, int]]:
+        """(layer, expert) of each layer's hottest expert, the hottest of all first."""
+        pairs: dict[tuple[int, int], float] = {}
+        for name, labels, value in self.server.series():
+            if name == "expert_pairs_total":
+                place = int(labels["layer"]), int(labels["expert"])
+                pairs[place] = pairs.get(place, 0.0) + value
+        best: dict[int, tuple[int, int]] = {}
+        for place in sorted(pairs, key=pairs.__getitem__):
+            best[place[0]] = place
+        return sorted(best.values(), key=pairs.__getitem__, reverse=True)
 
 
-def sample(server: ChaosServer) -> Sample:
-    """Now."""
-    metrics = server.metrics()
-    return Sample(
-        time.monotonic(), metrics.get("join_wait_seconds_sum", 0.0), metrics.get("join_wait_seconds_count", 0.0)
-    )
+async def scale(run: Run, num_streams: int) -> None:
+    """From one worker to three, replicas, and back."""
+    async with run.watched():
+        run.load.grow(num_streams)
+        await asyncio.sleep(run.seconds)
+        await run.change("3 expert workers", lambda: run.scale(3))
+        await run.change("a second replica of the hottest expert", lambda: run.replicate(run.hottest()[:1]))
+        await run.change("a second replica of the hottest of every layer", lambda: run.replicate(run.hottest()))
+        await run.change("1 expert worker again", lambda: run.scale(1))
 
 
-def waits_of(samples: Sequence[Sample]) -> list[tuple[float, float]]:
-    """When, and how long tokens had waited in the last `_WINDOW_S` or more; where any ran."""
-    waits, first = [], 0
-    for last, now in enumerate(samples):
-        while first + 1 < last and now.at - samples[first + 1].at >= _WINDOW_S:
-            first += 1
-        before = samples[first]
-        if now.tokens > before.tokens and now.waited_s >= before.waited_s:
-            waits.append((now.at, (now.waited_s - before.waited_s) / (now.tokens - before.tokens)))
-    return waits
+async def auto(run: Run, num_streams: int) -> None:
+    """One stream, and then many: nobody asks for a worker."""
+
+    def num_serving() -> int:
+        workers = run.server.cluster()["workers"]
+        return sum(worker["role"] == "experts" and worker["state"] == "serving" for worker in workers)
+
+    async with run.watched():
+        run.load.grow(1)
+        await asyncio.sleep(run.seconds)
+        change = Change(f"{num_streams} streams", time.monotonic())
+        run.record.changes.append(change)
+        run.load.grow(num_streams)
+        count = 1
+        while count < 3 and time.monotonic() < change.asked + _AUTO_TIMEOUT_S:
+            await asyncio.sleep(0.1)
+            if (now := await asyncio.to_thread(num_serving)) > count:
+                count = now
+                change.also += f"; {now} workers serve after {time.monotonic() - change.asked:.1f} s"
+        change.done = time.monotonic()
+        await asyncio.sleep(run.seconds)
 
 
-def fell_after(waits: Sequence[tuple[float, float]], change: Change, until: float) -> float | None:
-    """Seconds from the question until the wait was nearer to what it became than to what it had been, for good."""
-    before = [wait for at, wait in waits if change.asked - 5.0 <= at < change.asked]
-    after = [wait for at, wait in waits if change.done + _WINDOW_S <= at < until]
-    if not before or not after:
-        return None
-    middle = (np.median(before) + np.median(after)) / 2
-    above = [at for at, wait in waits if change.asked <= at < until and wait > middle]
-    return (max(above) if above else change.asked) - change.asked
+async def uneven(run: Run, num_streams: int) -> None:
+    """One worker is slow: the same number of experts for everybody, then as the rebalancer places them."""
+    async with run.watched():
+        run.load.grow(num_streams)
+        await asyncio.sleep(run.seconds)
+        await run.change("experts placed by measured speeds", lambda: run.server.admin("POST", "/admin/rebalance", {}))
 
 
-def phases_of(record: Record, ended: float) -> list[Phase]:
-    """Between the changes, and what was there while they were carried out."""
-    edges = [("1 expert worker", record.began + 2.0)]  # it fills
-    for change in record.changes:
-        edges += [(f"... {change.title}", change.asked), (f"{change.title}: done", change.done)]
-    waits = waits_of(record.samples)
-    gaps = np.array([gap for answer in record.answers for gap in pairwise(answer.times)]).reshape(-1, 2)
-    phases = []
-    for (title, start), (_, end) in pairwise([*edges, ("", ended)]):
-        own = gaps[(gaps[:, 1] >= start) & (gaps[:, 1] < end)]
-        lengths = (own[:, 1] - own[:, 0]) * 1e3
-        waited = [wait for at, wait in waits if start <= at < end]
-        phases.append(
-            Phase(
-                title=title,
-                seconds=end - start,
-                tokens_per_s=len(own) / (end - start),
-                wait_ms=float(np.median(waited)) * 1e3 if waited else float("nan"),
-                itl_p50_ms=float(np.percentile(lengths, 50)) if len(own) else float("nan"),
-                itl_p99_ms=float(np.percentile(lengths, 99)) if len(own) else float("nan"),
-            )
-        )
-    return phases
+async def steady(run: Run, num_streams: int) -> None:
+    """Nothing is asked for."""
+    async with run.watched():
+        run.load.grow(num_streams)
+        await asyncio.sleep(2 * run.seconds)
 
 
-async def closed_loop(
-    server: ChaosServer, record: Record, num_streams: int, max_tokens: int, stop: asyncio.Event
-) -> None:
-    """So many streams at any time, until `stop`."""
-    bodies = make_load(4 * num_streams, 0, max_tokens, _VOCAB_SIZE).bodies
-
-    async def one(number: int) -> None:
-        while not stop.is_set():
-            body = {**bodies[number % len(bodies)], "repetition_penalty": 1.0}
-            record.answers += await Traffic(server.port, [body]).run()
-            number += num_streams
-
-    await asyncio.gather(*(one(number) for number in range(num_streams)))
-
-
-async def watch(server: ChaosServer, record: Record) -> None:
-    """Sample until cancelled."""
-    while True:
-        record.samples.append(await asyncio.to_thread(sample, server))
-        await asyncio.sleep(_SAMPLE_S)
-
-
-async def change(record: Record, title: str, ask: Callable[[], object]) -> None:
-    """Ask for something and wait until it is done."""
-    record.changes.append(Change(title, time.monotonic()))
-    await asyncio.to_thread(ask)
-    record.changes[-1].done = time.monotonic()
-
-
-async def measure(server: ChaosServer, num_streams: int, max_tokens: int, seconds: float) -> tuple[Record, float]:
-    """Everything, and when it was over."""
-    record, stop = Record(), asyncio.Event()
-    load = asyncio.ensure_future(closed_loop(server, record, num_streams, max_tokens, stop))
-    watching = asyncio.ensure_future(watch(server, record))
-
-    def hot() -> object:
-        layer, expert = server.hottest_expert()
-        return server.admin("POST", "/admin/replicas", {"layer": layer, "expert": expert, "count": 2})
-
-    await asyncio.sleep(seconds)
-    await change(record, "3 expert workers", lambda: server.admin("POST", "/admin/scale", {"expert_workers": 3}))
-    await asyncio.sleep(seconds)
-    await change(record, "a second replica of the hottest expert", hot)
-    await asyncio.sleep(seconds)
-    await change(record, "1 expert worker again", lambda: server.admin("POST", "/admin/scale", {"expert_workers": 1}))
-    await asyncio.sleep(seconds)
-    ended = time.monotonic()
-    stop.set()
-    await load
-    watching.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await watching
-    return record, ended
-
-
-def report(record: Record, ended: float, max_tokens: int) -> str:
-    """Markdown."""
-    lines = [
-        "| phase | s | tokens/s | wait for experts ms | ITL ms p50 | p99 |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {p.title} | {p.seconds:.1f} | {p.tokens_per_s:.0f} | {p.wait_ms:.1f} | {p.itl_p50_ms:.0f} | "
-            f"{p.itl_p99_ms:.0f} |"
-            for p in phases_of(record, ended)
-        ),
-        "",
+def runs_of(part: str, device: str) -> list[tuple[str, Callable[[Run, int], Any], str, tuple[str, ...]]]:
+    """Of a part: what is there at first, what happens, on which device, and with which flags."""
+    one = ("--expert-workers", "1", "--max-expert-workers", "3")
+    if part == "scale":
+        return [("1 expert worker", scale, device, ("--attention-workers", "3", *one))]
+    if part == "auto":
+        return [("1 stream", auto, device, ("--attention-workers", "3", *one, "--autoscale-experts", "1:3"))]
+    slow = f"{device},straggler={_SLOW_RANK}:{_SLOWNESS}"
+    three = ("--attention-workers", "1", "--expert-workers", "3", "--max-expert-workers", "3")
+    replicas = (*three, "--redundant-experts", "1000")
+    return [
+        ("an even split, one worker 4 times slower", uneven, slow, three),
+        ("replicas of all, even shares", steady, slow, (*replicas, "--steer-interval", "0")),
+        ("replicas of all, shares by measured speeds", steady, slow, replicas),
     ]
-    waits, ends = waits_of(record.samples), [c.asked for c in record.changes[1:]] + [ended]
-    for one, until in zip(record.changes, ends, strict=True):
-        fell = fell_after(waits, one, until)
-        told = "" if fell is None else f"; the wait had changed half of its way after {fell:.1f} s"
-        lines.append(f"- {one.title}: done after {one.done - one.asked:.1f} s{told}")
-    failed = {answer.complaint(max_tokens) for answer in record.answers} - {""}
-    num_failed = sum(bool(answer.complaint(max_tokens)) for answer in record.answers)
-    lines.append(
-        f"- {len(record.answers)} requests, {num_failed} failed {sorted(failed)[:3] if failed else ''}".rstrip()
-    )
-    return "\n".join(lines)
-
-
-def plot(path: Path, record: Record) -> None:
-    """Tokens per second and the wait for experts over time, with the changes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 4.5), sharex=True, layout="constrained")
-    times = np.array([at for answer in record.answers for at in answer.times]) - record.began
-    # Streams that march together get their tokens together: a second in which none came means nothing.
-    starts = np.arange(0.0, max(0.0, times.max() - _PLOT_WINDOW_S), 0.25)
-    counts = np.array([np.count_nonzero((times >= at) & (times < at + _PLOT_WINDOW_S)) for at in starts])
-    top.fill_between(starts + _PLOT_WINDOW_S / 2, counts / _PLOT_WINDOW_S, color="#4878a8", alpha=0.8, linewidth=0)
-    top.set_ylabel("tokens per second", fontsize=8)
-    waits = np.array(waits_of(record.samples))
-    bottom.plot(waits[:, 0] - record.began, waits[:, 1] * 1e3, color="#a05020", linewidth=1.4)
-    bottom.set_ylabel("wait for experts, ms", fontsize=8)
-    bottom.set_xlabel("seconds", fontsize=8)
-    for panel in (top, bottom):
-        panel.set_ylim(bottom=0)
-        panel.tick_params(labelsize=7)
-        panel.spines[["top", "right"]].set_visible(False)
-        for one in record.changes:
-            panel.axvspan(one.asked - record.began, one.done - record.began, color="#c0c0c0", alpha=0.5, linewidth=0)
-    for one in record.changes:
-        at = one.done - record.began
-        top.annotate(one.title, (at, 1.0), xycoords=("data", "axes fraction"), fontsize=7, ha="left", va="bottom")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="emulated:h100,slow=300,sigma=1.0,model=olmoe-1b-7b")
-    parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=24)
-    parser.add_argument("--seconds", type=float, default=12.0, help="between the changes")
+    parser.add_argument("--parts", default=",".join(_PARTS), help="some of them")
+    parser.add_argument("--device", default="emulated:h100,slow=200,sigma=1.0,model=olmoe-1b-7b")
+    parser.add_argument("--streams", type=int, default=48)
+    parser.add_argument("--max-tokens", type=int, default=24, help="of an answer, on average")
+    parser.add_argument("--prompt-len", type=int, default=16, help="tokens, on average")
+    parser.add_argument("--seconds", type=float, default=15.0, help="between the changes")
+    parser.add_argument("--fill", type=float, default=4.0, help="seconds at the beginning of which nothing is told")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=Path, help="of the first part")
     args = parser.parse_args()
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        ChaosServer(Path(directory), *_FLAGS, "--device", args.device, *_QUIET) as server,
-    ):
-        record, ended = asyncio.run(measure(server, args.streams, args.max_tokens, args.seconds))
-    print(report(record, ended, args.max_tokens))
-    if args.plot is not None:
-        plot(args.plot, record)
+    if unknown := set(args.parts.split(",")) - set(_PARTS):
+        parser.error(f"--parts: there is no {', '.join(sorted(unknown))}; known: {', '.join(_PARTS)}")
+    results = []
+    for part in args.parts.split(","):
+        for first, happen, device, flags in runs_of(part, args.device):
+            with (
+                tempfile.TemporaryDirectory() as directory,
+                ChaosServer(Path(directory), *flags, "--device", device, *_QUIET) as server,
+            ):
+                run = Run(server, args, first)
+                asyncio.run(happen(run, args.streams))
+            print(f"\n### {part}\n\n{report(run.record, args.fill)}", flush=True)
+            if args.plot is not None and not results:
+                plot(args.plot, run.record)
+            results.append({"part": part, "phases": [asdict(p) for p in phases_of(run.record, args.fill)]})
     if args.json is not None:
-        result = {"date": datetime.now(UTC).isoformat(), "command": sys.argv}
-        phases = [asdict(phase) for phase in phases_of(record, ended)]
-        args.json.write_text(json.dumps(result | {"phases": phases}, indent=1) + "\n", encoding="utf-8")
+        result = {"date": datetime.now(UTC).isoformat(), "command": sys.argv, "parts": results}
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

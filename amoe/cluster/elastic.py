@@ -141,6 +141,12 @@ class ElasticCluster:
                 "the workers of this server hold attention as well as experts: none can be added or removed; start it "
                 "with --expert-workers N"
             )
+        bounds = self._cluster.config.autoscale
+        if bounds is not None and not bounds.min_workers <= count <= bounds.max_workers:
+            raise ConfigError(
+                f"--autoscale-experts {bounds.min_workers}:{bounds.max_workers} of this server would take {count} "
+                "expert workers back at once: ask for a number within, or start it without"
+            )
         most = len(placement.owner_ranks)
         if not 1 <= count <= most:
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from amoe.cluster.elastic import ElasticCluster
-from amoe.config import FailureConfig, PlacementConfig
+from amoe.config import AutoscaleConfig, FailureConfig, PlacementConfig
 from amoe.engine.messages import Applied, Heartbeat, HoldExperts, Holding, Topology, ToWorker
 from amoe.errors import ConfigError, UnfinishedError
 from amoe.policy.placement import place_experts
@@ -103,6 +104,16 @@ async def test_nothing_to_do(elastic: Elastic) -> None:
 @pytest.mark.parametrize("count", [0, -1, 4])
 async def test_counts_that_cannot_be(elastic: Elastic, count: int) -> None:
     with pytest.raises(ConfigError, match=f"1 to 3 expert workers, not {count}: --max-expert-workers"):
+        await elastic.admin.scale_experts(count)
+
+
+@pytest.mark.parametrize(("count", "least", "most"), [(1, 2, 3), (3, 1, 2)])
+async def test_what_the_autoscaler_would_undo_is_refused(elastic: Elastic, count: int, least: int, most: int) -> None:
+    autoscale = AutoscaleConfig(min_workers=least, max_workers=most)
+    elastic.cluster.config = replace(elastic.cluster.config, autoscale=autoscale)
+    with pytest.raises(
+        ConfigError, match=f"--autoscale-experts {least}:{most} of this server would take {count} expert"
+    ):
         await elastic.admin.scale_experts(count)
 
 
