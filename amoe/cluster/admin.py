@@ -22,6 +22,7 @@ class WorkerStatus:
         num_crashes: deaths in a row.
         reason: how it died last; "" if it never did.
         retry_s: seconds until it is started anew, while `waiting`.
+        ended_s: seconds since it was lost last; None: it never was.
     """
 
     rank: int
@@ -32,6 +33,7 @@ class WorkerStatus:
     num_crashes: int = 0
     reason: str = ""
     retry_s: float = 0.0
+    ended_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

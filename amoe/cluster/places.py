@@ -91,4 +91,5 @@ class Place:
             num_crashes=self.crashes.count,
             reason=self.reason,
             retry_s=max(0.0, self.retry_at - now) if self.state == "waiting" else 0.0,
+            ended_s=None if self.lost_at is None else now - self.lost_at,
         )

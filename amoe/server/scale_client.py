@@ -225,7 +225,8 @@ def show_workers(console: Console, before: Cluster, after: Cluster) -> None:
     for rank in sorted(old | new):
         worker = new.get(rank) or old[rank]
         state = _history(old.get(rank), new.get(rank))
-        cells = (worker["title"], str(rank), worker["role"], state, str(worker["incarnation"] + 1), worker["reason"])
+        lives = str(worker["incarnation"] + 1)
+        cells = (worker["title"], str(rank), worker["role"], state, lives, _last_end(worker))
         table.add_row(*map(Text, cells))
     console.print(table)
     figures = [f"replicas {_change(before, after, 'num_replicas')}", f"topology {_change(before, after, 'version')}"]
@@ -255,6 +256,15 @@ def _history(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str
     assert before is not None
     was, now = _state(before), _state(after)
     return now if was == now else f"{was} → {now}"
+
+
+def _last_end(worker: dict[str, Any]) -> str:
+    """How it died last, and when."""
+    seconds = worker.get("ended_s")  # a server of an earlier version does not tell
+    if seconds is None:
+        return str(worker["reason"])
+    unit, name = next(unit for unit in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * unit[0] or unit[0] == 1)
+    return f"{seconds / unit:.0f} {name} ago: {worker['reason']}"
 
 
 def _state(worker: dict[str, Any]) -> str:

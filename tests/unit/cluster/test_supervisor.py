@@ -99,6 +99,8 @@ async def test_who_waits_for_its_next_life_says_for_how_long():
         status = fakes.supervisor.statuses()[1]
         assert (status.num_crashes, status.reason) == (2, "no such file")
         assert 0 < status.retry_s <= 100
+        assert status.ended_s is not None
+        assert fakes.supervisor.statuses()[2].ended_s is None
         assert "last: no such file; next attempt in " in fakes.engine.trouble
 
 

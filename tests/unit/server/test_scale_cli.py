@@ -270,6 +270,7 @@ class TestRuns:
                 state="waiting",
                 num_crashes=3,
                 retry_s=4.0,
+                ended_s=600.0,
                 reason="SIGKILL [9]",
             )
             return httpx.Response(
@@ -282,5 +283,5 @@ class TestRuns:
         )
         shown = console.file.getvalue()
         assert "waiting, started anew in 4 s (died 3 times in a row)" in shown
-        assert "SIGKILL [9]" in shown, "not taken for markup"
+        assert "10 min ago: SIGKILL [9]" in shown, "not taken for markup"
         assert "8 (layer, expert) pairs are held by nobody" in shown
