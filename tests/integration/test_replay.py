@@ -238,6 +238,8 @@ class EngineShell:
         self.messages = [_to_message(message) for message in turn.messages]
         self.batches = turn.batches
         self.worker._next_control = 0.0
+        # It gives signs of life, and asks again for what it is owed, when the core that was recorded did.
+        self.worker._next_sign = float("inf") if turn.retried_at is None else 0.0
         self.worker.turn()
 
     def receive(self):
@@ -290,6 +292,7 @@ class FakeHome:
         self.core.batcher.add(message.request_id, token_ids, message.params, message.sibling_of, **told)
 
     is_compiling = False
+    moe_inputs = None
 
     def poll(self) -> None:
         """No request brings a grammar."""
