@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -75,10 +81,52 @@ def test_experts_in_int8_move_while_the_answers_stay(expected: list[str]) -> Non
     with ServedModel("--quantization", "int8", "--dtype", "float32", *placement, "--admin-key", "secret") as server:
         assert answers_of(server) == expected
         for count in (2, 1):
-            scaled = httpx.post(f"{server.url}/admin/scale", json={"expert_workers": count}, headers=KEY, timeout=120)
+            scaled = scale(server, count)
             assert scaled.status_code == 200, scaled.text
             assert answers_of(server) == expected
         assert not server.tracebacks()
+
+
+def test_a_worker_dies_while_it_gives_experts_away(expected: list[str]) -> None:
+    """Its next life, or the newcomer, has them all the same."""
+    placement = ("--attention-workers", "1", "--expert-workers", "1", "--max-expert-workers", "2")
+    with ServedModel("--quantization", "int8", "--dtype", "float32", *placement, "--admin-key", "secret") as server:
+        assert answers_of(server) == expected
+        with ThreadPoolExecutor(1) as thread:
+            scaling = thread.submit(scale, server, 2)
+            until(lambda: {w["title"]: w["state"] for w in cluster_of(server)["workers"]}.get("expert 1") == "serving")
+            os.kill(pid_of(server, "expert 0"), signal.SIGKILL)
+            answer = scaling.result(120)
+        assert answer.status_code in (200, 409, 500), answer.text  # it was too late, or is told
+        assert answers_of(server) == expected
+        until(lambda: all(worker["state"] == "serving" for worker in cluster_of(server)["workers"]))
+        for count in (2, 1):
+            assert scale(server, count).status_code == 200
+            assert answers_of(server) == expected
+        assert cluster_of(server)["missing"] == 0
+        assert not server.tracebacks()
+
+
+def scale(server: ServedModel, count: int) -> httpx.Response:
+    return httpx.post(f"{server.url}/admin/scale", json={"expert_workers": count}, headers=KEY, timeout=120)
+
+
+def cluster_of(server: ServedModel) -> dict[str, Any]:
+    return httpx.get(f"{server.url}/admin/cluster", headers=KEY, timeout=60).raise_for_status().json()
+
+
+def pid_of(server: ServedModel, title: str) -> int:
+    children = psutil.Process(server.pid).children(recursive=True)
+    return next(child.pid for child in children if f"amoe: {title}" in " ".join(child.cmdline()))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for it: for a minute at most."""
+    for _ in range(1200):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it never came to that")
 
 
 @pytest.mark.parametrize(
