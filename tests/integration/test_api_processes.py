@@ -148,6 +148,17 @@ async def test_workers_die_and_nobody_notices(checkpoint_factory: Callable[..., 
             told = server.metrics()
             assert (told["worker_losses_total"], told["worker_respawns_total"]) == (3, 3)
             assert told["expert_workers_serving"] == 2
+        # Nobody waits for an API process that is stopped; when it goes on it hears all that has happened, in order.
+        stopped = family(server.process.pid)["amoe: api 0"]
+        stopped.suspend()
+        lives = server.lives()["expert 1"][1]
+        server.kill("expert 1")
+        until(lambda: server.lives()["expert 1"] == ("serving", lives + 1), "it serves again, and the other one knows")
+        stopped.resume()
+        again, already = make_load(16, 0, 40, VOCAB_SIZE), len(server.printed())
+        while "api 0" not in have_served(server.printed()[already:]):  # the kernel chooses who answers
+            answers = (await run(server, again)).answers
+            assert [answer.complaint(again.max_tokens) for answer in answers] == [""] * 16
         everything = [*family(server.process.pid).values()]
         server.process.kill()
         _, alive = psutil.wait_procs(everything, timeout=30)
