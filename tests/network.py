@@ -66,7 +66,6 @@ class Network:
                 ("addr", "add", f"{THERE}/30", "dev", self._far),
                 ("link", "set", self._far, "up"),
                 ("link", "set", "lo", "up"),
-                ("route", "add", "default", "dev", self._far),  # this host's other addresses
             ):
                 ip("-n", self._space, *arguments)
             self._wire = subprocess.Popen(

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_GRACE_S = 0.2  # a channel ends a moment before the exit of its process is known, which tells more
 FENCE_PATIENCE_S = 10.0
+# A link over torch.distributed takes some 16 crossings of the network and back: 1.6 s, where one takes 0.1 s.
+LINKING_S = {"distributed": 5.0}
 LEAVE_GRACE_S = 10.0
 
 
@@ -83,7 +85,7 @@ class Supervisor:
             place = self._make_place(rank)
             place.serve(worker, now)
             self._lives[rank] = worker.incarnation
-            self._signs.expect(rank)
+            self._signs.expect(rank, LINKING_S.get(self._config.transport, 0.0))
         self._engine.on_message = self._hear
         self._engine.on_gone = self._on_gone
         self._cluster.on_death = self._on_exit
@@ -285,7 +287,7 @@ class Supervisor:
         worker, ready = await self._starter.start(rank, incarnation)
         # Nothing is awaited from here on: it holds what the table says now. The topology comes before any request.
         place.serve(worker, self._clock.now())
-        self._signs.expect(rank)
+        self._signs.expect(rank, LINKING_S.get(self._config.transport, 0.0))
         self._board.join({rank: (incarnation, ready.address)})
         self._engine.attach(rank, worker.channel)
         if worker.exited.is_set():

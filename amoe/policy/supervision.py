@@ -69,9 +69,11 @@ def can_serve(num_homes: int, num_owners: int, num_missing: int, *, degrades: bo
 
 @dataclass(slots=True)
 class _Signs:
-    """Of one worker: seconds since the last one, and the step that it has not come out of since."""
+    """Of one worker: seconds since the last one, the step that it has not come out of since, and for how long its links
+    may not be there yet."""
 
     silence_s: float = 0.0
+    linking_s: float = 0.0
     has_begun: bool = False
     step: StepTime | None = None
 
@@ -98,10 +100,11 @@ class LifeSigns:
         self._workers: dict[int, _Signs] = {}
         self._accusations: dict[tuple[int, int], _Accusation] = {}
 
-    def expect(self, rank: int) -> None:
-        """A worker is ready."""
+    def expect(self, rank: int, linking_s: float = 0.0) -> None:
+        """A worker is ready. Its links may take `linking_s` to come about: until then nobody waits for it in vain, nor
+        it for anybody."""
         self.forget(rank)
-        self._workers[rank] = _Signs()
+        self._workers[rank] = _Signs(linking_s=linking_s)
 
     def forget(self, rank: int) -> None:
         """A worker is gone, or about to leave: nothing is expected of it, and what it has said of others is void."""
@@ -130,7 +133,8 @@ class LifeSigns:
 
     def accuse(self, home: int, rank: int, seconds: float) -> None:
         """`home` has waited for an answer of `rank` for `seconds`. It says so again as long as it waits."""
-        if home not in self._workers or rank not in self._workers:
+        ends = (self._workers.get(home), self._workers.get(rank))
+        if any(signs is None or signs.linking_s > 0 for signs in ends):
             return
         known = self._accusations.setdefault((home, rank), _Accusation(seconds))
         known.seconds, known.age_s = seconds, 0.0
@@ -140,6 +144,7 @@ class LifeSigns:
         """So much time has passed, in which messages were read as they came."""
         for signs in self._workers.values():
             signs.silence_s += seconds
+            signs.linking_s = max(0.0, signs.linking_s - seconds)
         for accusation in self._accusations.values():
             accusation.age_s += seconds
         for pair in [pair for pair, item in self._accusations.items() if item.age_s > self._patience.lapse_s]:

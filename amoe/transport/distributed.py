@@ -9,7 +9,7 @@ whether and how much follows in a second one. Nobody has to tell sizes first. Wh
 and columns travel so, and the payload goes from device to device (`distributed_payloads`).
 
 Threads. The scheduler's thread posts sends itself, which does not block, and takes what has arrived. Each link has a
-thread that always has a receive posted, and one that waits for sends to be done and gives their buffers back.
+thread that always has receives posted, and one that waits for sends to be done and gives their buffers back.
 
 No deadlock. A send is done when its peer receives it. The receiving thread of the peer waits for nothing but the next
 message: not for its scheduler, since what has arrived waits in a queue without limit, and not for its own sends. So

@@ -24,6 +24,9 @@ from amoe.types import Batch
 logger = logging.getLogger(__name__)
 
 _HEAD_TAG, _REST_TAG = 0, 1
+# Receives that stand ready. gloo sends nothing before the other side has said that it is ready for it: with a single
+# one, every record would wait for a round trip of the network behind the one before.
+_READY = 8
 
 
 class Outgoing(NamedTuple):
@@ -168,9 +171,13 @@ class Link:
             TransportError: what comes is not a record.
         """
         peer, eager = 1 - pair.own, self._spec.eager_bytes
+        ready: deque[tuple[WireBuffer, Any]] = deque()
         while not self._stopped.is_set():
-            buffer = self._pool.take(eager)
-            pair.records.recv([buffer.tensor[:eager]], peer, _HEAD_TAG).wait(FOREVER)
+            while len(ready) < _READY:
+                buffer = self._pool.take(eager)
+                ready.append((buffer, pair.records.recv([buffer.tensor[:eager]], peer, _HEAD_TAG)))
+            buffer, work = ready.popleft()
+            work.wait(FOREVER)
             layout = layout_at(buffer)
             is_beside = pair.payloads is not None and layout.n > 0
             nbytes = layout.payload if is_beside else layout.size

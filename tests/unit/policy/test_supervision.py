@@ -95,6 +95,16 @@ def test_who_does_not_get_what_was_sent_is_cut_off():
     assert TIMEOUT_S * 0.75 <= loss.seconds <= TIMEOUT_S
 
 
+def test_a_new_life_whose_links_are_not_there_yet_is_not_cut_off():
+    """Nor is who waits for it; afterwards, what still does not arrive is noticed as ever."""
+    cluster = Cluster()
+    cluster.signs.expect(OWNER, 5.0)
+    cluster.waits[HOME, OWNER] = 0.0
+    assert cluster.pass_time(5.0) == []
+    (loss,) = cluster.pass_time(TIMEOUT_S)
+    assert (loss.rank, loss.kind) == (OWNER, "cut")
+
+
 def test_who_is_slow_is_not_cut_off():
     """What the home waits for lies in the worker's queue."""
     cluster = Cluster()
