@@ -260,6 +260,9 @@ class EmulatedExperts:
         """See `ExpertStore`."""
         self._held[layer] = prepared
 
+    def discard(self, layer: int) -> None:
+        """See `ExpertStore`. There is nothing."""
+
     def experts(self, step: ExpertsStep) -> torch.Tensor:
         """See `ExpertBlocks`."""
         self.waiter.start()

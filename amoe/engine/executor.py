@@ -275,6 +275,10 @@ class ExpertsExecutor:
         """See `ExpertStore`."""
         self._model.set_experts(layer, prepared)
 
+    def discard(self, layer: int) -> None:
+        """See `ExpertStore`."""
+        self._model.discard_experts(layer)
+
     def keep(self, batch: Batch, slab_rows: Int32Array, kept: BoolArray) -> None:
         """See `ExpertBlocks`."""
         _store(self.slab, slab_rows, batch, kept)

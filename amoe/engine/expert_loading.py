@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 # A third of the loop's weight. With much less, a worker whose processor is busy would take minutes for what takes
 # seconds, and with Python's lock in hand it would wait for its turn while the loop waits for the lock.
-_NICE = 5
+_MORE_NICE = 5
 
 
 class ExpertStore(Protocol):
@@ -60,6 +60,10 @@ class ExpertStore(Protocol):
 
     def install(self, layer: int, prepared: Any) -> None:
         """Compute with those weights from now on. Called by the loop, between steps."""
+        ...
+
+    def discard(self, layer: int) -> None:
+        """What `prepare` has made of a layer will not be installed. Called by the loop."""
         ...
 
 
@@ -151,6 +155,8 @@ class ExpertLoading:
             self._store.install(layer, future.result())
             self._held[layer] = ids
             self._note(layer)
+        else:
+            self._store.discard(layer)
         return True
 
     def _is_on_the_way(self, layer: int, ids: set[int]) -> bool:
@@ -195,4 +201,5 @@ def _step_back() -> None:
     """Let this thread, and those that it will start, have what the loop leaves of a processor that both want."""
     if sys.platform == "linux":  # elsewhere a priority is a whole process's
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            me = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, me, min(19, os.getpriority(os.PRIO_PROCESS, me) + _MORE_NICE))

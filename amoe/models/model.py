@@ -157,6 +157,9 @@ class Model:
             self._views[layer] = expert_views(experts.w13, experts.w2)
             self._local_index[layer] = self._index_of(layer)
 
+    def discard_experts(self, layer: int) -> None:
+        """See `WorkerModel`. They have memory of their own, which goes with them."""
+
     def new_kv_cache(self, num_blocks: int, block_size: int, max_len: int | None = None) -> KVCache:
         """A KV cache for `attention`, which takes the last one that was made.
 

@@ -117,6 +117,11 @@ class NativeModel:
             self._index(layer)
             experts.forget_others()
 
+    def discard_experts(self, layer: int) -> None:
+        """See `WorkerModel`. They lie beside those that are here."""
+        if layer in self.weights.experts:
+            self.weights.experts[layer].forget_others()
+
     def _index(self, layer: int) -> None:
         """Note the place of each global expert of a layer, -1 if it is not here."""
         experts = self.weights.experts[layer]

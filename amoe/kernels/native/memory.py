@@ -7,25 +7,40 @@ import ctypes
 import functools
 import math
 import mmap
+import sys
 from collections.abc import Callable
 
 import torch
 
+from amoe.errors import ConfigError
+
 _Madvise = Callable[[int, int, int], int]
 
 HUGE_PAGE = 2 << 20
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python does not name it
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Memory in huge pages, where it is large and the system has them: streams would miss the TLB at every small one.
 
     It is taken only where it is written. What is in it is not defined.
+
+    Raises:
+        ConfigError: there is not so much address space; the message is for the user.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
-    # Shared, which is Python's default, it would be a file of the kernel's, and those have no huge pages.
-    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Shared, which is Python's default, it would be a file of the kernel's, and those have no huge pages. What is
+    # reserved may be more than will ever be written.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    try:
+        memory = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=flags)
+    except OSError as error:
+        raise ConfigError(
+            f"the system gives no {num_bytes:,} bytes of address space ({error.strerror}); the native kernels keep a place "
+            "for each expert of a layer: see `ulimit -v` and /proc/sys/vm/overcommit_memory, or use --kernels torch"
+        ) from error
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
@@ -36,6 +51,8 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def give_back(part: torch.Tensor) -> None:
     """Give the memory of a part of what `empty` has made back to the system: what is in it is not defined afterwards,
     and it is taken anew where it is written. Nothing happens to small tensors, which share their pages with others.
+
+    A huge page of which only a part is given back is counted as free at once; the kernel takes it when it needs memory.
 
     Args:
         part: contiguous.

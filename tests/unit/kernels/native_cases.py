@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+
+import numpy as np
 import pytest
 import torch
 
@@ -26,3 +29,12 @@ def native_layout(rows: torch.Tensor) -> torch.Tensor:
         values = values.reshape(num_blocks, num_kv_heads, -1, 16 // depth, depth, head_dim).transpose(4, 5)
     flat = [part.reshape(num_blocks, num_kv_heads, block_size * head_dim) for part in (keys, values)]
     return torch.stack(flat, dim=2).contiguous()
+
+
+def resident(part: torch.Tensor) -> int:
+    """Bytes of a tensor's pages that are in memory."""
+    first, count = part.data_ptr() // mmap.PAGESIZE, -(-part.nbytes // mmap.PAGESIZE)
+    with open("/proc/self/pagemap", "rb") as pages:
+        pages.seek(8 * first)
+        entries = np.frombuffer(pages.read(8 * count), np.uint64)
+    return int((entries >> np.uint64(63)).sum()) * mmap.PAGESIZE

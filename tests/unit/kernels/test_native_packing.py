@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from amoe.errors import ConfigError
 from amoe.kernels.native import reference
 from amoe.kernels.native.memory import HUGE_PAGE, empty
 from amoe.kernels.native.packing import (
@@ -22,7 +23,7 @@ from amoe.kernels.native.packing import (
     packed_shape,
     quantize_rows,
 )
-from tests.unit.kernels.native_cases import each_dtype, needs_native
+from tests.unit.kernels.native_cases import each_dtype, needs_native, resident
 from tests.unit.kernels.native_products import Kind, each_kind, random
 
 pytestmark = needs_native
@@ -131,15 +132,6 @@ def test_experts_come_and_go_while_others_stay_where_they_are(kind):
         again.holding((0, 1, 2, 3, 5, 6))
 
 
-def resident(part: torch.Tensor) -> int:
-    """Bytes of a tensor's pages that are in memory."""
-    first, count = part.data_ptr() // mmap.PAGESIZE, -(-part.nbytes // mmap.PAGESIZE)
-    with open("/proc/self/pagemap", "rb") as pages:
-        pages.seek(8 * first)
-        entries = np.frombuffer(pages.read(8 * count), np.uint64)
-    return int((entries >> np.uint64(63)).sum()) * mmap.PAGESIZE
-
-
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux")
 def test_what_is_forgotten_takes_no_memory():
     packed = PackedExperts.empty(range(6), 1024, 1024, torch.bfloat16, room=12)
@@ -221,3 +213,12 @@ def test_large_memory_asks_for_huge_pages():
     flags = flags_of(large.data_ptr())
     assert "hg" in flags
     assert "sh" not in flags
+
+
+def test_no_address_space_is_told(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(ConfigError, match=r"no 4,194,304 bytes of address space \(Cannot allocate memory\)"):
+        empty((4 << 20,), torch.int8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from amoe.kernels.attention import AttentionBatch, ChunkSpan
 from amoe.kernels.native import make_context
 from amoe.models.config import load_model_config
-from amoe.models.loader import Blocks, load_native_model
+from amoe.models.loader import Blocks, load_experts_for, load_native_model
 from amoe.models.native_model import NativeModel
-from tests.unit.kernels.native_cases import needs_native
+from tests.unit.kernels.native_cases import needs_native, resident
 
 pytestmark = needs_native
 
@@ -85,3 +86,18 @@ def test_other_types_and_strides_are_refused(model: NativeModel) -> None:
         model.experts(0, x.T.contiguous().T, ids, weights)
     with pytest.raises(AssertionError, match=r"torch\.int32 instead of torch\.int64"):
         model.experts(0, x, ids, weights, rows=positions.int())
+
+
+def test_experts_that_are_not_set_after_all_leave_no_memory_behind(checkpoint_factory: Any) -> None:
+    path = checkpoint_factory("qwen3_moe", 0, hidden_size=256, moe_intermediate_size=512)
+    config = load_model_config(path)
+    blocks, context = Blocks(attention=False, experts={0: (0, 1)}), make_context(torch.float32, 1)
+    model = load_native_model(path, config, blocks, context, dtype=torch.float32)
+    memory = model.weights.experts[0].w13
+    before = resident(memory)
+    loaded = load_experts_for(model, path, 0, (0, 1, 2, 3, 4))
+    assert resident(memory) >= before + 2 * memory[0].nbytes
+    del loaded
+    model.discard_experts(0)
+    assert resident(memory) <= before + 2 * mmap.PAGESIZE
+    model.discard_experts(1)  # of which it holds none
