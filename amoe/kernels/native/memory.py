@@ -38,8 +38,8 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         memory = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=flags)
     except OSError as error:
         raise ConfigError(
-            f"the system gives no {num_bytes:,} bytes of address space ({error.strerror}); the native kernels keep "
-            "a place for each expert of a layer: see `ulimit -v` and /proc/sys/vm/overcommit_memory, or use --kernels torch"
+            f"the system gives no {num_bytes:,} bytes of address space ({error.strerror}), and the native kernels keep "
+            "room for every expert of a layer: see `ulimit -v` and vm.overcommit_memory, or use --kernels torch"
         ) from error
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)

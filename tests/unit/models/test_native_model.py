@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -86,6 +87,30 @@ def test_other_types_and_strides_are_refused(model: NativeModel) -> None:
         model.experts(0, x.T.contiguous().T, ids, weights)
     with pytest.raises(AssertionError, match=r"torch\.int32 instead of torch\.int64"):
         model.experts(0, x, ids, weights, rows=positions.int())
+
+
+def test_experts_come_and_go_beside_those_that_are_computed_with(checkpoint_factory: Any) -> None:
+    """In memory of their own pages, some of which are given back again and again."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 8, "num_hidden_layers": 1}
+    path = checkpoint_factory("qwen3_moe", 0, **sizes)
+    config = load_model_config(path)
+    blocks, context = Blocks(attention=False, experts={0: (0, 3, 4)}), make_context(torch.float32, 1)
+    model = load_native_model(path, config, blocks, context, dtype=torch.float32)
+    hidden, pairs, weights = residuals(model, 6), torch.tensor([[0, 3], [4, -1]]).repeat(3, 1), torch.full((6, 2), 0.5)
+    expected = model.experts(0, hidden, pairs, weights)
+    with ThreadPoolExecutor(1) as thread:
+        for ids in ((0, 1, 2, 3, 4, 5), (0, 2, 3, 4), (0, 2, 3, 4, 6, 7), (0, 3, 4), tuple(range(8)), (0, 3, 4)):
+            loading = thread.submit(load_experts_for, model, path, 0, ids)
+            is_over = False
+            while not is_over:
+                is_over = loading.done()
+                assert torch.equal(model.experts(0, hidden, pairs, weights), expected)
+            model.set_experts(0, loading.result())
+            assert torch.equal(model.experts(0, hidden, pairs, weights), expected)
+            fresh = load_native_model(path, config, Blocks(False, {0: ids}), context, dtype=torch.float32)
+            for expert in ids:
+                one = torch.full((6, 1), expert), torch.ones(6, 1)
+                assert torch.equal(model.experts(0, hidden, *one), fresh.experts(0, hidden, *one)), expert
 
 
 def test_experts_that_are_not_set_after_all_leave_no_memory_behind(checkpoint_factory: Any) -> None:
