@@ -127,6 +127,7 @@ class RemoteDesk:
         self._send = send
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[Answer]] = {}
+        self._end = ""
 
     async def look(self) -> AdminView:
         view = (await self._ask(None)).view
@@ -137,6 +138,8 @@ class RemoteDesk:
         return (await self._ask(order, wait)).action
 
     async def _ask(self, order: Order | None, wait: bool = True) -> Answer:
+        if self._end:
+            raise EngineDeadError(self._end)
         number = next(self._numbers)
         self._asked[number] = asyncio.get_running_loop().create_future()
         try:
@@ -147,6 +150,13 @@ class RemoteDesk:
         if answer.error:
             raise _ERRORS.get(answer.error, RuntimeError)(answer.message or "the log of the server says why")
         return answer
+
+    def end(self, reason: str) -> None:
+        """Nobody will answer any more."""
+        self._end = reason
+        for asked in self._asked.values():
+            if not asked.done():
+                asked.set_exception(EngineDeadError(reason))
 
     def on_answer(self, answer: Answer) -> None:
         """One has come."""

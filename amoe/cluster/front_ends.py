@@ -31,6 +31,8 @@ from amoe.cluster.front_messages import (
     Listening,
     Lose,
     PastLives,
+    Ping,
+    Pong,
     Serve,
     Steered,
     ToFront,
@@ -50,6 +52,10 @@ from amoe.stats import SteeringStats
 
 logger = logging.getLogger(__name__)
 
+PING_S = 5.0
+START_SILENCE_S = 180.0  # it imports all that it needs before it listens to anybody
+SILENCE_S = 60.0  # nothing that it does in its event loop takes so long
+
 
 class FrontEnd:
     """One life of one API process, as its parent sees it. `hang_up` ends it.
@@ -63,6 +69,8 @@ class FrontEnd:
         self.number = number
         self._link = link
         self._listening = listening
+        self._has_answered = False
+        self._num_unanswered = 0  # pings
         self._tasks: set[asyncio.Task[None]] = set()
 
     def tell(self, message: ToFront) -> None:
@@ -82,12 +90,22 @@ class FrontEnd:
         async for message in self._link:
             if isinstance(message, Listening):
                 self._listening.set()
+            elif isinstance(message, Pong):
+                self._has_answered, self._num_unanswered = True, 0
             elif isinstance(message, Gone):
                 on_gone(message)
             elif desk is not None:
                 task = asyncio.create_task(self._answer(desk, message))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+
+    async def fall_silent(self) -> None:
+        """Returns once it has not answered for so long that it never will. Time is counted in pings: when this process
+        is stopped, nobody asks."""
+        while self._num_unanswered * PING_S < (SILENCE_S if self._has_answered else START_SILENCE_S):
+            self._num_unanswered += 1
+            self._link.send(Ping())
+            await asyncio.sleep(PING_S)
 
     async def _answer(self, desk: AdminDesk, ask: Ask) -> None:
         self._link.send(await answer(desk, ask))
@@ -159,7 +177,8 @@ class FrontEnds:
             front.tell(message)
 
     def _tell_one(self, message: ToFront) -> None:
-        """What is counted is in files that all of them add up: one counts it."""
+        """What is counted is in files that all of them add up: one counts it. The log tells what nobody counts, because
+        that one is just dying, or none is there."""
         for front in self._fronts.values():
             front.tell(message)
             return

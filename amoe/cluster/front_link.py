@@ -17,6 +17,7 @@ from amoe.errors import TransportError
 
 logger = logging.getLogger(__name__)
 
+MAX_UNSENT = 10_000  # messages: an hour of the worst of times, of which an API process that is stopped hears nothing
 _CHUNK = 1 << 16
 _MAX_SOCKETS = 64  # that come with one read
 
@@ -25,6 +26,8 @@ Incoming = TypeVar("Incoming")
 
 class FrontLink(Generic[Incoming]):
     """One end: iterate over what the other one says, until it has gone. Use it in one event loop; end it with `close`.
+
+    Whoever misses a message would go on in a wrong belief. So a link that cannot carry one ends, for both.
 
     Args:
         sock: a connected Unix stream socket, owned from now on.
@@ -63,6 +66,8 @@ class FrontLink(Generic[Incoming]):
         self._unsent.append((encode_frame(message), passed))
         if self._has_ended:
             self._drop_unsent()
+        elif len(self._unsent) > MAX_UNSENT:
+            self._break("the other end of a link to an API process does not read")
         elif len(self._unsent) == 1:
             self._flush()
 
@@ -70,10 +75,10 @@ class FrontLink(Generic[Incoming]):
         """The socket that came with the message that was iterated over last, which must be one that brings one.
 
         Raises:
-            TransportError: it was lost: this process has too many.
+            TransportError: there is none.
         """
         if not self._sockets:
-            raise TransportError("a socket to a worker did not arrive: there are too many open files")
+            raise TransportError("a socket to a worker did not arrive")
         return self._sockets.popleft()
 
     def __aiter__(self) -> FrontLink[Incoming]:
@@ -97,20 +102,21 @@ class FrontLink(Generic[Incoming]):
 
     def _read(self) -> None:
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._socket, _CHUNK, _MAX_SOCKETS, socket.MSG_CMSG_CLOEXEC)
+            data, descriptors, flags, _ = socket.recv_fds(self._socket, _CHUNK, _MAX_SOCKETS, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
         except ConnectionError:
-            data, descriptors = b"", []
+            data, descriptors, flags = b"", [], 0
         # A descriptor comes with the first byte of its message, so that it is here before the message is whole.
         self._sockets.extend(socket.socket(fileno=fd) for fd in descriptors)
         try:
             self._messages.extend(self._decoder.decode(body) for body in self._frames.feed(data))
-        except (TransportError, msgspec.MsgspecError):
-            logger.exception("an API process and the server do not understand each other")
-            data = b""
+        except (TransportError, msgspec.MsgspecError) as error:
+            self._break(f"an API process and the server do not understand each other: {error}")
         self._has_come.set()
-        if not data:
+        if flags & socket.MSG_CTRUNC:
+            self._break("a socket to a worker was lost: there are too many open files")
+        elif not data:
             self._end()
 
     def _flush(self) -> None:
@@ -125,8 +131,10 @@ class FrontLink(Generic[Incoming]):
                     self._unsent.popleft()
         except BlockingIOError:
             self._loop.add_writer(self._socket.fileno(), self._flush)
-        except OSError:  # it has gone, which the reader will find
-            self._drop_unsent()
+        except ConnectionError:
+            self._end_of_writing()
+        except OSError as error:
+            self._break(f"a link to an API process cannot be written to: {error}")
         else:
             self._loop.remove_writer(self._socket.fileno())
 
@@ -135,6 +143,18 @@ class FrontLink(Generic[Incoming]):
             _, passed = self._unsent.popleft()
             if passed is not None:
                 passed.close()
+
+    def _end_of_writing(self) -> None:
+        """The other end has gone: what it has said before is still to be read."""
+        self._drop_unsent()
+        self._loop.remove_writer(self._socket.fileno())
+
+    def _break(self, reason: str) -> None:
+        logger.error("%s: it is given up", reason)
+        self._messages.clear()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._end()
 
     def _end(self) -> None:
         """Nothing more will come, or go."""

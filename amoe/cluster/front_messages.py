@@ -15,6 +15,10 @@ class PastLives(msgspec.Struct, frozen=True, tag=True):
     stats: dict[int, WorkerStats]
 
 
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Parent: say `Pong`."""
+
+
 class Serve(msgspec.Struct, frozen=True, tag=True):
     """Parent: all that is so at the start has been told; listen to users."""
 
@@ -115,6 +119,10 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
     wait: bool = True
 
 
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    """API process: it hears what its parent says."""
+
+
 class Listening(msgspec.Struct, frozen=True, tag=True):
     """API process: users can be served."""
 
@@ -129,6 +137,7 @@ class Gone(msgspec.Struct, frozen=True, tag=True):
 
 ToFront = (
     PastLives
+    | Ping
     | Serve
     | Attach
     | Lose
@@ -143,4 +152,4 @@ ToFront = (
     | ExpertsMoved
     | Answer
 )
-ToParent = Ask | Listening | Gone
+ToParent = Ask | Pong | Listening | Gone

@@ -19,6 +19,8 @@ from amoe.cluster.front_messages import (
     Listening,
     Lose,
     PastLives,
+    Ping,
+    Pong,
     Serve,
     Steered,
     ToFront,
@@ -49,6 +51,7 @@ class ParentLink:
         self._link = link
         self._engine = engine
         self._lives: dict[int, int] = {}  # the last one of each worker that has come
+        self._channels: dict[int, AsyncControlChannel] = {}
         engine.on_gone = self._on_gone
 
     def say_listening(self) -> None:
@@ -62,7 +65,9 @@ class ParentLink:
                 await self._follow(message)
         except Exception:  # unseen, this process would serve for ever what it does not know of
             logger.exception("what the parent says cannot be followed")
-        self._engine.die("the parent of this API process cannot be heard any more")
+        reason = "the server that this API process belongs to cannot be heard any more"
+        self._engine.die(reason)
+        self.desk.end(reason)
         self.may_serve.set()
 
     def _on_gone(self, rank: int, reason: str) -> None:
@@ -72,9 +77,13 @@ class ParentLink:
         engine = self._engine
         if isinstance(message, Attach):
             self._lives[message.rank] = message.incarnation
-            engine.attach(message.rank, await AsyncControlChannel.open(self._link.take_socket()))
+            self._channels[message.rank] = channel = await AsyncControlChannel.open(self._link.take_socket())
+            engine.attach(message.rank, channel)
         elif isinstance(message, Lose):
             await engine.lose(message.rank, message.reason)
+            await self._channels.pop(message.rank).close()
+        elif isinstance(message, Ping):
+            self._link.send(Pong())
         elif isinstance(message, Health):
             engine.trouble, engine.note = message.trouble, message.note
         elif isinstance(message, Die):

@@ -11,6 +11,7 @@ import contextlib
 import select
 import socket
 import struct
+import time
 from collections import defaultdict
 
 from amoe.engine.control import SocketControlPort
@@ -156,12 +157,13 @@ class SharedControlPort:
         self._parent.interrupt()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Send what is left and close. Idempotent."""
+        """Send what is left, the parent's part first, and close, all within `timeout_s`. Idempotent."""
         if self._epoll.closed:
             return
         self._epoll.close()
-        for port in (*self._fronts.values(), self._parent):
-            port.close(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        for port in (self._parent, *self._fronts.values()):
+            port.close(max(0.0, deadline - time.monotonic()))
         self._door.close()
 
 

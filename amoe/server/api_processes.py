@@ -47,8 +47,8 @@ class _Place:
     """One of the API processes, whichever life it is in.
 
     Attributes:
-        process: of the present life, or of the last.
-        listening: the present life has said that it does.
+        process: of the present life; None: there is none.
+        listening: the present life, or the last, has said that it does.
     """
 
     def __init__(self, index: int) -> None:
@@ -85,6 +85,7 @@ class ApiProcesses:
         self._numbers = itertools.count()
         self._places = [_Place(index) for index in range(options.api_server_count)]
         self._leaving = asyncio.Event()
+        self._has_failed = False
 
     async def run(self, listener: socket.socket, requested: asyncio.Event, on_listening: Callable[[], None]) -> int:
         """Serve until `requested` is set, and what is open has ended, or nothing can go on.
@@ -120,21 +121,22 @@ class ApiProcesses:
     async def _leave(self, keepers: list[asyncio.Task[None]], *, failed: bool) -> int:
         """Let them drain. Those whose workers are dead say why to whoever asks, and leave by themselves."""
         self._leaving.set()
+        self._has_failed = failed
         if self._fronts.died.is_set():
             await asyncio.wait(keepers, timeout=DEATH_GRACE_S + LEAVE_GRACE_S)
         elif failed:
             say("the API processes cannot go on: leaving, for a supervisor to start a new server")
         self._signal(signal.SIGTERM)
-        await asyncio.wait(keepers, timeout=self._options.shutdown_timeout_s + FLUSH_GRACE_S + LEAVE_GRACE_S)
-        for keeper in keepers:
-            if keeper.done() and (error := keeper.exception()) is not None:
-                logger.error("an API process could not be looked after", exc_info=error)
-                failed = True
-        return 1 if failed or any(place.process and place.process.returncode for place in self._places) else 0
+        patience_s = self._options.shutdown_timeout_s + FLUSH_GRACE_S + LEAVE_GRACE_S
+        done, late = await asyncio.wait(keepers, timeout=patience_s)
+        errors = [error for keeper in done if (error := keeper.exception()) is not None]
+        for error in errors:
+            logger.error("an API process could not be looked after", exc_info=error)
+        return 1 if self._has_failed or late or errors else 0
 
     def _signal(self, number: signal.Signals) -> None:
         for place in self._places:
-            if place.process is not None and place.process.returncode is None:
+            if place.process is not None:
                 with contextlib.suppress(ProcessLookupError):
                     place.process.send_signal(number)
 
@@ -147,8 +149,16 @@ class ApiProcesses:
         is_first = True
         while not self._leaving.is_set():
             began = loop.time()
-            how = await self._live(place, listener_fd, directory)
+            place.listening.clear()
+            try:
+                status = await self._live(place, listener_fd, directory)
+                how = f"API process {place.index} {_how_it_ended(status)}"
+            except OSError as error:
+                status, how = 1, f"API process {place.index} could not be started: {error}"
             if self._leaving.is_set():
+                # One that has not come so far as to listen for signals is ended by them.
+                is_orderly = status == 0 or (status == -signal.SIGTERM and not place.listening.is_set())
+                self._has_failed |= not is_orderly
                 return
             crashes = crashes.after(loop.time() - began)
             gives_up = self._desk is None or crashes.count >= failure.max_crashes
@@ -160,13 +170,15 @@ class ApiProcesses:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._leaving.wait(), crashes.pause_s)
 
-    async def _live(self, place: _Place, listener_fd: int, directory: str) -> str:
-        """One life, to its end. Returns how it has ended, for a person."""
-        place.listening.clear()
+    async def _live(self, place: _Place, listener_fd: int, directory: str) -> int:
+        """One life, to its end. Returns its exit status.
+
+        Raises:
+            OSError: it could not be started.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
             front = FrontEnd(next(self._numbers), FrontLink.of_parent(ours), place.listening)
-            listening = asyncio.create_task(front.listen(self._desk, self._fronts.on_front_gone))
             try:
                 process = await self._start(place.index, front.number, listener_fd, theirs.fileno(), directory)
             except BaseException:
@@ -175,15 +187,22 @@ class ApiProcesses:
         place.process = process
         if self._leaving.is_set():  # meanwhile
             process.terminate()
+        hearing = asyncio.create_task(front.listen(self._desk, self._fronts.on_front_gone))
+        ending, silence = asyncio.create_task(process.wait()), asyncio.create_task(front.fall_silent())
         self._fronts.add(front)
         try:
-            await process.wait()
+            await asyncio.wait((ending, silence), return_when=asyncio.FIRST_COMPLETED)
+            if not ending.done():
+                logger.error("API process %d (pid %d) hangs: it is killed", place.index, process.pid)
+                process.kill()
+            return await ending
         finally:
+            place.process = None
             self._fronts.remove(front)
             front.hang_up()
-            await listening
+            silence.cancel()
+            await asyncio.gather(hearing, silence, ending, return_exceptions=True)
             forget_process(process.pid, directory)
-        return f"API process {place.index} (pid {process.pid}) {_how_it_ended(process.returncode)}"
 
     async def _start(self, index: int, number: int, listener_fd: int, link_fd: int, directory: str) -> Process:
         spec = ApiSpec(
@@ -215,8 +234,8 @@ async def _happened(event: asyncio.Event) -> None:
     await event.wait()
 
 
-def _how_it_ended(status: int | None) -> str:
-    if status is not None and status < 0:
+def _how_it_ended(status: int) -> str:
+    if status < 0:
         with contextlib.suppress(ValueError):
             return f"was killed by {signal.Signals(-status).name}"
     return f"exited with status {status}"

@@ -27,7 +27,7 @@ from amoe.engine.load import Front
 from amoe.engine.messages import AddRequest, Heartbeat, Outputs, ToServer, ToWorker
 from amoe.engine.shared_control import SharedControlPort, door_pair, put_through
 from amoe.engine.tokenizer import Tokenizer
-from amoe.errors import ConfigError, TransportError
+from amoe.errors import ConfigError, EngineDeadError, TransportError
 from amoe.stats import WorkerStats
 from amoe.types import SamplingParams, SequenceOutput
 from tests.fake_workers import make_tokenizer
@@ -283,7 +283,40 @@ async def test_without_its_parent_it_is_of_no_use(setup: Setup) -> None:
     process = await setup.call_in(0)
     for front in setup.fronts._fronts.values():
         front.hang_up()
+    asking = asyncio.create_task(process.parent.desk.look())
     await process.engine.died.wait()
+    for look in (asking, process.parent.desk.look()):
+        with pytest.raises(EngineDeadError, match="cannot be heard any more"):
+            await look
+
+
+async def test_one_that_does_not_answer_is_found_out(monkeypatch: pytest.MonkeyPatch, setup: Setup) -> None:
+    monkeypatch.setattr("amoe.cluster.front_ends.PING_S", 0.01)
+    process = await setup.call_in(0)
+    (front,) = setup.fronts._fronts.values()
+    watching = asyncio.create_task(front.fall_silent())
+    await until(lambda: front._has_answered)
+    monkeypatch.setattr("amoe.cluster.front_ends.SILENCE_S", 0.05)
+    process.following.cancel()  # as if it stood still
+    await asyncio.wait_for(watching, 30)
+
+
+async def test_a_link_that_nobody_reads_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("amoe.cluster.front_link.MAX_UNSENT", 5)
+    ours, theirs = socket.socketpair()
+    parent, front = FrontLink.of_parent(ours), FrontLink.of_front(theirs)
+    kept, passed = socket.socketpair()
+    for number in range(9):
+        parent.send(Lose(number, "x" * 300_000))
+    parent.send(Attach(9, 0), passed)
+    assert kept.recv(9) == b"", "what cannot be sent is closed"
+    with pytest.raises(StopAsyncIteration):
+        await anext(parent)
+    heard = [message async for message in front]
+    assert heard == [Lose(number, "x" * 300_000) for number in range(len(heard))] and len(heard) < 9
+    kept.close()
+    parent.close()
+    front.close()
 
 
 async def test_messages_and_sockets_come_in_order_however_much_there_is() -> None:
@@ -303,7 +336,7 @@ async def test_messages_and_sockets_come_in_order_however_much_there_is() -> Non
         assert passed.fileno() == -1, "whoever sends it has no use for it any more"
         kept.close()
     assert await anext(front) == Health("", "")
-    with pytest.raises(TransportError, match="too many open files"):
+    with pytest.raises(TransportError, match="did not arrive"):
         front.take_socket()
     front.send(Listening())
     front.close()

@@ -21,38 +21,46 @@ FAILURE = FailureConfig(backoff_s=0.001, max_backoff_s=600.0, max_crashes=3)
 
 
 class FakeProcesses(ApiProcesses):
-    """Lives that begin to listen at once, unless told otherwise, and end when a test says so.
+    """Lives that begin to listen at once, unless told otherwise, and end when a test or a signal says so.
 
     Attributes:
-        lives: [place index] of each that has begun; its event ends it.
+        lives: place index of each that has begun; its future ends it, with the exit status.
+        failures: with which the next ones cannot be started.
     """
 
-    def __init__(self, *, supervised: bool = True) -> None:
+    def __init__(self, *, supervised: bool = True, failure: FailureConfig = FAILURE) -> None:
         self.fronts = SimpleNamespace(died=asyncio.Event())
         super().__init__(
-            EngineConfig(model="m", failure=FAILURE),
+            EngineConfig(model="m", failure=failure),
             cast(Any, self.fronts),
             cast(Any, object()) if supervised else None,
             ServerOptions(model_names=("m",), api_server_count=2, shutdown_timeout_s=0.0),
             ModelInfo(name="m", max_model_len=8, vocab_size=8),
             LogOptions(),
         )
-        self.lives: list[tuple[int, asyncio.Event]] = []
+        self.lives: list[tuple[int, asyncio.Future[int]]] = []
+        self.failures: list[OSError] = []
         self.listens = True
+        self.leaves_with = 0
         self.came = asyncio.Condition()
 
-    async def _live(self, place: Any, listener_fd: int, directory: str) -> str:
-        end = asyncio.Event()
+    async def _live(self, place: Any, listener_fd: int, directory: str) -> int:
+        if self.failures:
+            raise self.failures.pop()
+        end: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.lives.append((place.index, end))
-        place.process = SimpleNamespace(returncode=None, send_signal=lambda _: end.set())
-        place.listening.clear()
-        if self.listens:
+        listens = self.listens
+        place.process = SimpleNamespace(
+            send_signal=lambda number: end.set_result(self.leaves_with if listens else -number)
+        )
+        if listens:
             place.listening.set()
         async with self.came:
             self.came.notify_all()
-        await end.wait()
-        place.process.returncode = 0
-        return f"API process {place.index} was killed"
+        try:
+            return await end
+        finally:
+            place.process = None
 
     async def until(self, holds: Callable[[], bool]) -> None:
         async with asyncio.timeout(30), self.came:
@@ -86,11 +94,44 @@ async def test_one_that_dies_is_started_anew_alone():
     processes = FakeProcesses()
     async with running(processes) as now:
         await now.listening.wait()
-        processes.lives[1][1].set()
+        processes.failures.append(OSError("no more processes"))  # which may be different soon
+        processes.lives[1][1].set_result(-9)
         await processes.until(lambda: len(processes.lives) == 3)
         assert [index for index, _ in processes.lives] == [0, 1, 1]
+        assert not processes.failures
         now.requested.set()
         assert await now.task == 0, "how a former life has ended is no failure of the server"
+
+
+async def test_to_leave_while_one_is_not_there_is_no_failure():
+    processes = FakeProcesses(failure=FailureConfig(backoff_s=500.0, max_backoff_s=600.0))
+    async with running(processes) as now:
+        await now.listening.wait()
+        for count in (3, 4):
+            processes.lives[-1][1].set_result(-9)  # after the second time there is a pause
+            if count == 3:
+                await processes.until(lambda: len(processes.lives) == 3)
+        now.requested.set()
+        assert await now.task == 0
+    assert len(processes.lives) == 3
+
+
+async def test_one_that_is_told_to_leave_before_it_listens_does_so():
+    processes = FakeProcesses()
+    processes.listens = False
+    async with running(processes) as now:
+        await processes.until(lambda: len(processes.lives) == 2)
+        now.requested.set()
+        assert await now.task == 0
+
+
+async def test_one_that_leaves_otherwise_than_told_has_failed():
+    processes = FakeProcesses()
+    async with running(processes) as now:
+        await now.listening.wait()
+        processes.leaves_with = 3
+        now.requested.set()
+        assert await now.task == 1
 
 
 async def test_one_that_dies_again_and_again_ends_the_server(capsys: pytest.CaptureFixture[str]):
@@ -98,10 +139,10 @@ async def test_one_that_dies_again_and_again_ends_the_server(capsys: pytest.Capt
     async with running(processes) as now:
         for count in range(FAILURE.max_crashes):
             await processes.until(lambda count=count: len(processes.lives) == 2 + count)
-            processes.lives[-1][1].set()
+            processes.lives[-1][1].set_result(-9)
         assert await now.task == 1
     assert len(processes.lives) == 1 + FAILURE.max_crashes
-    assert "API process 1 was killed" in capsys.readouterr().err
+    assert "API process 1 was killed by SIGKILL" in capsys.readouterr().err
 
 
 async def test_one_that_never_listens_ends_the_start():
@@ -109,7 +150,7 @@ async def test_one_that_never_listens_ends_the_start():
     processes.listens = False
     async with running(processes) as now:
         await processes.until(lambda: len(processes.lives) == 2)
-        processes.lives[0][1].set()
+        processes.lives[0][1].set_result(1)
         assert await now.task == 1
         assert not now.listening.is_set()
     assert len(processes.lives) == 2
@@ -119,7 +160,7 @@ async def test_where_nobody_replaces_workers_one_that_dies_ends_the_server():
     processes = FakeProcesses(supervised=False)
     async with running(processes) as now:
         await now.listening.wait()
-        processes.lives[0][1].set()
+        processes.lives[0][1].set_result(-9)
         assert await now.task == 1
     assert len(processes.lives) == 2
 
@@ -130,6 +171,6 @@ async def test_when_nothing_can_go_on_they_leave_by_themselves():
         await now.listening.wait()
         processes.fronts.died.set()
         for _, end in processes.lives:
-            end.set()
+            end.set_result(1)
         assert await now.task == 1
     assert len(processes.lives) == 2
