@@ -55,7 +55,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(case: Case, transport: str, root: Path) -> EngineConfig:
     config = case.config(checkpoint(root, case.arch, case.variant))
-    return replace(config, transport=transport, max_model_len=NUM_TOKENS + 64)
+    # A machine that is busy with other tests takes a healthy worker for lost otherwise.
+    failure = replace(config.failure, timeout_s=4.0)
+    return replace(config, transport=transport, max_model_len=NUM_TOKENS + 64, failure=failure)
 
 
 def lives(front: Front) -> dict[int, tuple[str, int]]:

@@ -31,6 +31,7 @@ class RayWorker:
         actor: Ray's handle of the actor.
         ended: the result of its `run`.
         on_exit: called in the event loop when it has ended.
+        on_kill: called once, when it is given up.
         give_back: called by `close`.
     """
 
@@ -45,6 +46,7 @@ class RayWorker:
         channel: AsyncControlChannel,
         thread: RayThread,
         on_exit: Callable[[WorkerHandle], None],
+        on_kill: Callable[[], None],
         give_back: Callable[[], Awaitable[None]],
     ) -> None:
         self.rank = rank
@@ -56,6 +58,7 @@ class RayWorker:
         self._actor = actor
         self._thread = thread
         self._on_exit = on_exit
+        self._on_kill = on_kill
         self._give_back = give_back
         self._is_ready = False
         self._is_killed = False
@@ -92,6 +95,7 @@ class RayWorker:
         if self.exited.is_set() or self._is_killed:
             return
         self._is_killed = True
+        self._on_kill()
         self._thread.post(lambda: end_actor(self._actor))
         self._thread.post(lambda: _kill_there(self.where))
         self._closing = asyncio.create_task(self._fence())

@@ -154,6 +154,7 @@ class RayLauncher:
             channel,
             self._session.thread,
             on_exit,
+            lambda: self._acquaintances.forget(rank, guest),
             lambda: self._leave(rank, guest),
         )
 

@@ -87,14 +87,17 @@ class Acquaintances:
             ConfigError: some cannot reach another; the message names them.
         """
         self._guests[rank] = guest
-        others = [other for other_rank, other in self._guests.items() if self._talk(rank, other_rank)]
-        tries = [_complaint(guest, other) for other in others] + [_complaint(other, guest) for other in others]
-        for complaint in await asyncio.gather(*tries):
-            if complaint:
+        others = {other_rank: other for other_rank, other in self._guests.items() if self._talk(rank, other_rank)}
+        tries = [_complaint(*pair) for other in others.values() for pair in ((guest, other), (other, guest))]
+        complaints = await asyncio.gather(*tries)
+        for number, (other_rank, other) in enumerate(others.items()):
+            # Whoever has been given up meanwhile is not to be reached: no reason to give up somebody else.
+            complaint = complaints[2 * number] or complaints[2 * number + 1]
+            if complaint and self._guests.get(other_rank) is other:
                 raise ConfigError(complaint)
 
     def forget(self, rank: int, guest: Guest | None) -> None:
-        """A life has ended."""
+        """A life has ended, or is given up."""
         if guest is not None and self._guests.get(rank) is guest:
             del self._guests[rank]
 

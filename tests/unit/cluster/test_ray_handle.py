@@ -55,14 +55,28 @@ class Life:
         self.channel: Any = FakeChannel(*messages)
         self.exits: list[str] = []
         self.places_given_back = 0
+        self.times_given_up = 0
         thread: Any = FakeThread()
         self.thread = thread
         self.worker = RayWorker(
-            1, 0, "expert 0", object(), WHERE, self.ended, self.channel, thread, self._on_exit, self._give_back
+            1,
+            0,
+            "expert 0",
+            object(),
+            WHERE,
+            self.ended,
+            self.channel,
+            thread,
+            self._on_exit,
+            self._on_kill,
+            self._give_back,
         )
 
     def _on_exit(self, worker: Any) -> None:
         self.exits.append(worker.describe_exit())
+
+    def _on_kill(self) -> None:
+        self.times_given_up += 1
 
     async def _give_back(self) -> None:
         self.places_given_back += 1
@@ -87,6 +101,7 @@ async def test_one_whose_host_is_cut_off_is_taken_for_dead_and_heard_no_more() -
     life = Life()
     life.worker.kill()
     life.worker.kill()
+    assert life.times_given_up == 1, "nobody has to reach it any more"
     await life.worker.exited.wait()
     assert life.channel.is_closed and len(life.exits) == 1 and "has not confirmed" in life.exits[0]
     assert len(life.thread.posted) == 2, "Ray is asked to end it, and a task on its node to kill it"

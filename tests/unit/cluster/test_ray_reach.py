@@ -70,6 +70,20 @@ async def test_one_that_has_gone_or_is_silent_stops_nobody(monkeypatch: pytest.M
     assert (0, 2) in network.tried
 
 
+async def test_one_that_is_given_up_meanwhile_stops_nobody():
+    """Its host is cut off: nobody reaches it, and its end is not known for sure."""
+    network = Network((0, 2))
+    acquaintances = Acquaintances(PLACEMENT)
+    cut_off, home = network.guest(2), network.guest(0)
+    await acquaintances.introduce(2, cut_off)
+
+    async def try_it(host: str, port: int) -> str:
+        acquaintances.forget(2, cut_off)
+        return await home.reach(host, port)
+
+    await acquaintances.introduce(0, home._replace(reach=try_it))
+
+
 async def test_a_life_that_has_ended_is_tried_no_more():
     network = Network()
     acquaintances = Acquaintances(PLACEMENT)
