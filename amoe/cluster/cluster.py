@@ -21,6 +21,7 @@ from amoe.types import Int16Array
 logger = logging.getLogger(__name__)
 
 START_SILENCE_S = 180.0  # longer than for a late one: the machine has read neither Python's packages nor the model yet
+KILL_GRACE_S = 10.0  # then one that was killed is left behind, and said so
 
 
 class WorkerCluster:
@@ -169,7 +170,12 @@ class WorkerCluster:
                     if not self._is_killed:
                         logger.warning("%s did not leave within %g s: killed", worker.describe(), grace_s)
                     worker.kill()
-            await asyncio.gather(*exits)
+            if exits:
+                await asyncio.wait(exits, timeout=KILL_GRACE_S)
+            for worker, gone in zip(workers, exits, strict=True):
+                if not gone.done():  # it waits for a disk, say
+                    logger.error("%s does not end although it was killed: it is left behind", worker.describe())
+                    gone.cancel()
             await asyncio.gather(*(worker.close() for worker in workers))
             self.workers.clear()
             await self._launcher.close()

@@ -12,7 +12,7 @@ from amoe.errors import ConfigError
 from amoe.policy import rebalance as policy
 from amoe.types import Int16Array
 
-STANDSTILL_S = 120.0  # a worker that has not got on for so long, with one layer or with its routing, will not
+STANDSTILL_S = 300.0  # a worker that has not got on for so long, with one layer or with its routing, will not
 
 
 @dataclass(slots=True)
@@ -89,7 +89,7 @@ class ExpertOrders:
         if order is None or order.number != message.order:
             return
         order.num_layers_held += 1
-        if order.patience is not None:
+        if order.patience is not None and not order.patience.expired():
             order.patience.reschedule(asyncio.get_running_loop().time() + STANDSTILL_S)
 
     def drop(self, rank: int) -> None:

@@ -98,8 +98,9 @@ class Join:
 
     def oldest_by_owner(self) -> npt.NDArray[np.float64]:
         """[D] when the oldest of the tokens that wait for an owner's answer was dispatched; +inf: none waits."""
-        asked_at = np.where(self._awaiting, self.asked_at[:, None], np.inf)
-        return asked_at.min(axis=0)
+        slots = np.flatnonzero(self._awaiting.any(axis=1))  # few, as a rule, of very many
+        asked_at = np.where(self._awaiting[slots], self.asked_at[slots, None], np.inf)
+        return asked_at.min(axis=0, initial=np.inf)
 
     def part_with(self, leaders: Int32Array, loose: int, leader_of: Int32Array) -> None:
         """The groups of `leaders` [n] belong to the lane `loose` from now on; `leader_of` [S] of all slots."""

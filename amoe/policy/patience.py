@@ -8,8 +8,9 @@ All periods are shares of T, so that any T works. From the fault to the loss, wh
   0.95 T. Whose signs are late by less than 0.6 T is never lost: of 0.9 T, T/4 is their usual distance, and T/20 is what
   a look that comes just behind a sign counts too much.
 - *hang inside a step*: after up to T/4 the thread notices that the loop is where it was, and then looks every T/8 what
-  keeps it there. More than half of T in which nothing did, told up to T/8 later, prove that it hangs: 0.95 T. What that
-  needs, and what is done where it cannot be had: `StepTime`.
+  keeps it there. More than half of T in which nothing did, told up to T/8 later, prove that it hangs: 0.95 T. That
+  holds of steps, or layers of them, that take less than T/20; of longer ones, ten times what they take has to pass.
+  What else it needs, and what is done where it cannot be had: `StepTime`.
 - *cut*: homes name whom they wait for, every T/8, from T/4 on; ask again at T/2, lest a lost message cost a worker its
   life; and accuse from 0.75 T on: 0.925 T. By then the accused has given two signs that it has nothing to answer. It
   counts from the first question that is lost: a link that nobody uses is found to be cut when somebody does.
@@ -50,7 +51,7 @@ class StepTime(NamedTuple):
         step_s: in all.
         usual_s: what steps of that kind have taken on average, for as many tokens; None: it is the first one.
         free_s: of `step_s`, for how long it has been seen that nothing kept it from running.
-        longest_s: the longest step of that kind and size; None: there have been too few to know it.
+        longest_s: the longest of the last steps of that kind and size; None: there have been too few to know it.
     """
 
     step_s: float

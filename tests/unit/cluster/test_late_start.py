@@ -63,6 +63,6 @@ async def test_it_cannot(last: Any, error: type[Exception], message: str) -> Non
 
 
 async def test_it_does_not_get_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(late_start, "START_SILENCE_S", 0.01)
+    monkeypatch.setattr(late_start, "STANDSTILL_S", 0.01)
     with pytest.raises(EngineDeadError, match=r"has not got on with loading experts for 0\.01 s: its storage may hang"):
         await hold(Channel(LayerHeld(0)))

@@ -266,6 +266,27 @@ async def test_one_that_dies_while_it_is_added_is_replaced(monkeypatch):
         assert (fakes.board.incarnations[3], fakes.engine.death) == (2, "")
 
 
+async def test_one_that_cannot_be_killed_holds_up_nobody(monkeypatch):
+    """It waits for a disk that never answers: who has asked for it is told, and its rank stays taken until it ends."""
+    monkeypatch.setattr("amoe.cluster.late_start.START_SILENCE_S", 0.05)
+    monkeypatch.setattr("amoe.cluster.late_start.END_GRACE_S", 0.05)
+    async with Fakes(CALM) as fakes:
+        fakes.hold = asyncio.Event()
+        adding = asyncio.create_task(fakes.supervisor.add(3))
+        await fakes.until("launch 3.0")
+        stuck = fakes.worker(3)
+        stuck.is_immortal = True
+        with pytest.raises(ConfigError, match=r"expert 2 has said nothing for 0\.05 s while starting"):
+            await adding
+        with pytest.raises(ConfigError, match="expert 2 does not end although it was killed"):
+            await fakes.supervisor.add(3)
+        stuck.die("was killed by SIGKILL")
+        await fakes.until("close 3.0")
+        fakes.hold.set()
+        await fakes.supervisor.add(3)
+        assert fakes.board.incarnations[3] == 2
+
+
 async def test_one_that_cannot_be_added_leaves_nothing():
     async with Fakes(CALM) as fakes:
         fakes.scripts[3].append(ConfigError("no room"))
@@ -311,3 +332,15 @@ async def test_who_is_being_replaced_may_be_removed():
         await fakes.supervisor.remove(2)
         assert fakes.supervisor.ranks == {0, 1}
         assert set(fakes.cluster.workers) == {0, 1}
+
+
+async def test_a_server_leaves_behind_who_does_not_end(monkeypatch, caplog):
+    monkeypatch.setattr("amoe.cluster.cluster.KILL_GRACE_S", 0.02)
+    async with Fakes(CALM) as fakes:
+        stuck = fakes.worker(1)
+        monkeypatch.setattr(stuck, "kill", lambda: None)
+        monkeypatch.setattr(stuck, "request_stop", lambda: None)
+        await fakes.supervisor.stop()
+        await fakes.cluster.stop(0)
+        assert "expert 0 does not end although it was killed: it is left behind" in caplog.text
+        assert not fakes.cluster.workers

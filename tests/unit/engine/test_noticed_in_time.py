@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from amoe.clock import ManualClock
 from amoe.engine.messages import Pulse
 from amoe.engine.pulse import PulseThread, Turn
-from amoe.engine.step_times import WELL_KNOWN_STEPS, StepTimes
+from amoe.engine.step_times import COLD_STEPS, WELL_KNOWN_STEPS, StepTimes
 from amoe.policy.patience import Patience, StepTime
 from amoe.policy.supervision import LifeSigns, Loss
 from amoe.types import BlockId, BlockKind
@@ -65,7 +65,7 @@ class World:
         self.signs = LifeSigns(case.timeout_s)
         self.found: list[tuple[float, Loss]] = []
         self.turn, self.times = Turn(), StepTimes()
-        for _ in range(WELL_KNOWN_STEPS):
+        for _ in range(COLD_STEPS + WELL_KNOWN_STEPS):
             self.times.observe(STEP, 0.005 * case.timeout_s)
         hindrance: Any = SimpleNamespace(mark=lambda: None, kept_s=lambda seconds: case.kept * seconds)
         control: Any = SimpleNamespace(send=self.on_pulse)

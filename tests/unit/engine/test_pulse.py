@@ -9,7 +9,7 @@ from typing import Any
 from amoe.clock import ManualClock
 from amoe.engine.messages import Pulse
 from amoe.engine.pulse import PulseThread, Turn
-from amoe.engine.step_times import WELL_KNOWN_STEPS, StepTimes
+from amoe.engine.step_times import COLD_STEPS, WELL_KNOWN_STEPS, StepTimes
 from amoe.types import BlockId, BlockKind
 
 PERIOD_S = 0.25
@@ -66,7 +66,7 @@ def test_what_is_known_of_the_step_is_told():
     beside = Beside()
     beside.turn.since, beside.turn.step = beside.clock.now(), step(8)
     assert beside.look() == Pulse(0.25, None)
-    for _ in range(WELL_KNOWN_STEPS):
+    for _ in range(COLD_STEPS + WELL_KNOWN_STEPS):
         beside.times.observe(step(8), 0.125)
     assert beside.look() == Pulse(0.5, 0.125, 0.25, 0.125)
     beside.times.observe(step(8), 0.375)
