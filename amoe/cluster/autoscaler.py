@@ -11,7 +11,7 @@ from amoe.clock import Clock, MonotonicClock
 from amoe.cluster.admin import ClusterAdmin
 from amoe.config import AutoscaleConfig
 from amoe.errors import AmoeError
-from amoe.policy.autoscaling import AutoscaleState, ExpertLoad, Flow, wanted_workers
+from amoe.policy.autoscaling import AutoscaleState, ExpertLoad, Flow, queue_age, wanted_workers
 from amoe.stats import WorkerStats
 
 logger = logging.getLogger(__name__)
@@ -35,29 +35,37 @@ class Passage:
     """What the tokens of one home did in a window of its time.
 
     Attributes:
-        seconds: of the window.
-        token_s: that tokens spent on their way in it, summed; tokens: that passed a layer, summed over the layers.
+        home_s: seconds that tokens spent in its queues and blocks, summed over `tokens`, which passed a layer each.
+        away_s: seconds from dispatch to last answer, summed over `joins`: tokens, or parts of prompts.
+        sequences: that were running.
     """
 
-    seconds: float
-    token_s: float
+    home_s: float
     tokens: float
+    away_s: float
+    joins: float
+    sequences: float
 
 
 def passage(before: WorkerStats, after: WorkerStats) -> Passage:
     """What an attention worker's tokens did between two heartbeats of one life."""
     return Passage(
-        after.at_s - before.at_s,
-        max(0.0, _token_seconds(after) - _token_seconds(before)),
+        max(0.0, _home_seconds(after) - _home_seconds(before)),
         max(0.0, _tokens(after, "attention") - _tokens(before, "attention")),
+        max(0.0, sum(item.total for item in after.join_waits) - sum(item.total for item in before.join_waits)),
+        max(0, _num_joins(after) - _num_joins(before)),
+        (before.num_running + after.num_running) / 2,
     )
 
 
 def flow_of(passages: Sequence[Passage]) -> Flow:
     """Of all homes together."""
-    tokens = sum(item.tokens for item in passages)
-    pace_s = sum(item.token_s for item in passages) / tokens if tokens else 0.0
-    return Flow(pace_s, sum(item.token_s / item.seconds for item in passages))
+    tokens, joins = sum(item.tokens for item in passages), sum(item.joins for item in passages)
+    return Flow(
+        sum(item.home_s for item in passages) / tokens if tokens else 0.0,
+        sum(item.away_s for item in passages) / joins if joins else 0.0,
+        sum(item.sequences for item in passages),
+    )
 
 
 class Autoscaler:
@@ -104,7 +112,9 @@ class Autoscaler:
         wanted, self._state = wanted_workers(self._config, self._state, loads, flow, count, now)
         if wanted == count:
             return
-        logger.info("autoscaling: %d -> %d expert workers (%s)", count, wanted, _reason(loads, flow))
+        logger.info(
+            "autoscaling: %d -> %d expert workers (%s)", count, wanted, _reason(self._config, count, loads, flow)
+        )
         try:
             await self._admin.scale_experts(wanted)
         except AmoeError as error:
@@ -114,19 +124,23 @@ class Autoscaler:
             self._state = self._state.settling(self._clock.now() + self._state.settled_at - now)
 
 
-def _reason(loads: Mapping[int, ExpertLoad], flow: Flow) -> str:
-    age = max((load.queue_age_s for load in loads.values()), default=0.0)
-    busy = max((load.busy for load in loads.values()), default=0.0)
+def _reason(config: AutoscaleConfig, count: int, loads: Mapping[int, ExpertLoad], flow: Flow) -> str:
+    if not config.min_workers <= count <= config.max_workers:
+        return f"there shall be {config.min_workers} to {config.max_workers}"
+    age, busy = queue_age(loads, flow), max((load.busy for load in loads.values()), default=0.0)
     return (
-        f"of {flow.pace_s * 1e3:.1f} ms that a layer takes, tokens wait {age * 1e3:.1f} ms for others at the experts; "
-        f"the busiest worker uses {busy:.0%} of its time"
+        f"of {flow.pace_s(age) * 1e3:.1f} ms that a layer takes, tokens wait {age * 1e3:.1f} ms for "
+        f"others at the experts; the busiest worker uses {busy:.0%} of its time"
     )
 
 
-def _token_seconds(stats: WorkerStats) -> float:
-    """That tokens have spent at a home, in its queues and blocks, and waiting for their experts."""
-    here = sum(queue.waited_s + queue.ran_s for queue in stats.queues if queue.kind != "experts")
-    return here + sum(waits.total for waits in stats.join_waits)
+def _home_seconds(stats: WorkerStats) -> float:
+    """That tokens have spent in the queues and blocks of a home."""
+    return sum(queue.waited_s + queue.ran_s for queue in stats.queues if queue.kind != "experts")
+
+
+def _num_joins(stats: WorkerStats) -> int:
+    return sum(sum(waits.counts) for waits in stats.join_waits)
 
 
 def _tokens(stats: WorkerStats, kind: str) -> float:

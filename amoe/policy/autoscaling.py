@@ -3,8 +3,10 @@
 The *queue age* of an expert worker is the mean time that a token waits there, at each layer, for others: from its
 arrival until its step, while the worker runs another; and in its step, which computes its tokens together, for the
 shares of the others. So it tells how much sooner a token would be through if the worker were there for it alone,
-whatever the schedule: the strict ones have large steps and hardly a queue, the loose ones queues and small steps. A
-lone token waits for nobody, and so does one whose wave waits for tokens that are elsewhere: the worker sleeps then.
+whatever the schedule: the strict ones have large steps and hardly a queue, the loose ones queues and small steps. One
+whose wave waits for tokens that are elsewhere waits for nobody here: the worker sleeps then. Tokens of one prompt wait
+for one another, but a user does not wait for others by that: with n sequences, 1/n of the wait is taken for a
+sequence's own. So a lone user waits for nobody, whatever is asked.
 
 A pure step: what was measured, and what the last step remembered, give the number that is wanted and what to remember.
 
@@ -13,8 +15,8 @@ A pure step: what was measured, and what the last step remembered, give the numb
   included. So a fast device is asked for more than a slow one, and nobody is added where tokens wait for attention.
 - **Down**, by one, once the queue age would be below `CALM` of the bound, for `IDLE_S`, if the others did the work of
   all: each would take over its part of what the one that goes does, and tokens would wait for whoever had more than
-  `BUSY_AFTER` of its time to do. So a worker that goes does not come back at once. A lone token would wait for nobody,
-  however long its experts take.
+  `BUSY_AFTER` of its time to do. So a worker that goes does not come back at once. A lone user would wait for nobody,
+  however long the experts take.
 - A step down that was answered by one up within `REGRET_S` was a mistake: the load is one that grows when it is served
   more slowly. Then the next one takes twice as long to be taken, and so on up to `MOST_PATIENCE` times `IDLE_S`.
 - After a change nothing is decided for `COOLDOWN_S`: experts are moved meanwhile, and the queues are not yet what the
@@ -45,7 +47,7 @@ class ExpertLoad:
     """What one expert worker did since it last spoke.
 
     Attributes:
-        queue_age_s: how long tokens waited there for others, at each layer.
+        queue_age_s: how long tokens waited there for others, at each layer, be they of the same sequence or not.
         busy: part of its time, in [0, 1], in which experts ran.
     """
 
@@ -58,12 +60,24 @@ class Flow:
     """What tokens did lately, at all workers together.
 
     Attributes:
-        pace_s: that a layer took a token; 0: nothing ran.
-        in_flight: tokens that were on their way, on the mean over the time.
+        home_s: at a layer's attention, on the mean over the tokens; 0: nothing ran.
+        away_s: at its experts, on the mean over single tokens and whole parts of prompts alike.
+        sequences: that were running.
     """
 
-    pace_s: float = 0.0
-    in_flight: float = 0.0
+    home_s: float = 0.0
+    away_s: float = 0.0
+    sequences: float = 0.0
+
+    def pace_s(self, age_s: float) -> float:
+        """How long a layer took a token whose wait for others is `age_s`: prompts come in large steps, and most tokens
+        may have been in steps that were longer than the mean."""
+        return self.home_s + max(self.away_s, age_s)
+
+    @property
+    def others(self) -> float:
+        """Part of the tokens that are of other sequences than a token's own, in [0, 1)."""
+        return 1 - 1 / max(1.0, self.sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +121,15 @@ def wanted_workers(
     Returns:
         The number, which differs from `count` by at most one unless that is out of bounds, and what to remember.
     """
+    if now < state.settled_at:
+        return count, replace(state, late_since=None, idle_since=None)
     bounded = min(max(count, config.min_workers), config.max_workers)
     if bounded != count:
         return bounded, state.settling(now + COOLDOWN_S)
-    if now < state.settled_at or len(loads) != count:
+    if len(loads) != count:
         return count, replace(state, late_since=None, idle_since=None)
-    is_late = count < config.max_workers and _age(loads) > _bound(config, flow.pace_s)
+    age = queue_age(loads, flow)
+    is_late = count < config.max_workers and age > _bound(config, flow.pace_s(age))
     is_idle = count > config.min_workers and _can_spare_one(config, loads, flow)
     late_since = _since(state.late_since, is_late, now)
     idle_since = _since(state.idle_since, is_idle, now)
@@ -125,9 +142,9 @@ def wanted_workers(
     return count, replace(state, late_since=late_since, idle_since=idle_since)
 
 
-def _age(loads: Mapping[int, ExpertLoad]) -> float:
-    """Of the worst worker."""
-    return max(load.queue_age_s for load in loads.values())
+def queue_age(loads: Mapping[int, ExpertLoad], flow: Flow) -> float:
+    """Seconds that tokens wait for other sequences at the worst worker, at each layer; 0 without any."""
+    return max((load.queue_age_s for load in loads.values()), default=0.0) * flow.others
 
 
 def _bound(config: AutoscaleConfig, pace_s: float) -> float:
@@ -137,10 +154,10 @@ def _bound(config: AutoscaleConfig, pace_s: float) -> float:
 def _can_spare_one(config: AutoscaleConfig, loads: Mapping[int, ExpertLoad], flow: Flow) -> bool:
     """Whether tokens would not wait long if one less did the work of these."""
     share = len(loads) / (len(loads) - 1)
-    age, busy = _age(loads), max(load.busy for load in loads.values())
-    others = 1 - 1 / max(1.0, flow.in_flight)
-    after = age * share + max(0.0, busy * share - BUSY_AFTER) * others * flow.pace_s
-    return after <= CALM * _bound(config, flow.pace_s + after - age)
+    age, busy = queue_age(loads, flow), max(load.busy for load in loads.values())
+    pace = flow.pace_s(age)
+    after = age * share + max(0.0, busy * share - BUSY_AFTER) * flow.others * pace
+    return after <= CALM * _bound(config, pace + after - age)
 
 
 def _since(since: float | None, holds: bool, now: float) -> float | None:

@@ -16,6 +16,7 @@ from amoe.engine.tokenizer import Tokenizer
 from amoe.policy import autoscaling
 from amoe.types import SamplingParams
 
+PROMPT = [5, 6, 7, 8] * 16  # whose tokens wait for one another: that is no crowd
 PARAMS = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 
 
@@ -35,7 +36,7 @@ async def streams(front: Front, count: int) -> AsyncIterator[list[int]]:
 
     async def one() -> None:
         while not is_over:
-            deltas = [delta async for delta in front.engine.generate([5, 6, 7, 8], PARAMS)]
+            deltas = [delta async for delta in front.engine.generate(PROMPT, PARAMS)]
             answered.append(sum(len(delta.token_ids) for delta in deltas))
 
     tasks = [asyncio.create_task(one()) for _ in range(count)]

@@ -22,7 +22,10 @@ MOVED = {"placement": PlacementConfig(expert_workers=2), "steering": SteeringCon
 SHARED = {"placement": PlacementConfig(expert_workers=2, redundant_experts=32)}
 
 
-@pytest.mark.parametrize("how", [MOVED, SHARED], ids=["experts-are-moved", "replicas-share"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(MOVED, id="experts-are-moved"), pytest.param(SHARED, id="replicas-share", marks=pytest.mark.matrix)],
+)
 async def test_a_slow_worker_gets_its_share(how: dict[str, Any]) -> None:
     """Emulated devices. A fifth of the pairs is what makes both take as long; it begins with half of them."""
     device = f"emulated:h100,slow=20,model=olmoe-1b-7b,straggler={SLOW}:4"

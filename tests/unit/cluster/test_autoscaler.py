@@ -33,15 +33,19 @@ def experts(at_s: float, *, rank: int = 1, age_s: float = 0.0, tokens: float = 0
     )
 
 
-def home(at_s: float, *, tokens: float = 0.0, here_s: float = 0.0, away_s: float = 0.0) -> WorkerStats:
+def home(
+    at_s: float, *, tokens: float = 0.0, here_s: float = 0.0, away_s: float = 0.0, running: int = 64
+) -> WorkerStats:
     """Of an attention worker: in each of two layers its tokens were `here_s` seconds at home, half of them queued, and
     `away_s` at experts."""
     each = tokens / 2
     queues = [QueueSnapshot("attention", layer, 0, 0.0, here_s * each / 2, here_s * each / 2) for layer in (0, 1)]
     sizes = [HistogramSnapshot("attention", layer, [], each) for layer in (0, 1)]
-    waits = [HistogramSnapshot("experts", layer, [], away_s * each) for layer in (0, 1)]
+    waits = [HistogramSnapshot("experts", layer, [int(each)], away_s * int(each)) for layer in (0, 1)]
     loops = int(at_s * 100)
-    return WorkerStats(0, "attention", at_s=at_s, loops=loops, queues=queues, batch_sizes=sizes, join_waits=waits)
+    home = WorkerStats(0, "attention", at_s=at_s, loops=loops, queues=queues, batch_sizes=sizes, join_waits=waits)
+    home.num_running = running
+    return home
 
 
 class FakeAdmin:
@@ -74,10 +78,11 @@ def test_the_queue_age_is_the_mean_wait_of_a_window():
 
 
 def test_the_pace_counts_all_of_a_tokens_time():
-    before = home(10.0, tokens=100, here_s=0.1, away_s=0.2)
-    assert passage(before, home(11.0, tokens=300, here_s=0.1, away_s=0.2)) == Passage(1.0, pytest.approx(60.0), 200)
-    assert flow_of([Passage(1.0, 60.0, 200), Passage(2.0, 20.0, 200)]) == Flow(0.2, 70.0)
-    assert flow_of([]) == flow_of([Passage(1.0, 0.0, 0.0)]) == Flow(0.0, 0.0)
+    before = home(10.0, tokens=100, here_s=0.1, away_s=0.2, running=2)
+    after = home(11.0, tokens=300, here_s=0.1, away_s=0.2, running=5)
+    assert passage(before, after) == Passage(pytest.approx(20.0), 200, pytest.approx(40.0), 200, 3.5)
+    assert flow_of([Passage(60.0, 200, 9.0, 20, 3.5), Passage(20.0, 200, 3.0, 20, 1.0)]) == Flow(0.2, 0.3, 4.5)
+    assert flow_of([]) == flow_of([Passage(0.0, 0.0, 0.0, 0, 0.0)]) == Flow()
 
 
 class Driven:
@@ -89,22 +94,24 @@ class Driven:
         self.admin = FakeAdmin(count)
         self.scaler = Autoscaler(config, self.admin, self.clock)
 
-    def go_on(self, seconds: float, *, age_s: float = 0.0, busy: float = 0.0, away_s: float = 0.9) -> None:
+    def go_on(
+        self, seconds: float, *, age_s: float = 0.0, busy: float = 0.0, away_s: float = 0.9, running: int = 64
+    ) -> None:
         for _ in range(round(seconds / BEAT_S)):
             self.clock.advance(BEAT_S)
             now = self.clock.now()
             for rank in range(1, 1 + self.admin.count):
                 self.scaler.observe(experts(now, rank=rank, age_s=age_s, tokens=100 * now, busy_s=busy * now))
-            self.scaler.observe(home(now, tokens=100 * now, here_s=0.1, away_s=away_s))
+            self.scaler.observe(home(now, tokens=100 * now, here_s=0.1, away_s=away_s, running=running))
             asyncio.run(self.scaler.step())
 
 
 def test_up_and_down():
     driven = Driven(1)
-    driven.go_on(SUSTAIN_S + 2, age_s=0.6, busy=1.0)
+    driven.go_on(SUSTAIN_S + 2, age_s=0.65, busy=1.0)
     assert driven.admin.asked == [2]
-    driven.go_on(COOLDOWN_S + SUSTAIN_S + 2, age_s=0.6, busy=1.0)
-    driven.go_on(60, age_s=0.6, busy=1.0)
+    driven.go_on(COOLDOWN_S + SUSTAIN_S + 2, age_s=0.65, busy=1.0)
+    driven.go_on(60, age_s=0.65, busy=1.0)
     assert driven.admin.asked == [2, 3]
     driven.go_on(300)
     assert driven.admin.asked == [2, 3, 2, 1]
@@ -112,19 +119,35 @@ def test_up_and_down():
 
 def test_a_wait_that_is_a_small_part_of_a_tokens_time_asks_for_nobody():
     driven = Driven(1)
-    driven.go_on(60, age_s=0.6, busy=1.0, away_s=1.4)
+    driven.go_on(60, age_s=0.65, busy=1.0, away_s=1.4)
     assert driven.admin.asked == []
+
+
+def test_a_lone_user_asks_for_nobody_whatever_the_prompt():
+    driven = Driven(1)
+    driven.go_on(60, age_s=0.9, busy=1.0, running=1)
+    assert driven.admin.asked == []
+    driven = Driven(3)
+    driven.go_on(300, age_s=0.9, busy=0.9, running=1)
+    assert driven.admin.asked == [2, 1]
+
+
+def test_what_is_out_of_bounds_and_cannot_be_brought_back_is_not_asked_for_all_the_time():
+    driven = Driven(5)
+    driven.admin.refuses = True
+    driven.go_on(RETRY_S + 5)
+    assert driven.admin.asked == [3, 3]
 
 
 def test_a_number_of_seconds_is_a_bound_of_its_own():
     driven = Driven(1, replace(CONFIG, queue_age_s=0.5))
-    driven.go_on(SUSTAIN_S + 2, age_s=0.6, busy=1.0, away_s=1.4)
+    driven.go_on(SUSTAIN_S + 2, age_s=0.65, busy=1.0, away_s=1.4)
     assert driven.admin.asked == [2]
 
 
 def test_silence_decides_nothing():
     driven = Driven(1)
-    driven.go_on(WINDOW_S + BEAT_S, age_s=0.6)
+    driven.go_on(WINDOW_S + BEAT_S, age_s=0.65)
     for _ in range(100):
         driven.clock.advance(0.5)
         asyncio.run(driven.scaler.step())
@@ -137,7 +160,7 @@ def test_a_worker_that_has_been_started_anew_is_judged_by_its_new_life():
     driven.go_on(WINDOW_S, age_s=0.1, busy=0.1)
     for beat in range(60):
         driven.clock.advance(BEAT_S)
-        driven.scaler.observe(experts(beat * BEAT_S, age_s=0.6, tokens=beat, busy_s=beat * BEAT_S))
+        driven.scaler.observe(experts(beat * BEAT_S, age_s=0.65, tokens=beat, busy_s=beat * BEAT_S))
         driven.scaler.observe(home(driven.clock.now(), tokens=100 * driven.clock.now(), here_s=0.1, away_s=0.9))
         asyncio.run(driven.scaler.step())
     assert driven.admin.asked == [2]
@@ -146,8 +169,8 @@ def test_a_worker_that_has_been_started_anew_is_judged_by_its_new_life():
 def test_what_cannot_be_done_is_tried_again_later():
     driven = Driven(1)
     driven.admin.refuses = True
-    driven.go_on(SUSTAIN_S + 5, age_s=0.6, busy=1.0)
+    driven.go_on(SUSTAIN_S + 5, age_s=0.65, busy=1.0)
     assert driven.admin.asked == [2]
     driven.admin.refuses = False
-    driven.go_on(RETRY_S + SUSTAIN_S, age_s=0.6, busy=1.0)
+    driven.go_on(RETRY_S + SUSTAIN_S, age_s=0.65, busy=1.0)
     assert driven.admin.asked == [2, 2] and driven.admin.count == 2

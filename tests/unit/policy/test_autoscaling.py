@@ -40,11 +40,18 @@ class Run:
         self.state = AutoscaleState()
         self.changes: list[tuple[float, int]] = []
 
-    def step(self, *loads: ExpertLoad, pace_s: float = PACE_S, in_flight: float = 64.0, seconds: float = 0.5) -> int:
+    def step(
+        self,
+        *loads: ExpertLoad,
+        pace_s: float = PACE_S,
+        home_s: float = 0.0,
+        sequences: float = 64.0,
+        seconds: float = 0.5,
+    ) -> int:
         self.now += seconds
         by_rank = dict(enumerate(loads))
         wanted, self.state = wanted_workers(
-            self.config, self.state, by_rank, Flow(pace_s, in_flight), self.count, self.now
+            self.config, self.state, by_rank, Flow(home_s, pace_s, sequences), self.count, self.now
         )
         if wanted != self.count:
             self.changes.append((self.now, wanted - self.count))
@@ -73,6 +80,12 @@ def test_a_moment_does_not(config):
     assert run.changes == []
 
 
+def test_after_a_change_that_failed_there_is_a_pause_even_out_of_bounds():
+    state = AutoscaleState().settling(130.0)
+    for now, wanted in ((100.0, 7), (129.0, 7), (130.0, 4)):
+        assert wanted_workers(RELATIVE, state, {}, Flow(), 7, now)[0] == wanted
+
+
 def test_the_worst_worker_counts():
     run = Run(2)
     for _ in range(10):
@@ -85,6 +98,12 @@ def test_without_a_number_of_seconds_the_pace_is_the_measure():
     assert Run(1).go_on(LATE, 2 * SUSTAIN_S, pace_s=0.6) == 2
     assert Run(1).go_on(LATE, 10 * SUSTAIN_S, pace_s=1.6) == 1
     assert Run(1, ABSOLUTE).go_on(LATE, 2 * SUSTAIN_S, pace_s=1.6) == 2
+
+
+def test_tokens_that_wait_longer_than_the_mean_are_none_the_less_tokens_that_wait():
+    """Prompts: most tokens are in a few long steps."""
+    flow = Flow(0.3, 0.1, 8.0)
+    assert (flow.pace_s(0.05), flow.pace_s(0.2)) == (pytest.approx(0.4), pytest.approx(0.5))
 
 
 def test_load_that_stays_goes_up_to_the_bound_with_a_pause_between():
@@ -111,14 +130,14 @@ def test_none_goes_whose_work_the_others_could_not_do(config):
 
 
 @CONFIGS
-def test_a_lone_token_needs_no_more_than_one_worker(config):
-    """However long its experts take: it waits for nobody."""
-    alone = ExpertLoad(0.0, 0.9)
-    assert Run(1, config).go_on(alone, 10 * IDLE_S) == 1
-    run = Run(2, config)
-    for _ in range(200):
-        run.step(*[alone] * run.count, in_flight=1.0)
-    assert run.count == 1
+def test_a_lone_user_needs_no_more_than_one_worker(config):
+    """However long the experts take, and however long the tokens of a prompt wait for one another."""
+    alone = ExpertLoad(3.0, 0.9)
+    for count in (1, 2):
+        run = Run(count, config)
+        for _ in range(200):
+            run.step(*[alone] * run.count, sequences=1.0)
+        assert run.count == 1
 
 
 def test_a_hot_worker_keeps_the_idle_ones():
@@ -210,7 +229,7 @@ class Loop:
         queued = max(0.0, cycle - step - self.attention_s)
         worst = ExpertLoad(step * others + queued, min(1.0, waves * step / cycle))
         mild = ExpertLoad(worst.queue_age_s / 2, worst.busy / 2)
-        return [worst] + [mild] * (count - 1), Flow(cycle, sequences)
+        return [worst] + [mild] * (count - 1), Flow(self.attention_s, cycle - self.attention_s, sequences)
 
     def _cycle(self, sequences: float, count: int) -> tuple[float, float]:
         waves = min(self.num_waves, max(1, int(sequences)))
@@ -238,7 +257,7 @@ def directions(config: AutoscaleConfig, loop: Loop, count: int, seconds: int) ->
     shown = {number: loop.passes(number) for number in range(1, 5)}
     for _ in range(seconds):
         loads, flow = shown[run.count]
-        run.step(*loads, pace_s=flow.pace_s, in_flight=flow.in_flight, seconds=1.0)
+        run.step(*loads, home_s=flow.home_s, pace_s=flow.away_s, sequences=flow.sequences, seconds=1.0)
     return [change for _, change in run.changes]
 
 
