@@ -19,9 +19,9 @@ import pytest
 from benchmarks.chaos.faults import Fault
 from benchmarks.chaos.run import run
 from benchmarks.chaos.server import SPARE, ChaosServer
-from benchmarks.chaos.streams import make_load
+from benchmarks.chaos.streams import Answer, Load, make_load
 from benchmarks.chaos.ties import clear_requests
-from tests.integration.test_chaos import VOCAB_SIZE, assert_unharmed, suffer
+from tests.integration.test_chaos import VOCAB_SIZE, assert_unharmed
 from tests.served import ServedModel
 
 BODY = {"prompt": "def add(a, b):", "max_tokens": 8, "temperature": 0}
@@ -133,6 +133,11 @@ def test_in_lockstep_a_worker_that_dies_takes_the_server_along() -> None:
         assert not alive
 
 
+async def undisturbed(server: ChaosServer, model: Path, load: Load) -> tuple[Load, list[Answer]]:
+    """Of these requests those whose answers are clear, and what they are."""
+    return clear_requests(model, load, (await run(server, load)).answers)
+
+
 async def test_workers_die_and_nobody_notices(checkpoint_factory: Callable[..., Path], tmp_path: Path) -> None:
     model = checkpoint_factory("qwen3_moe")
     with ChaosServer(tmp_path, str(model), *APART) as server:
@@ -141,7 +146,10 @@ async def test_workers_die_and_nobody_notices(checkpoint_factory: Callable[..., 
             Fault(kind="kill", workers=("attention 0",), at=0.3),
             Fault(kind="stop", workers=("attention 1",), at=0.6),
         ]
-        await suffer(server, model, faults)
+        load, oracle = await undisturbed(server, model, make_load(90, 10, 40, VOCAB_SIZE))
+        before = server.residue()
+        assert_unharmed(await run(server, load, faults), oracle, load)
+        assert server.residue().leaks(before) == []
         assert have_served(server.printed()) == {"api 0", "api 1"}
         # Whichever process answers says the same, and each loss is counted once.
         for _ in range(8):
@@ -169,8 +177,7 @@ async def test_scaling_under_traffic(checkpoint_factory: Callable[..., Path], tm
     """With a warm spare, and with an API process that dies meanwhile: what an operator has asked for goes on."""
     model = checkpoint_factory("qwen3_moe")
     with ChaosServer(tmp_path, str(model), *APART, "--warm-spare") as server:
-        load = make_load(24, 4, 40, VOCAB_SIZE)
-        load, oracle = clear_requests(model, load, (await run(server, load)).answers)
+        load, oracle = await undisturbed(server, model, make_load(24, 4, 40, VOCAB_SIZE))
         before = server.residue()
         until(lambda: SPARE in family(server.process.pid), "there is a spare process")
         spare = family(server.process.pid)[SPARE].pid
