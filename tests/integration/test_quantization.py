@@ -76,19 +76,8 @@ def test_one_worker_answers_what_the_weights_come_to(expected: list[str]) -> Non
         assert not server.tracebacks()
 
 
-def test_experts_in_int8_move_while_the_answers_stay(expected: list[str]) -> None:
-    placement = ("--attention-workers", "1", "--expert-workers", "1", "--max-expert-workers", "2")
-    with ServedModel("--quantization", "int8", "--dtype", "float32", *placement, "--admin-key", "secret") as server:
-        assert answers_of(server) == expected
-        for count in (2, 1):
-            scaled = scale(server, count)
-            assert scaled.status_code == 200, scaled.text
-            assert answers_of(server) == expected
-        assert not server.tracebacks()
-
-
-def test_a_worker_dies_while_it_gives_experts_away(expected: list[str]) -> None:
-    """Its next life, or the newcomer, has them all the same."""
+def test_experts_move_and_a_worker_dies_while_it_gives_them_away(expected: list[str]) -> None:
+    """Its next life, or the newcomer, has them all the same; the answers stay."""
     placement = ("--attention-workers", "1", "--expert-workers", "1", "--max-expert-workers", "2")
     with ServedModel("--quantization", "int8", "--dtype", "float32", *placement, "--admin-key", "secret") as server:
         assert answers_of(server) == expected

@@ -102,7 +102,7 @@ DEATHS = {"several": (SEVERAL, ((0, KILL), (1, KILL))), "alone": (ALONE, ((0, KI
     ("deaths", "dtype", "quantization"),
     [
         ("several", "float32", None),
-        ("alone", "float32", None),
+        pytest.param("alone", "float32", None, marks=pytest.mark.matrix),
         pytest.param("alone", "bfloat16", "int8", marks=needs_native),
         pytest.param("several", "bfloat16", None, marks=[needs_native, pytest.mark.matrix]),
     ],
