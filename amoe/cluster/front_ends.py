@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -131,7 +132,7 @@ class FrontEnds:
         self.metrics = Counters(self._tell, self._tell_one)
         self.died = asyncio.Event()
         self._cluster = cluster
-        self._trouble = self._note = ""
+        self._health = Health("", "")
         self._fronts: dict[int, FrontEnd] = {}
         self._lives = {rank: worker.incarnation for rank, worker in cluster.workers.items()}  # that serve, by rank
         self._channels = Channels(cluster.channels, self._hear, self._on_end)
@@ -157,7 +158,7 @@ class FrontEnds:
         """One has come: it is told what is so now, and may serve."""
         self._fronts[front.number] = front
         front.tell(PastLives(self.metrics.lives.past))
-        front.tell(Health(self._trouble, self._note))
+        front.tell(self._health)
         front.tell(Steered(self._steering.state))
         for rank, incarnation in self._lives.items():
             front.attach(rank, incarnation, self._cluster)
@@ -188,25 +189,34 @@ class FrontEnds:
     @property
     def trouble(self) -> str:
         """See `SupervisedEngine`."""
-        return self._trouble
+        return self._health.trouble
 
     @trouble.setter
     def trouble(self, value: str) -> None:
-        self._be_well(value, self._note)
+        self._be_well(msgspec.structs.replace(self._health, trouble=value))
 
     @property
     def note(self) -> str:
         """See `SupervisedEngine`."""
-        return self._note
+        return self._health.note
 
     @note.setter
     def note(self, value: str) -> None:
-        self._be_well(self._trouble, value)
+        self._be_well(msgspec.structs.replace(self._health, note=value))
 
-    def _be_well(self, trouble: str, note: str) -> None:
-        if (trouble, note) != (self._trouble, self._note):
-            self._trouble, self._note = trouble, note
-            self._tell(Health(trouble, note))
+    @property
+    def is_awaited(self) -> bool:
+        """See `SupervisedEngine`."""
+        return self._health.is_awaited
+
+    @is_awaited.setter
+    def is_awaited(self, value: bool) -> None:
+        self._be_well(msgspec.structs.replace(self._health, is_awaited=value))
+
+    def _be_well(self, health: Health) -> None:
+        if health != self._health:
+            self._health = health
+            self._tell(health)
 
     def on_topology(self, topology: Topology) -> None:
         """See `SupervisedEngine`."""

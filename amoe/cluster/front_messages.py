@@ -38,10 +38,11 @@ class Lose(msgspec.Struct, frozen=True, tag=True):
 
 
 class Health(msgspec.Struct, frozen=True, tag=True):
-    """Parent: `trouble` and `note` of the engine, see `AsyncEngine`."""
+    """Parent: `trouble`, `note` and `is_awaited` of the engine, see `AsyncEngine`."""
 
     trouble: str
     note: str
+    is_awaited: bool = False
 
 
 class Die(msgspec.Struct, frozen=True, tag=True):

@@ -85,7 +85,7 @@ class ParentLink:
         elif isinstance(message, Ping):
             self._link.send(Pong())
         elif isinstance(message, Health):
-            engine.trouble, engine.note = message.trouble, message.note
+            engine.trouble, engine.note, engine.is_awaited = message.trouble, message.note, message.is_awaited
         elif isinstance(message, Die):
             engine.die(message.reason)
         elif isinstance(message, Steered):

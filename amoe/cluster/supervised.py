@@ -42,12 +42,14 @@ class SupervisedEngine(Protocol):
         on_gone: called with rank and reason when a channel to a worker has ended by itself.
         trouble: why the engine is unhealthy, as its supervisor sees it; "" if it is not.
         note: what is being done about a worker that has died.
+        is_awaited: nothing can be served without that worker: whoever waits is not to blame.
     """
 
     on_message: Callable[[int, ToServer], None] | None
     on_gone: Callable[[int, str], None] | None
     trouble: str
     note: str
+    is_awaited: bool
 
     @property
     def metrics(self) -> ClusterCounters: ...

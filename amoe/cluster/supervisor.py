@@ -366,8 +366,10 @@ class Supervisor:
         limit = self._config.failure.max_crashes
         troubles = [place.trouble(limit, now) for place in self.places]
         words = "; ".join(filter(None, (loop or place.note for loop, place in zip(troubles, self.places, strict=True))))
-        is_down = any(troubles) and not self._coverage.can_serve()
-        self._engine.trouble, self._engine.note = (words, "") if is_down else ("", words)
+        is_down = bool(words) and not self._coverage.can_serve()
+        self._engine.is_awaited = is_down and any(place.note for place in self.places)
+        is_trouble = is_down and any(troubles)
+        self._engine.trouble, self._engine.note = (words, "") if is_trouble else ("", words)
 
 
 def _oldest_s(stats: WorkerStats) -> float:

@@ -68,8 +68,8 @@ class AsyncEngine:
         on_message: called with the rank and every message of a worker, once the engine has taken it.
         on_gone: called with rank and reason when a channel has ended by itself; only if `supervised`.
         trouble: why the engine is unhealthy, as its supervisor sees it: a worker that dies again and again, by name.
-        note: what is being done about a worker that has died; the engine is healthy, and whoever waits for that worker
-            does not count as stalled.
+        note: what is being done about a worker that has died; the engine is healthy.
+        is_awaited: nothing can be served without that worker: whoever waits for it does not count as stalled.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class AsyncEngine:
         self.on_message: Callable[[int, ToServer], None] | None = None
         self.on_gone: Callable[[int, str], None] | None = None
         self.trouble = self.note = ""
+        self.is_awaited = False
         self._supervised = supervised
         self._channels = Channels(channels, self._on_message, self._on_gone)
         self._clock = clock or MonotonicClock()
@@ -405,7 +406,7 @@ class AsyncEngine:
         vigil = Vigil(
             self._watchdog,
             self._clock,
-            somebody_is_missing=lambda: bool(self.note or self.trouble),
+            somebody_is_missing=lambda: self.is_awaited or bool(self.trouble),
             each_turn=self._each_turn,
         )
         try:

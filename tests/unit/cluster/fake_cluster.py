@@ -84,6 +84,7 @@ class FakeEngine:
 
     def __init__(self, events: list[str]) -> None:
         self.trouble = self.note = ""
+        self.is_awaited = False
         self.on_message: Any = None
         self.on_gone: Any = None
         self.death = ""
