@@ -1,6 +1,7 @@
 """The faults that a server sees in workers that live and do nothing: one hangs inside a step, a home is cut off.
 
-How soon is shown in virtual time (tests/unit/engine/test_noticed_in_time.py), and measured by `benchmarks.chaos`.
+How soon is shown in virtual time (tests/unit/engine/test_noticed_in_time.py), and measured by `benchmarks.chaos`; that
+no token changes, by test_chaos.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from benchmarks.chaos.faults import Fault
 from benchmarks.chaos.run import run
 from benchmarks.chaos.server import ChaosServer
 from benchmarks.chaos.streams import make_load
-from benchmarks.chaos.ties import clear_requests
 
 FLAGS = ("--attention-workers", "2", "--expert-workers", "1", "--uvicorn-log-level", "warning")
 FAULTS = [
@@ -26,11 +26,10 @@ async def test_a_hang_and_a_home_that_is_cut_off(checkpoint_factory: Callable[..
     """The only expert worker, which the other home reaches, is not replaced for the home that does not."""
     model = checkpoint_factory("qwen3_moe")
     with ChaosServer(tmp_path, str(model), *FLAGS) as server:
-        load = make_load(60, 0, 48, 101)
-        load, oracle = clear_requests(model, load, (await run(server, load)).answers)
+        load = make_load(24, 0, 64, 101)
+        await run(server, load)  # steps are well known then
         disturbed = await run(server, load, FAULTS)
-        assert [answer.complaint(load.max_tokens) for answer in disturbed.answers] == [""] * len(oracle)
-        assert [answer.token_ids for answer in disturbed.answers] == [answer.token_ids for answer in oracle]
+        assert {answer.complaint(load.max_tokens) for answer in disturbed.answers} == {""}
         assert all(incident.noticed is not None for incident in disturbed.incidents)
         losses = {
             (labels["worker"], labels["kind"])
