@@ -12,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 
 from amoe.cluster.front import Front
+from amoe.cluster.ray_cluster.session import NAMESPACE
 from amoe.config import EngineConfig
 from amoe.engine.generation import GenerationDelta
 from amoe.types import SamplingParams
@@ -37,14 +39,16 @@ def network() -> Iterator[Network]:
 
 @pytest.fixture(scope="module")
 def address(network: Network) -> Iterator[str]:
-    """Of a Ray cluster with a node on either host."""
+    """Of a Ray cluster with a node on either host, to which this process stays connected."""
     with head_node(HERE) as cluster:
         node = ["start", f"--address={cluster.address}", f"--node-ip-address={THERE}", f"--num-cpus={CPUS_PER_NODE}"]
-        ray = [sys.executable, "-m", "ray.scripts.scripts", *node, f"--resources={json.dumps(OTHER_TAKES)}"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", *node, f"--resources={json.dumps(OTHER_TAKES)}"]
         try:
-            subprocess.run([*network.prefix, *ray], check=True, capture_output=True, text=True, timeout=60)
+            subprocess.run([*network.prefix, *command], check=True, capture_output=True, text=True, timeout=60)
+            ray.init(cluster.address, namespace=NAMESPACE, logging_level="warning")
             yield cluster.address
         finally:
+            ray.shutdown()
             network.kill_there()
 
 
@@ -98,7 +102,7 @@ class Streams:
         return await self._all
 
 
-@pytest.mark.parametrize("transport", CASES)
+@pytest.mark.parametrize("transport", ["tcp", pytest.param("distributed", marks=pytest.mark.matrix)])
 async def test_the_wire_is_cut_and_long(network: Network, address: str, root: Path, transport: str) -> None:
     """Nothing fails, and every token is the same."""
     case = CASES[transport]
