@@ -14,19 +14,19 @@ import ray
 
 from amoe.cluster.ray_cluster.handle import RayWorker
 from amoe.cluster.ray_cluster.session import NAMESPACE
-from tests.integration.exactness import Case, checkpoint
+from tests.integration.exactness import KERNELS, Case, checkpoint
 from tests.integration.transport_cells import CELLS
 from tests.ray_nodes import check, running, two_nodes
 
 CPUS_PER_NODE = 2
 # Each placement, transport and kernels with each other; the schedules in turn.
 ALWAYS = [
-    (Case("waves", 0, "qwen2_moe", "colocated2", "plain", 1, 2, "native"), "tcp"),
-    (Case("defrag", 1, "mixtral", "colocated2", "preempted", 0, 0, "torch"), "distributed"),
-    (Case("lockstep", 2, "qwen3_moe", "1A1E", "plain", 1, 0, "native"), "distributed"),
-    (Case("mtfs", 1, "olmoe", "1A1E", "cached", 2, 0, "torch"), "tcp"),
-    (Case("progress", 1, "olmoe", "2A2E", "plain", 1, 0, "torch"), "distributed"),
-    (Case("flfs", 1, "qwen3_moe", "2A2E", "cached+preempted", 0, 2, "native"), "tcp"),
+    (Case("waves", 0, "qwen2_moe", "colocated2", "plain", 1, 2, KERNELS[0]), "tcp"),
+    (Case("defrag", 1, "mixtral", "colocated2", "preempted", 0, 0, KERNELS[-1]), "distributed"),
+    (Case("lockstep", 2, "qwen3_moe", "1A1E", "plain", 1, 0, KERNELS[0]), "distributed"),
+    (Case("mtfs", 1, "olmoe", "1A1E", "cached", 2, 0, KERNELS[-1]), "tcp"),
+    (Case("progress", 1, "olmoe", "2A2E", "plain", 1, 0, KERNELS[-1]), "distributed"),
+    (Case("flfs", 1, "qwen3_moe", "2A2E", "cached+preempted", 0, 2, KERNELS[0]), "tcp"),
 ]
 
 
