@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 # Most of the tests wait for servers. A file's tests stay together: they share what it takes long to start.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
+SLOWEST := --durations=15 --durations-min=5
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-all check format gpu study bench-peers clean
+.PHONY: help venv serve test test-cluster test-all check format gpu study bench-peers clean
 
 help:  ## Show the commands
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 # A stamp, so that a change of the dependencies or of the C++ sources installs again.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard amoe/kernels/native/src/*)
@@ -35,7 +36,10 @@ serve: $(VENV)/installed  ## Serve the built-in model on port 8000 (PORT=..., AR
 	$(BIN)/amoe serve --port $(PORT) $(ARGS)
 
 test: $(VENV)/installed-dev  ## Run the tests
-	$(BIN)/python -m pytest -m "not matrix and not gpu" $(SIDE_BY_SIDE) --durations=40 --durations-min=5
+	$(BIN)/python -m pytest -m "not cluster and not matrix and not gpu" $(SIDE_BY_SIDE) $(SLOWEST)
+
+test-cluster: $(VENV)/installed-dev  ## Run the tests of clusters: Ray, hosts, workers that die under load, several API processes
+	$(BIN)/python -m pytest -m "cluster and not matrix" $(SIDE_BY_SIDE) $(SLOWEST)
 
 test-all: $(VENV)/installed-dev  ## Run the tests with the whole token-exactness matrix and more random examples
 	$(BIN)/python -m pytest -m "not gpu" --hypothesis-profile=thorough

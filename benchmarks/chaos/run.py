@@ -53,6 +53,9 @@ async def _hurt(
         await asyncio.sleep(_POLL_S / 5)
     before = await _wait_serving(server, fault.workers)
     everybody = await asyncio.to_thread(server.pids)
+    if gone := [worker for worker in fault.workers if worker not in everybody]:
+        told = [line for _, line in server.output if "ERROR" in line or "WARNING" in line]
+        raise AssertionError(f"{gone} ended before {fault}:\n" + "\n".join(told))
     pids = {worker: everybody[worker] for worker in fault.workers}
     incident = Incident(fault, time.monotonic())
     await asyncio.to_thread(_do, server, fault, pids)

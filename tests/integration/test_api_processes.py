@@ -24,6 +24,8 @@ from benchmarks.chaos.ties import clear_requests
 from tests.integration.test_chaos import VOCAB_SIZE, assert_unharmed
 from tests.served import ServedModel
 
+pytestmark = pytest.mark.cluster
+
 BODY = {"prompt": "def add(a, b):", "max_tokens": 8, "temperature": 0}
 TWO = ("--api-server-count", "2")
 FLAGS = (*TWO, "--colocated", "2", "--shutdown-timeout", "5")

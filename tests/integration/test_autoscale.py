@@ -10,6 +10,8 @@ from amoe.config import ScheduleName
 from amoe.engine.tokenizer import Tokenizer
 from tests.integration.autoscaling import autoscaled, check_that_it_follows, hurry
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.mark.parametrize("schedule", ["waves", pytest.param("progress", marks=pytest.mark.matrix)])
 async def test_the_number_of_workers_follows_the_load(schedule: ScheduleName, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ from benchmarks.chaos.server import ChaosServer
 from benchmarks.chaos.streams import Answer, Load, make_load
 from benchmarks.chaos.ties import clear_requests
 
+pytestmark = pytest.mark.cluster
+
 QUIET = ("--uvicorn-log-level", "warning", "--disable-uvicorn-access-log")
 MAX_TOKENS = 40
 VOCAB_SIZE = 101

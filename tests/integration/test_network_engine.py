@@ -23,6 +23,8 @@ from tests.integration.exactness import Case, checkpoint
 from tests.network import HERE, THERE, Network, two_hosts
 from tests.ray_nodes import CPUS_PER_NODE, OTHER_TAKES, check, head_node, running
 
+pytestmark = pytest.mark.cluster
+
 NUM_STREAMS, NUM_TOKENS = 6, 120
 DELAY_S = 0.05  # each way
 CASES = {

@@ -10,10 +10,14 @@ from collections.abc import Callable
 from math import inf
 from pathlib import Path
 
+import pytest
+
 from benchmarks.chaos.faults import Fault
 from benchmarks.chaos.run import run
 from benchmarks.chaos.server import ChaosServer
 from benchmarks.chaos.streams import make_load
+
+pytestmark = pytest.mark.cluster
 
 FLAGS = ("--attention-workers", "2", "--expert-workers", "1", "--uvicorn-log-level", "warning")
 FAULTS = [

@@ -40,6 +40,8 @@ from tests.integration.exactness import Case, checkpoint
 from tests.ray_nodes import CPUS_PER_NODE, OTHER_TAKES, check, running, two_nodes
 from tests.served import ServedModel
 
+pytestmark = pytest.mark.cluster
+
 SERVE_YAML = Path(__file__).parents[2] / "deploy" / "ray" / "serve.yaml"
 
 

@@ -18,6 +18,8 @@ from tests.integration.exactness import KERNELS, Case, checkpoint
 from tests.integration.transport_cells import CELLS
 from tests.ray_nodes import check, running, two_nodes
 
+pytestmark = pytest.mark.cluster
+
 CPUS_PER_NODE = 2
 # Each placement, transport and kernels with each other; the schedules in turn.
 ALWAYS = [

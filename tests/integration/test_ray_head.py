@@ -28,7 +28,10 @@ NUM_TOKENS = 200
 PROMPT = [5, 6, 7]
 DOWN_S = 2.0
 
-pytestmark = pytest.mark.skipif(REDIS is None, reason="no redis-server here: apt-get install redis-server")
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(REDIS is None, reason="no redis-server here: apt-get install redis-server"),
+]
 
 
 def free_port() -> int:

@@ -20,6 +20,8 @@ import pytest
 from benchmarks.chaos.server import ChaosServer
 from benchmarks.chaos.streams import Traffic, make_load
 
+pytestmark = pytest.mark.cluster
+
 QUIET = ("--uvicorn-log-level", "warning", "--disable-uvicorn-access-log")
 APART = ("--attention-workers", "1", "--expert-workers", "2")
 

@@ -15,6 +15,8 @@ from amoe.config import EngineConfig, PlacementConfig, SteeringConfig
 from amoe.engine.tokenizer import Tokenizer
 from amoe.types import SamplingParams
 
+pytestmark = pytest.mark.cluster
+
 PARAMS = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 SLOW = 2  # rank of the second expert worker, 4 times slower than the first
 
