@@ -39,6 +39,7 @@ class TestReports:
             # none, if a busy machine lets the observer see all tokens of a sequence at once
             assert 0 <= timing["decode_tokens"] <= batch * (output - 1)
             assert 0 < timing["prefill_s"] <= timing["total_s"]
+        assert any(sample["timing"]["decode_tokens"] > 0 for sample in results["offline"])
         assert [sample["point"]["batch"] for sample in results["served"]] == [1, 3]
         assert all(sample["run"]["end_to_end"] > 0 for sample in results["served"])
         assert len(results["about"]["amoe"]["version"]) > 0
