@@ -77,6 +77,7 @@ class ChaosServer:
     """
 
     def __init__(self, directory: Path, *flags: str) -> None:
+        self._has_spare = "--warm-spare" in flags
         self._links = directory / f"links-{time.monotonic_ns()}.json"
         self._link_faults: dict[str, tuple[str, float]] = {}
         self._steer()
@@ -216,9 +217,8 @@ class ChaosServer:
             if not held:
                 break
             time.sleep(0.1)
-        server = psutil.Process(self.process.pid)
-        children = [(_title(child), child) for child in server.children(recursive=True)]
-        # A spare comes some time after the others, and opens files while it gets ready.
+        server, children = psutil.Process(self.process.pid), self._children()
+        # A spare opens files while it gets ready: its own descriptors say nothing.
         processes = [("server", server), *((title, child) for title, child in children if title != SPARE)]
         return Residue(
             tuple(sorted(title for title, _ in processes)),
@@ -227,6 +227,19 @@ class ChaosServer:
             sum(process.memory_info().rss for _, process in processes) / 2**20,
             held,
         )
+
+    def _children(self) -> list[tuple[str, psutil.Process]]:
+        """All processes below the server, by title; with the spare, for which the server holds descriptors of its own.
+
+        A spare comes some time after the others, and after the one before it became a worker.
+        """
+        for _ in range(600):
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            titled = [(_title(child), child) for child in children]
+            if not self._has_spare or SPARE in dict(titled):
+                return titled
+            time.sleep(0.1)
+        raise RuntimeError("there is no spare process:\n" + self.printed())
 
     def _read(self) -> None:
         assert self.process.stdout is not None

@@ -180,7 +180,6 @@ async def test_scaling_under_traffic(checkpoint_factory: Callable[..., Path], tm
     with ChaosServer(tmp_path, str(model), *APART, "--warm-spare") as server:
         load, oracle = await undisturbed(server, model, make_load(24, 4, 40, VOCAB_SIZE))
         before = server.residue()
-        until(lambda: SPARE in family(server.process.pid), "there is a spare process")
         spare = family(server.process.pid)[SPARE].pid
         server.admin("POST", "/admin/scale?wait=false", {"expert_workers": 3})
         while [action["state"] for action in server.cluster()["actions"]] != ["done"]:
