@@ -163,7 +163,7 @@ async def measure(scenario: Scenario, model: Path, wanted: Load, directory: Path
                 server=scenario.name,
                 faults=", then ".join(str(fault) for fault in faults),
                 figures=figures(disturbed, oracle, load.max_tokens),
-                leaks=after.leaks(before),
+                leaks=server.leaks(before),
                 memory_mib=(before.memory_mib, after.memory_mib),
                 usage=lost_pairs(disturbed.answers),
             )

@@ -45,6 +45,11 @@ class Fault:
         """The worker cannot go on: another one has to come in its place."""
         return self.kind in ("kill", "stop", "hang")
 
+    @property
+    def may_end_life(self) -> bool:
+        """The server may take the worker for dead."""
+        return self.kind != "delay"
+
 
 @dataclass(slots=True)
 class Incident:

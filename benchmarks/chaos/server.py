@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -12,14 +11,14 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
 
+from benchmarks.chaos.residue import Residue, children_of, look_at
 from benchmarks.chaos.worker import LINKS, STEERED, hang_file
 
 ROOT = Path(__file__).parents[2]
@@ -28,40 +27,8 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 KEY = "chaos"
 SPARE = "amoe: spare"
 _START_TIMEOUT_S = 120.0
+_LEAK_LOOKS, _LEAK_PAUSE_S = 30, 0.5
 _HELD = ("kv_cache_usage_perc", "token_slots_used", "num_requests_running", "num_requests_waiting")
-
-
-@dataclass(frozen=True, slots=True)
-class Residue:
-    """What a server holds while it has nothing to do.
-
-    Attributes:
-        processes: titles of its workers, and of other children; sorted.
-        descriptors: of each process, by title.
-        names: in /dev/shm.
-        memory_mib: resident, of all processes together.
-        held: KV cache, token slots and requests, summed over the workers: 0 is right.
-    """
-
-    processes: tuple[str, ...]
-    descriptors: dict[str, int]
-    names: frozenset[str]
-    memory_mib: float
-    held: float
-
-    def leaks(self, before: Residue) -> list[str]:
-        """What is there that was not there before; for a person."""
-        found = []
-        if self.processes != before.processes:
-            found.append(f"processes {self.processes}, before: {before.processes}")
-        for title, count in self.descriptors.items():
-            if count > before.descriptors.get(title, count):
-                found.append(f"{title} has {count} descriptors, before: {before.descriptors[title]}")
-        if self.names - before.names:
-            found.append(f"in /dev/shm: {sorted(self.names - before.names)}")
-        if self.held:
-            found.append(f"KV cache, token slots or requests are held: {self.held:g}")
-        return found
 
 
 class ChaosServer:
@@ -80,6 +47,7 @@ class ChaosServer:
         self._has_spare = "--warm-spare" in flags
         self._links = directory / f"links-{time.monotonic_ns()}.json"
         self._link_faults: dict[str, tuple[str, float]] = {}
+        self._ranks: dict[str, int] = {}
         self._steer()
         environment = os.environ | {LINKS: str(self._links), "AMOE_ADMIN_KEY": KEY, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
@@ -116,18 +84,23 @@ class ChaosServer:
             raise
         finally:
             self._reader.join(10)
+            if kind is not None:  # whoever reads of the failure wants to know what the server has seen of it
+                print(f"what the server has said until {kind.__name__}:\n{self.printed()}", file=sys.stderr)
 
     def printed(self) -> str:
         """All that it has printed."""
         return "".join(line for _, line in self.output)
 
+    def complaints(self) -> str:
+        """What it has printed of errors and warnings."""
+        return "".join(line for _, line in self.output if "ERROR" in line or "WARNING" in line)
+
     def pids(self) -> dict[str, int]:
         """Pids of the workers that there are, by title."""
         found = {}
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if (match := _TITLE.search(" ".join(child.cmdline()))) is not None:
-                    found[match[1]] = child.pid
+        for title, child in children_of(self.process.pid):
+            if (match := _TITLE.search(title)) is not None:
+                found[match[1]] = child.pid
         return found
 
     def kill(self, worker: str) -> None:
@@ -162,7 +135,9 @@ class ChaosServer:
 
     def lives(self) -> dict[str, tuple[str, int]]:
         """State and incarnation of the workers, by title, as the admin API tells them."""
-        return {worker["title"]: (worker["state"], worker["incarnation"]) for worker in self.cluster()["workers"]}
+        workers = self.cluster()["workers"]
+        self._ranks |= {worker["title"]: worker["rank"] for worker in workers}
+        return {worker["title"]: (worker["state"], worker["incarnation"]) for worker in workers}
 
     def cluster(self) -> dict[str, Any]:
         """What the admin API tells of the cluster."""
@@ -219,14 +194,16 @@ class ChaosServer:
             time.sleep(0.1)
         server, children = psutil.Process(self.process.pid), self._children()
         # A spare opens files while it gets ready: its own descriptors say nothing.
-        processes = [("server", server), *((title, child) for title, child in children if title != SPARE)]
-        return Residue(
-            tuple(sorted(title for title, _ in processes)),
-            {title: _num_descriptors(process) for title, process in processes},
-            frozenset(os.listdir("/dev/shm")),
-            sum(process.memory_info().rss for _, process in processes) / 2**20,
-            held,
-        )
+        return look_at([("server", server), *((title, child) for title, child in children if title != SPARE)], held)
+
+    def leaks(self, before: Residue) -> list[str]:
+        """What it holds and did not hold before, for a person. What goes soon is no leak: a connection is open for a
+        moment after its last answer, and so is what the server has to close."""
+        for _ in range(_LEAK_LOOKS):
+            if not (found := self.residue().leaks(before)):
+                return []
+            time.sleep(_LEAK_PAUSE_S)
+        return found
 
     def _children(self) -> list[tuple[str, psutil.Process]]:
         """All processes below the server, by title; with the spare, for which the server holds descriptors of its own.
@@ -234,10 +211,9 @@ class ChaosServer:
         A spare comes some time after the others, and after the one before it became a worker.
         """
         for _ in range(600):
-            children = psutil.Process(self.process.pid).children(recursive=True)
-            titled = [(_title(child), child) for child in children]
-            if not self._has_spare or SPARE in dict(titled):
-                return titled
+            children = children_of(self.process.pid)
+            if not self._has_spare or SPARE in dict(children):
+                return children
             time.sleep(0.1)
         raise RuntimeError("there is no spare process:\n" + self.printed())
 
@@ -252,28 +228,11 @@ class ChaosServer:
 
     def _steer(self) -> None:
         """Tell the workers; a new file in place of the old one, so that nobody reads half of it."""
-        ranks = self._ranks() if self._link_faults else {}
+        if not self._ranks.keys() >= self._link_faults.keys():
+            self.lives()
+        ranks = self._ranks
         cut = [ranks[worker] for worker, (kind, _) in self._link_faults.items() if kind == "cut"]
         delays = {str(ranks[worker]): s for worker, (kind, s) in self._link_faults.items() if kind == "delay"}
         draft = self._links.with_suffix(".new")
         draft.write_text(json.dumps({"cut": cut, "delay_s": delays}), encoding="utf-8")
         draft.replace(self._links)
-
-    def _ranks(self) -> dict[str, int]:
-        return {worker["title"]: worker["rank"] for worker in self.cluster()["workers"]}
-
-
-def _num_descriptors(process: psutil.Process) -> int:
-    """Without what is open for a moment only: a worker reads now and then which of its links are cut."""
-    counts = []
-    for _ in range(10):
-        counts.append(process.num_fds())
-        time.sleep(0.013)
-    return min(counts)
-
-
-def _title(process: psutil.Process) -> str:
-    """A name that the next life of a worker has as well."""
-    command: Sequence[str] = process.cmdline()
-    match = _TITLE.search(" ".join(command))
-    return match[1] if match is not None else " ".join(command)[:60].strip() or process.name()

@@ -113,7 +113,10 @@ class Traffic:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 20)
         try:
             writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + payload)
-            answer.status = int((await reader.readline()).split(b" ", 2)[1])
+            status_line = await reader.readline()
+            if not status_line:
+                raise ConnectionError("it was closed without an answer")
+            answer.status = int(status_line.split(b" ", 2)[1])
             while line := await reader.readline():
                 if line.startswith(_EVENT):
                     self._on_event(json.loads(line[len(_EVENT) - 1 :]), answer)

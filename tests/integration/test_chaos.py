@@ -52,7 +52,7 @@ async def suffer(server: ChaosServer, model: Path, faults: Sequence[Fault]) -> N
     before = server.residue()
     disturbed = await run(server, load, faults)
     assert_unharmed(disturbed, oracle, load)
-    assert server.residue().leaks(before) == []
+    assert server.leaks(before) == []
 
 
 APART = ("--attention-workers", "2", "--expert-workers", "2")

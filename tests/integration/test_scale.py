@@ -71,7 +71,7 @@ async def test_out_a_replica_and_in_again(checkpoint_factory: Callable[..., Path
         assert done.returncode == 0, done.stdout + done.stderr
         assert num_serving(server.cluster()) == 1
         assert set(server.pids()) == {"attention 0", "expert 0"}
-        assert server.residue().leaks(before) == []
+        assert server.leaks(before) == []
 
         with pytest.raises(urllib.error.HTTPError, match="400"):
             server.admin("POST", "/admin/scale", {"expert_workers": 4})

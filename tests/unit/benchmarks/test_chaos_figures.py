@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,8 @@ import pytest
 from benchmarks.chaos.faults import Fault, Incident
 from benchmarks.chaos.figures import figures, gaps_of, throughput
 from benchmarks.chaos.report import Row, plot, table
+from benchmarks.chaos.residue import Residue, lasting_descriptors
 from benchmarks.chaos.run import Run
-from benchmarks.chaos.server import Residue
 from benchmarks.chaos.streams import Answer, make_load
 
 KILL = Fault(kind="kill", workers=("expert 0",))
@@ -83,11 +85,26 @@ def test_complaints(wrong: Answer, words: str) -> None:
 
 
 def test_leaks_are_named() -> None:
-    before = Residue(("expert 0", "server"), {"expert 0": 12, "server": 30}, frozenset({"a"}), 100.0, 0.0)
+    files = Counter({"pipe": 2, "socket 127.0.0.1:80 LISTEN": 1})
+    before = Residue(("expert 0", "server"), {"expert 0": files, "server": files}, frozenset({"a"}), 100.0, 0.0)
     assert before.leaks(before) == []
-    after = Residue(("expert 0", "other", "server"), {"expert 0": 13, "server": 29}, frozenset({"b"}), 100.0, 2.0)
+    more, fewer = files + Counter({"pipe": 1}), files - Counter({"pipe": 1})
+    after = Residue(
+        ("expert 0", "other", "server"), {"expert 0": more, "server": fewer}, frozenset({"b"}), 100.0, held=2.0
+    )
     found = "\n".join(after.leaks(before))
-    assert all(words in found for words in ("other", "expert 0 has 13", "['b']", "held: 2"))
+    assert all(words in found for words in ("other", "expert 0 has 4", "new: 1 x pipe", "['b']", "held: 2"))
+    assert "server has" not in found
+
+
+def test_descriptors_are_told_by_what_they_are() -> None:
+    before = lasting_descriptors(os.getpid())
+    ends = [*os.pipe(), os.eventfd(0)]
+    new = lasting_descriptors(os.getpid()) - before
+    for end in ends:
+        os.close(end)
+    assert new == {"pipe": 2, "anon_inode:[eventfd]": 1}
+    assert lasting_descriptors(os.getpid()) == before
 
 
 def test_loads_repeat() -> None:
