@@ -61,7 +61,7 @@ class ServedModel:
     def until_idle(self) -> bool:
         """Wait until no sequence runs at any worker."""
         for _ in range(300):
-            load = httpx.get(f"{self.url}/load").json()
+            load = httpx.get(f"{self.url}/load", timeout=60).json()
             if load["num_requests_running"] + load["num_requests_waiting"] == 0:
                 return True
             time.sleep(0.1)
@@ -83,3 +83,7 @@ class ServedModel:
             self.process.kill()
             raise
         self._reader.join(10)
+
+    def printed(self) -> str:
+        """All that it has printed."""
+        return "".join(self.output)

@@ -59,7 +59,7 @@ def served() -> Iterator[ServedModel]:
 @pytest.fixture(scope="module")
 def fields(served: ServedModel) -> dict[str, list[str]]:
     """Names of the fields of each route's request, by its own description."""
-    described = httpx.get(f"{served.url}/openapi.json").json()
+    described = httpx.get(f"{served.url}/openapi.json", timeout=60).json()
     names = {}
     for route in ROUTES:
         schema = described["paths"][route]["post"]["requestBody"]["content"]["application/json"]["schema"]
@@ -211,5 +211,5 @@ def test_broken_and_half_closed_streams(served: ServedModel) -> None:
 
 
 def test_nothing_is_left_open(served: ServedModel) -> None:
-    assert httpx.get(f"{served.url}/health").status_code == 200
+    assert httpx.get(f"{served.url}/health", timeout=60).status_code == 200
     assert not served.tracebacks(), served.tracebacks()

@@ -24,7 +24,7 @@ async def test_background_is_finished_and_fetched(tmp_path: Path, monkeypatch):
             serve_engine(engine, options, SamplingDefaults(), listener, requested, listening.set)
         )
         await listening.wait()
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}") as http:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60) as http:
             worker.runs.clear()
             body = {"input": "yo", "background": True, "max_output_tokens": 3}
             response = (await http.post("/v1/responses", json=body)).json()

@@ -51,7 +51,7 @@ class ServerProcess:
         for _ in range(600):
             assert self.process.poll() is None, self.log.read_text()
             try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
+                if httpx.get(f"{self.url}/health", timeout=60).status_code == 200:
                     return
             except httpx.TransportError:
                 time.sleep(0.1)
@@ -65,7 +65,7 @@ class ServerProcess:
         return sum(process.num_fds() for process in self.processes())
 
     def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
+        text = httpx.get(f"{self.url}/metrics", timeout=60).text
         values = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
         assert values, f"no metric {name}"
         return sum(map(float, values))
@@ -170,7 +170,7 @@ def test_chat_streams(server: ServerProcess) -> None:
 
 def test_disconnect_frees_the_sequence(server: ServerProcess) -> None:
     body = {"model": "amoe-builtin", "prompt": "import", "max_tokens": 1500, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
         next(response.iter_lines())
     for _ in range(100):
         if server.metric("amoe:num_requests_running") == 0 and server.metric("amoe:kv_cache_usage_perc") == 0:

@@ -191,5 +191,5 @@ def test_death_in_the_middle_of_a_stream(tmp_path: Path):
             serving.call(serving.worker.die)
             with pytest.raises(openai.APIError, match="worker 0 has gone"):
                 list(stream)
-        assert httpx.get(f"{serving.url}/health").status_code == 503
+        assert httpx.get(f"{serving.url}/health", timeout=60).status_code == 503
         client.close()

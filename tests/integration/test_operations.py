@@ -146,8 +146,8 @@ class TestDisaggregated:
 
     def test_the_key_is_needed_and_shown_nowhere(self, apart: Server, http: httpx.Client):
         assert http.get("/v1/models").status_code == 200
-        assert httpx.get(f"{apart.address}/v1/models").status_code == 401
-        assert httpx.get(f"{apart.address}/health").status_code == 200
+        assert httpx.get(f"{apart.address}/v1/models", timeout=60).status_code == 401
+        assert httpx.get(f"{apart.address}/health", timeout=60).status_code == 200
         for process in (psutil.Process(apart.process.pid), *apart.workers):
             assert KEY not in " ".join(process.cmdline())
 

@@ -210,7 +210,9 @@ def test_stop_frees_the_sequence(browser: Browser, served: Served):
     browser.until(lambda: len(browser.text("answer")) > 20, "some text")
     browser.click("stop")
     browser.until(lambda: browser.text("try-status").startswith("stopped"), "stopped")
-    browser.until(lambda: httpx.get(f"{served.url}/live").json()["requests"]["open"] == 0, "a free sequence")
+    browser.until(
+        lambda: httpx.get(f"{served.url}/live", timeout=60).json()["requests"]["open"] == 0, "a free sequence"
+    )
     browser.until(lambda: browser.driver.find_element(By.ID, "send").is_enabled(), "a box that can be used again")
     assert browser.console() == []
 
@@ -354,7 +356,7 @@ def test_says_that_the_server_is_gone_and_back(browser: Browser, fake: Callable[
 def test_a_guarded_server_asks_for_the_key(browser: Browser, fake: Callable[..., FakeServed]):
     served = fake(key="sesame")
     for path in ("/", "/live", "/page/main.js"):
-        assert httpx.get(f"{served.url}{path}").status_code == 401
+        assert httpx.get(f"{served.url}{path}", timeout=60).status_code == 401
     browser.send_key("sesame")
     browser.driver.get(f"{served.url}/")
     browser.until(lambda: browser.text("status-text") == "live", "live")

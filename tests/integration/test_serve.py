@@ -89,7 +89,7 @@ LONG = {"prompt": [5, 6, 7], "max_tokens": 40, "temperature": 0, "extra_body": {
 def wait_for_metric(url: str, name: str) -> None:
     """Workers tell of themselves with their next heartbeat, not at once."""
     for _ in range(200):
-        if name in httpx.get(f"{url}/metrics").text:
+        if name in httpx.get(f"{url}/metrics", timeout=60).text:
             return
         time.sleep(0.05)
     raise AssertionError(f"no {name} in /metrics")
@@ -102,7 +102,7 @@ def test_serves_and_drains(serve: Callable[..., Served]):
     assert "amoe: server" in psutil.Process(served.process.pid).cmdline()[0]
     whole = served.client.completions.create(model="tiny", **LONG)
     assert whole.usage.completion_tokens == 40
-    assert httpx.get(f"{served.url}/health").status_code == 200
+    assert httpx.get(f"{served.url}/health", timeout=60).status_code == 200
     wait_for_metric(served.url, "amoe:block_batch_size_bucket")
 
     stream = served.client.completions.create(model="other", stream=True, **LONG)
@@ -130,7 +130,7 @@ def test_in_lockstep_a_dead_worker_is_told_at_once(serve: Callable[..., Served])
     served.workers[0].resume()
     with pytest.raises(openai.APIError, match="was killed by SIGKILL"):
         text_of(stream)
-    assert httpx.get(f"{served.url}/health").status_code == 503
+    assert httpx.get(f"{served.url}/health", timeout=60).status_code == 503
     with pytest.raises(openai.InternalServerError, match="was killed by SIGKILL"):
         served.client.completions.create(model=None, **LONG)
     assert served.wait() == 1  # by itself, so that a supervisor starts a new one
