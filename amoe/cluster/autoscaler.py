@@ -120,6 +120,9 @@ class Autoscaler:
         except AmoeError as error:
             logger.warning("autoscaling: there cannot be %d expert workers now: %s", wanted, error)
             self._state = self._state.settling(self._clock.now() + RETRY_S)
+        except Exception:  # it must go on to look: a later attempt may do
+            logger.exception("autoscaling: there cannot be %d expert workers now", wanted)
+            self._state = self._state.settling(self._clock.now() + RETRY_S)
         else:
             self._state = self._state.settling(self._clock.now() + self._state.settled_at - now)
 

@@ -14,6 +14,7 @@ from amoe.cluster.autoscaler import Autoscaler
 from amoe.cluster.cluster import WorkerCluster
 from amoe.cluster.placement_manager import PlacementManager
 from amoe.cluster.process import title_of
+from amoe.cluster.rebalancer import Rebalancer
 from amoe.cluster.supervised import SupervisedEngine
 from amoe.cluster.supervisor import Supervisor
 from amoe.cluster.topology import TopologyBoard
@@ -70,7 +71,8 @@ class ElasticCluster:
 
     def run(self) -> None:
         """Start what goes on in the background: rebalancing and autoscaling, as far as they are configured."""
-        self._begin(self._manager.run(), "amoe-placement")
+        rebalancer = Rebalancer(self._manager, self._cluster.config.steering.rebalance_interval_s)
+        self._begin(rebalancer.run(), "amoe-placement")
         if self._autoscaler is not None:
             self._begin(self._autoscaler.run(), "amoe-autoscaler")
 

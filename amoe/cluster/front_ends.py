@@ -239,9 +239,9 @@ class FrontEnds:
 
     async def lose(self, rank: int, reason: str) -> None:
         """See `SupervisedEngine`. It hears what the worker has said to this process; the others hear what it has said
-        to them before they listen to its next life."""
-        self._lives.pop(rank, None)
-        self._tell(Lose(rank, reason))
+        to them before they listen to its next life. Who is lost already is not lost again."""
+        if self._lives.pop(rank, None) is not None:
+            self._tell(Lose(rank, reason))
         await self._channels.detach(rank, LAST_WORDS_S)
 
     def die(self, reason: str) -> None:

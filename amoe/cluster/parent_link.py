@@ -81,7 +81,10 @@ class ParentLink:
             engine.attach(message.rank, channel)
         elif isinstance(message, Lose):
             await engine.lose(message.rank, message.reason)
-            await self._channels.pop(message.rank).close()
+            if (
+                channel := self._channels.pop(message.rank, None)
+            ) is not None:  # this process may be younger than the loss
+                await channel.close()
         elif isinstance(message, Ping):
             self._link.send(Pong())
         elif isinstance(message, Health):

@@ -73,6 +73,7 @@ class PlacementManager:
     Attributes:
         num_moved: copies of experts that transitions have loaded somewhere, cumulative.
         orders: which have to be told of the workers' answers.
+        stirred: set whenever somebody comes or goes, for whoever looks after that, and clears it.
     """
 
     def __init__(
@@ -93,7 +94,6 @@ class PlacementManager:
         self._sparse = shape.sparse_layers
         self._ranks = config.placement.owner_ranks
         self._redundant = config.placement.redundant_experts
-        self._interval_s = config.steering.rebalance_interval_s
         self._measured_load = measured_load
         self._speeds = measured_speeds or (lambda: np.ones(len(self._ranks)))
         self._title = title
@@ -104,7 +104,8 @@ class PlacementManager:
         self._loose: set[int] = set()  # ranks that may hold more than the table gives them
         self._laggards: list[int] = []  # ranks that have not changed their routing after the last transition
         self._lock = asyncio.Lock()
-        self._changed = asyncio.Event()
+        self.stirred = asyncio.Event()
+        self._changed = asyncio.Event()  # the like, anew for each change
         board.observers.append(self._on_topology)
 
     # -- what is true ------------------------------------------------------------------------------------------------
@@ -144,9 +145,7 @@ class PlacementManager:
             self._loose.discard(rank)
             if incarnation > 0:
                 self.orders.give(rank, self._board.owners)
-        self._wake()
-
-    def _wake(self) -> None:
+        self.stirred.set()
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -203,12 +202,41 @@ class PlacementManager:
         """Place all experts, and as many replicas as there are, by the load that has been measured lately.
 
         Raises:
-            ConfigError: none has been measured yet, or a worker cannot hold what it should.
+            ConfigError: none has been measured yet, and no expert is without a worker; or a worker cannot hold what it
+                should.
         """
-        if self._measured_load() is None:
+        if self._measured_load() is None and not self.missing:  # without all experts nobody ever measures any
             raise ConfigError("no load has been measured yet: rebalance once requests have been served")
         async with self._lock:
             await self._carry_out(self._rebalanced)
+
+    async def rebalance_if_worth_it(self) -> None:
+        """As `rebalance`, if the load that has been measured says enough, and promises a gain.
+
+        Raises:
+            ConfigError: see `rebalance`.
+        """
+        load, present = self._measured_load(), self._present
+        if load is None or not says_enough(load) or self._lock.locked() or not present[self._members].all():
+            return
+        planned = await self._plan(self._rebalanced, present & self._members)
+        speeds = self._speeds()
+        before, after = (policy.hottest(load, owners, present, speeds) for owners in (self._board.owners, planned))
+        if after <= (1 - MIN_GAIN) * before:
+            logger.info("moving experts: the busiest workers' time, %.2f of an even share, becomes %.2f", before, after)
+            await self.rebalance()
+
+    async def employ_idle(self) -> None:
+        """Who was away for so long that the others took all its experts holds nothing when it is back: give it some.
+
+        Raises:
+            ConfigError: see `take_in`.
+        """
+        async with self._lock:
+            holds = policy.copies_at(self._board.owners, len(self._ranks)).any(axis=(0, 1))
+            idle = self._members & self._present & ~holds
+            if idle.any():
+                await self._carry_out(functools.partial(self._spread, newcomers=idle))
 
     async def move_to(self, owners: Int16Array) -> None:
         """Let this table be in force.
@@ -225,22 +253,6 @@ class PlacementManager:
 
         async with self._lock:
             await self._carry_out(plan)
-
-    async def run(self) -> None:
-        """Until cancelled: give experts to whoever has lost all while it was away, and rebalance every now and then."""
-        while True:
-            changed = asyncio.ensure_future(self._changed.wait())
-            try:
-                done, _ = await asyncio.wait({changed}, timeout=self._interval_s or None)
-            finally:
-                changed.cancel()
-            try:
-                if done:
-                    await self._employ_idle()
-                else:
-                    await self._rebalance_if_worth_it()
-            except ConfigError as error:
-                logger.warning("experts stay where they are: %s", error)
 
     # -- plans -------------------------------------------------------------------------------------------------------
 
@@ -267,24 +279,6 @@ class PlacementManager:
         room = policy.room_for(owners, present, self._redundant, speeds)
         return policy.rebalance(load, owners, present, room, speeds)
 
-    async def _rebalance_if_worth_it(self) -> None:
-        load, present = self._measured_load(), self._present
-        if load is None or not says_enough(load) or self._lock.locked() or not present[self._members].all():
-            return
-        planned = await self._plan(self._rebalanced, present & self._members)
-        speeds = self._speeds()
-        before, after = (policy.hottest(load, owners, present, speeds) for owners in (self._board.owners, planned))
-        if after <= (1 - MIN_GAIN) * before:
-            logger.info("moving experts: the busiest workers' time, %.2f of an even share, becomes %.2f", before, after)
-            await self.rebalance()
-
-    async def _employ_idle(self) -> None:
-        """Who was away for so long that the others took all its experts holds nothing when it is back."""
-        holds = policy.copies_at(self._board.owners, len(self._ranks)).any(axis=(0, 1))
-        for owner in np.flatnonzero(self._members & self._present & ~holds).tolist():
-            if not self._lock.locked():
-                await self.take_in(self._ranks[owner])
-
     async def _plan(self, plan: Plan, present: BoolArray) -> Int16Array:
         return await asyncio.to_thread(considerate, plan, self._load(), self._board.owners, present)
 
@@ -301,7 +295,6 @@ class PlacementManager:
         finally:
             self._action = ""
             self._tidy_up()
-            self._wake()  # whoever has come back meanwhile, and was not planned with, may hold nothing
 
     async def _who_is_there(self) -> BoolArray:
         """[D] members that serve; those that do not are waited for, but not for ever."""

@@ -54,7 +54,7 @@ class FakeAdmin:
     def __init__(self, count: int) -> None:
         self.count = count
         self.asked: list[int] = []
-        self.refuses = False
+        self.refuses: Exception | None = None
 
     def status(self) -> ClusterStatus:
         roles = ["attention"] + ["experts"] * self.count
@@ -63,8 +63,8 @@ class FakeAdmin:
 
     async def scale_experts(self, count: int) -> ClusterStatus:
         self.asked.append(count)
-        if self.refuses:
-            raise ConfigError("no room")
+        if self.refuses is not None:
+            raise self.refuses
         self.count = count
         return self.status()
 
@@ -166,11 +166,12 @@ def test_a_worker_that_has_been_started_anew_is_judged_by_its_new_life():
     assert driven.admin.asked == [2]
 
 
-def test_what_cannot_be_done_is_tried_again_later():
+@pytest.mark.parametrize("reason", [ConfigError("no room"), RuntimeError("an error of ours, or of Ray")])
+def test_what_cannot_be_done_is_tried_again_later(reason: Exception):
     driven = Driven(1)
-    driven.admin.refuses = True
+    driven.admin.refuses = reason
     driven.go_on(SUSTAIN_S + 5, age_s=0.65, busy=1.0)
     assert driven.admin.asked == [2]
-    driven.admin.refuses = False
+    driven.admin.refuses = None
     driven.go_on(RETRY_S + SUSTAIN_S, age_s=0.65, busy=1.0)
     assert driven.admin.asked == [2, 2] and driven.admin.count == 2

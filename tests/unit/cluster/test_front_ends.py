@@ -247,6 +247,18 @@ async def test_a_channel_that_ends_is_told_once_for_each_life(setup: Setup) -> N
     assert setup.gone == []
 
 
+async def test_whoever_is_lost_already_is_not_lost_again(setup: Setup) -> None:
+    """As when a worker dies while it is draining; and for a process that has never seen it alive."""
+    processes = [await setup.call_in(0)]
+    setup.workers[0].port.close()
+    await setup.fronts.lose(0, "worker 0 has died while it was draining")
+    processes.append(await setup.call_in(1))
+    await setup.fronts.lose(0, "worker 0 has left")
+    for process in processes:
+        assert (await process.parent.desk.look()).status.version == 7, "all before it has been heard"
+        assert not process.engine.died.is_set() and not process.following.done()
+
+
 async def test_what_all_are_told(setup: Setup) -> None:
     setup.fronts.trouble = "expert 0 has died 5 times"
     first = await setup.call_in(0)

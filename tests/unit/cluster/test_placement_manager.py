@@ -269,29 +269,6 @@ async def test_a_worker_dies_while_experts_move_and_comes_back(victim: int) -> N
     cluster.check_settled()
 
 
-async def test_a_worker_dies_and_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its experts go to the others then; once it is back, it gets its share again."""
-    monkeypatch.setattr(placement_manager, "PATIENCE_S", 0.02)
-    cluster = Cluster()
-    cluster.load = np.ones((len(SPARSE), NUM_EXPERTS))
-    cluster.board.leave(2)
-    assert cluster.manager.missing > 0
-    action = asyncio.create_task(cluster.manager.rebalance())
-    await settle()
-    assert cluster.manager.action == "waiting for a worker that is being started"
-    await finish(action)
-    assert shares(cluster) == [4, 0, 4, 0, 0]
-    cluster.check_settled()
-    background = asyncio.create_task(cluster.manager.run())
-    await settle()
-    cluster.join(2, incarnation=1)
-    while shares(cluster)[1] == 0:  # noqa: ASYNC110 - the event loop of a test has nothing else to do
-        await asyncio.sleep(0.001)
-    await settle()
-    cluster.check_settled()
-    background.cancel()
-
-
 async def test_whoever_dies_again_and_again_is_given_up() -> None:
     cluster = Cluster()
     cluster.join(4)
@@ -440,54 +417,3 @@ async def test_a_worker_dies_while_it_is_planned(victim: int, monkeypatch: pytes
     await settle()
     assert shares(cluster)[cluster.ranks.index(victim)] == 0
     cluster.check_settled()
-
-
-async def test_who_comes_back_while_the_others_take_its_experts_gets_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement_manager, "PATIENCE_S", 0.02)
-    cluster = Cluster()
-    cluster.load = np.ones((len(SPARSE), NUM_EXPERTS))
-    background = asyncio.create_task(cluster.manager.run())
-    cluster.board.leave(2)
-
-    def come_back(message: HoldExperts) -> bool:
-        if 2 not in cluster.board.present:
-            cluster.join(2, incarnation=1)
-        return True
-
-    cluster.hooks[1] = come_back
-    await cluster.manager.rebalance()
-    while shares(cluster)[1] == 0:  # noqa: ASYNC110 - the event loop of a test has nothing else to do
-        await asyncio.sleep(0.001)
-    await settle()
-    cluster.check_settled()
-    background.cancel()
-
-
-async def test_the_background_moves_only_for_a_gain(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Cluster(rebalance_interval_s=1.0)
-    cluster.manager._interval_s = 0.001
-    cluster.load = np.ones((len(SPARSE), NUM_EXPERTS))
-    cluster.load[:, 0] = 1.1
-    background = asyncio.create_task(cluster.manager.run())
-    version = cluster.board.version
-    await asyncio.sleep(0.02)
-    cluster.load[:, :3] = 10.0  # too few pairs to say so
-    await asyncio.sleep(0.02)
-    assert cluster.board.version == version
-    cluster.load *= 100
-    while cluster.board.version == version:  # noqa: ASYNC110 - the event loop of a test has nothing else to do
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0.02)
-    cluster.check_settled()
-    background.cancel()
-
-
-async def test_who_stops_the_background_stops_all_of_it() -> None:
-    cluster = Cluster()
-    others = asyncio.all_tasks()
-    background = asyncio.create_task(cluster.manager.run())
-    await asyncio.sleep(0)
-    background.cancel()
-    await asyncio.gather(background, return_exceptions=True)
-    await asyncio.sleep(0)
-    assert asyncio.all_tasks() <= others
