@@ -84,7 +84,7 @@ class ParentLink:
             if (
                 channel := self._channels.pop(message.rank, None)
             ) is not None:  # this process may be younger than the loss
-                await channel.close()
+                await lost.close()
         elif isinstance(message, Ping):
             self._link.send(Pong())
         elif isinstance(message, Health):
