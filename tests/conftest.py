@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,17 @@ settings.load_profile("same")
 # Tests run side by side, and beside the servers that they start: more threads of torch here would spend their time
 # on waiting for each other. Workers have as many as they are told.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails shows what its servers have said: fixtures that tell it by `printed()`."""
+    report = yield
+    if report.failed:
+        for name, value in getattr(item, "funcargs", {}).items():
+            if callable(printed := getattr(value, "printed", None)):
+                report.sections.append((f"what {name} has said", printed()))
+    return report
 
 
 @pytest.fixture(autouse=True)

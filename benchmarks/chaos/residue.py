@@ -96,12 +96,12 @@ def lasting_descriptors(pid: int) -> Counter[str]:
     """Without what is open for a moment only: a worker reads now and then which of its links are cut."""
     looks = []
     for _ in range(_NUM_LOOKS):
-        looks.append(_descriptors(pid))
+        looks.append(descriptors(pid))
         time.sleep(_BETWEEN_LOOKS_S)
     return min(looks, key=Counter.total)
 
 
-def _descriptors(pid: int) -> Counter[str]:
+def descriptors(pid: int) -> Counter[str]:
     """Of a process, by what they are: `pipe`, `anon_inode:[eventpoll]`, `socket 127.0.0.1:80 LISTEN`."""
     try:
         sockets = {each.fd: _socket(each) for each in psutil.Process(pid).net_connections("all")}

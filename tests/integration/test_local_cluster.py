@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from amoe.config import EngineConfig, PlacementConfig, SchedulerConfig
 from amoe.engine.messages import AbortRequests, Loading, Ready
 from amoe.errors import CheckpointError, ConfigError, EngineDeadError
 from amoe.models.config import load_model_config
+from tests.processes import nothing_more
 
 HERE = Path(__file__).parent
 TWO = PlacementConfig(attention_workers=1, expert_workers=1)
@@ -31,13 +31,8 @@ ONE = PlacementConfig()  # starting a worker costs seconds of processor time: mo
 def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Workers find `fake_worker`; afterwards no descriptor, child or name in /dev/shm is left."""
     monkeypatch.setenv("PYTHONPATH", str(HERE))
-    gc.collect()  # what earlier tests have dropped must not make room for what these leave
-    descriptors, names = len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))
-    others = set(psutil.Process().children(recursive=True))  # servers that other tests share
-    yield
-    assert set(os.listdir("/dev/shm")) <= names
-    assert len(os.listdir("/proc/self/fd")) <= descriptors
-    assert set(psutil.Process().children(recursive=True)) <= others
+    with nothing_more():
+        yield
 
 
 def cluster_of(mode: str, placement: PlacementConfig = TWO) -> LocalCluster:

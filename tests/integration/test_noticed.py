@@ -30,7 +30,8 @@ async def test_a_hang_and_a_home_that_is_cut_off(checkpoint_factory: Callable[..
     """The only expert worker, which the other home reaches, is not replaced for the home that does not."""
     model = checkpoint_factory("qwen3_moe")
     with ChaosServer(tmp_path, str(model), *FLAGS) as server:
-        load = make_load(24, 0, 64, 101)
+        # So many that they are not over before the second fault is done.
+        load = make_load(24, 0, 128, 101)
         await run(server, load)  # steps are well known then
         disturbed = await run(server, load, FAULTS)
         assert {answer.complaint(load.max_tokens) for answer in disturbed.answers} == {""}

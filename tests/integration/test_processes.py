@@ -65,7 +65,7 @@ def small_config(root: Path, **placement: int) -> EngineConfig:
 
 
 async def wait_for(condition, what: str) -> None:
-    for _ in range(400):
+    for _ in range(1200):
         if condition():
             return
         await asyncio.sleep(0.05)

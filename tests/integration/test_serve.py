@@ -48,6 +48,10 @@ class Served:
                 return match
         raise AssertionError("".join(self.output))
 
+    def printed(self) -> str:
+        """What has been read so far of all that it prints."""
+        return "".join(self.output)
+
     def wait(self) -> int:
         """Exit status; checks that no worker is left."""
         assert self.process.stdout is not None
@@ -66,7 +70,7 @@ def serve(checkpoint_factory: Callable[..., Path]) -> Iterator[Callable[..., Ser
     with contextlib.ExitStack() as stack:
 
         def start(*flags: str) -> Served:
-            served = Served(checkpoint_factory("qwen3_moe"), *flags)
+            served = Served(checkpoint_factory("qwen3_moe", max_position_embeddings=2 * NUM_TOKENS), *flags)
             stack.callback(served.client.close)
             stack.callback(served.process.kill)
             return served
@@ -83,12 +87,13 @@ def text_of(stream: openai.Stream) -> tuple[str, str | None]:
     return text, finish_reason
 
 
-LONG = {"prompt": [5, 6, 7], "max_tokens": 40, "temperature": 0, "extra_body": {"ignore_eos": True}}
+NUM_TOKENS = 600  # enough to do something to the server in the middle of them, on a machine that is busy elsewhere
+LONG = {"prompt": [5, 6, 7], "max_tokens": NUM_TOKENS, "temperature": 0, "extra_body": {"ignore_eos": True}}
 
 
 def wait_for_metric(url: str, name: str) -> None:
     """Workers tell of themselves with their next heartbeat, not at once."""
-    for _ in range(200):
+    for _ in range(1200):
         if name in httpx.get(f"{url}/metrics", timeout=60).text:
             return
         time.sleep(0.05)
@@ -101,7 +106,7 @@ def test_serves_and_drains(serve: Callable[..., Served]):
     assert [model.id for model in served.client.models.list()] == ["tiny", "other"]
     assert "amoe: server" in psutil.Process(served.process.pid).cmdline()[0]
     whole = served.client.completions.create(model="tiny", **LONG)
-    assert whole.usage.completion_tokens == 40
+    assert whole.usage.completion_tokens == NUM_TOKENS
     assert httpx.get(f"{served.url}/health", timeout=60).status_code == 200
     wait_for_metric(served.url, "amoe:block_batch_size_bucket")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import shutil
 import signal
@@ -19,8 +18,10 @@ from amoe.cluster.local import LocalCluster
 from amoe.config import EngineConfig, FailureConfig, PlacementConfig
 from amoe.engine.tokenizer import Tokenizer
 from amoe.types import SamplingParams
+from benchmarks.chaos.residue import children_of
+from benchmarks.chaos.server import SPARE
 from tests.checkpoints import make_checkpoint
-from tests.processes import generate
+from tests.processes import generate, nothing_more
 
 PARAMS = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
 PROMPTS = [[5 + index, 6, 7] for index in range(8)]
@@ -29,13 +30,8 @@ PROMPTS = [[5 + index, 6, 7] for index in range(8)]
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """No descriptor, child or name in /dev/shm."""
-    gc.collect()
-    descriptors, names = len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))
-    others = set(psutil.Process().children(recursive=True))
-    yield
-    assert set(os.listdir("/dev/shm")) <= names
-    assert len(os.listdir("/proc/self/fd")) <= descriptors
-    assert set(psutil.Process().children(recursive=True)) <= others
+    with nothing_more():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -133,8 +129,7 @@ async def test_a_spare_takes_the_place(model: Path, monkeypatch: pytest.MonkeyPa
     cluster = LocalCluster(replace(config, failure=replace(config.failure, warm_spare=True)))
 
     def spares() -> set[int]:
-        children = psutil.Process().children()
-        return {child.pid for child in children if child.cmdline()[:1] == ["amoe: spare"]}
+        return {child.pid for title, child in children_of(os.getpid()) if title == SPARE}
 
     async with serve(cluster) as front:
         expected = await outputs(front)

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.cluster
 
 QUIET = ("--uvicorn-log-level", "warning", "--disable-uvicorn-access-log")
 APART = ("--attention-workers", "1", "--expert-workers", "2")
+NUM_TOKENS = 1000  # that nobody has all of when the server is killed
 
 
 def wait_until(holds: Callable[[], bool], what: str) -> None:
@@ -51,13 +52,13 @@ def can_listen(port: int) -> bool:
 
 async def kill_under_traffic(server: ChaosServer) -> None:
     """Kill the server while it streams; every stream ends, whatever with."""
-    traffic = Traffic(server.port, make_load(8, 0, 200, 101).bodies)
+    traffic = Traffic(server.port, make_load(8, 0, NUM_TOKENS, 101).bodies)
     streams = asyncio.ensure_future(traffic.run())
     while traffic.num_tokens < 40:  # noqa: ASYNC110 - the traffic counts, and tells nobody
         await asyncio.sleep(0.01)
     os.kill(server.process.pid, signal.SIGKILL)
     answers = await streams
-    assert all(answer.complaint(200) for answer in answers)
+    assert all(answer.complaint(NUM_TOKENS) for answer in answers)
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
@@ -65,7 +66,8 @@ async def test_nothing_survives_the_server(
     transport: str, checkpoint_factory: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Nor does a worker that was started anew, nor one that is being started at the moment."""
-    model, names = checkpoint_factory("qwen3_moe"), set(os.listdir("/dev/shm"))
+    model = checkpoint_factory("qwen3_moe", max_position_embeddings=2 * NUM_TOKENS)
+    names = set(os.listdir("/dev/shm"))
     with ChaosServer(tmp_path, str(model), *APART, "--transport", transport, *QUIET) as server:
         first = server.pids()
         server.kill("expert 0")
@@ -80,7 +82,7 @@ async def test_nothing_survives_the_server(
             os.kill(server.process.pid, signal.SIGKILL)
         wait_until(lambda: all(map(is_gone, pids)), "all workers are gone")
         wait_until(lambda: can_listen(server.port), "the port is free")
-        assert set(os.listdir("/dev/shm")) <= names
+        wait_until(lambda: set(os.listdir("/dev/shm")) <= names, "nothing has a name any more")
 
 
 async def test_a_server_that_was_stopped_for_a_while_kills_nobody(
