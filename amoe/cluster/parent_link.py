@@ -81,7 +81,7 @@ class ParentLink:
             engine.attach(message.rank, channel)
         elif isinstance(message, Lose):
             await engine.lose(message.rank, message.reason)
-            if (lost := self._channels.pop(message.rank, None)) is not None:  # this process may be younger than the loss
+            if (lost := self._channels.pop(message.rank, None)) is not None:  # else it is younger than the loss
                 await lost.close()
         elif isinstance(message, Ping):
             self._link.send(Pong())
