@@ -22,7 +22,7 @@ from amoe.errors import EngineDeadError
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 20.0
+CONNECT_TIMEOUT_S = 15.0
 HELLO_TIMEOUT_S = 5.0
 MAX_HELLO_BYTES = 1024
 MAX_STRANGERS = 64  # connections that have not said yet who they are: a worker says so at once

@@ -18,7 +18,8 @@ import sys
 
 import setproctitle
 
-EXIT_FAILURE = 1
+from amoe.cluster.leaving import EXIT_FAILURE, run_and_leave
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -55,4 +56,4 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    run_and_leave(lambda: main(sys.argv[1], int(sys.argv[2])))

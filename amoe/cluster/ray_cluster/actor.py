@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.metadata
 import os
@@ -15,6 +16,7 @@ import msgspec
 import ray
 
 import amoe
+from amoe.cluster.leaving import leave
 from amoe.cluster.process import LaunchSpec
 from amoe.cluster.ray_cluster.reach import Door, try_to_reach
 
@@ -70,7 +72,14 @@ def started_at(pid: int) -> str | None:
 
 
 class WorkerActor:
-    """One worker. Its methods run in threads of their own, so that it answers while the worker runs."""
+    """One worker. Its methods run in threads of their own, so that it answers while the worker runs.
+
+    Ray ends its process by a kill, or where nobody holds the actor any more, or its node leaves, as a Python program
+    ends: with a worker that may be in the middle of something. See `amoe.cluster.leaving`.
+    """
+
+    def __init__(self) -> None:
+        atexit.register(leave, 0)
 
     def whereabouts(self) -> Whereabouts:
         """Where it is."""

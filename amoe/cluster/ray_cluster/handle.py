@@ -151,11 +151,6 @@ def describe_death(error: RayError) -> str:
     return f"failed: {text.strip().splitlines()[-1] if text.strip() else type(error).__name__}"
 
 
-def first_line(error: RayError) -> str:
-    """What Ray says, without the traces behind it."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 def end_actor(actor: Any) -> None:
     """For good: it is this server that starts the next one. Its name is free afterwards."""
     ray.kill(actor, no_restart=True)

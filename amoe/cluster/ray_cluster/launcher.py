@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import ActorAlreadyExistsError, RayError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from amoe.cluster import environment
@@ -21,7 +21,8 @@ from amoe.cluster.launcher import WorkerHandle
 from amoe.cluster.local import ring_bytes_for
 from amoe.cluster.process import DEFAULT_ENTRY, LaunchSpec, title_of
 from amoe.cluster.ray_cluster.actor import Whereabouts, WorkerActor, software
-from amoe.cluster.ray_cluster.handle import RayWorker, describe_death, end_actor, first_line
+from amoe.cluster.ray_cluster.handle import RayWorker, describe_death, end_actor
+from amoe.cluster.ray_cluster.names import claim
 from amoe.cluster.ray_cluster.placement import Place, Room, needs_of, threads_for
 from amoe.cluster.ray_cluster.reach import Acquaintances, Guest
 from amoe.cluster.ray_cluster.session import NAMESPACE, RaySession
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 _MODELLESS_BYTES = 1 << 20
 TELL_AFTER_S = 10.0  # of waiting for an actor
 START_TIMEOUT_S = 60.0  # for an actor in a bundle that is there, with a new process and amoe's imports
-_NAME_ATTEMPTS, _NAME_PAUSE_S = 20, 0.1  # the name of a former life is free a moment after its end
 
 
 class RayLauncher:
@@ -201,17 +201,7 @@ class RayLauncher:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(place.group, place.bundle),
         }
         actor_class = ray.remote(WorkerActor).options(**options)
-        for _ in range(_NAME_ATTEMPTS):
-            try:
-                return await self._session.thread.call(actor_class.remote)
-            except ActorAlreadyExistsError:
-                await asyncio.sleep(_NAME_PAUSE_S)
-            except RayError as error:
-                title = title_of(self._config.placement, rank)
-                raise EngineDeadError(f"{title}: Ray does not start its actor: {first_line(error)}") from error
-        raise ConfigError(
-            f"there is an actor {name} in this Ray cluster: another server has this --deployment-name: choose another"
-        )
+        return await claim(self._session.thread, actor_class.remote, f"an actor {name}")
 
     async def _find(self, rank: int, actor: Any) -> Whereabouts:
         """Where Ray has put an actor, once it runs.

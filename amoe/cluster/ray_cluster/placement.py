@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from amoe.cluster.ray_cluster.names import claim
 from amoe.cluster.ray_cluster.session import RaySession
 from amoe.config import EngineConfig
 from amoe.engine.roles import role_of
@@ -89,7 +90,8 @@ class Room:
         """Find room for all workers of the start, or for none.
 
         Raises:
-            ConfigError: there is too little; the message says what is needed and what there is.
+            ConfigError: there is too little, and the message says what is needed and what there is; or another server
+                has this deployment's name.
         """
         by_role: dict[str, list[int]] = {}
         for rank in range(self._config.placement.num_workers):
@@ -149,8 +151,10 @@ class Room:
         name = f"amoe/{self._deployment}/{role}" + ("" if len(ranks) > 1 or ranks[0] == 0 else f"-{ranks[0]}")
         made: list[PlacementGroup] = []
         try:
-            await self._session.thread.call(
-                lambda: made.append(placement_group(bundles, strategy=STRATEGIES[role], name=name))
+            await claim(
+                self._session.thread,
+                lambda: made.append(placement_group(bundles, strategy=STRATEGIES[role], name=name)),
+                f"a placement group {name}",
             )
             await self._until_there(made[0], role, len(ranks))
         except BaseException:

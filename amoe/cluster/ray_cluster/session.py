@@ -30,8 +30,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 NAMESPACE = "amoe"
+# What cannot work a user hears within half a minute: tests/unit/cluster/test_bounds.py adds these up, with others.
 CONNECT_TIMEOUT_S = 4.0
-INIT_TIMEOUT_S = 24.0  # a user hears within half a minute that it does not work
+INIT_TIMEOUT_S = 20.0
 START_TIMEOUT_S = 120.0  # of a new one, on a busy host
 CLOSE_TIMEOUT_S = 10.0
 _LOG_LEVEL = "warning"
@@ -111,15 +112,20 @@ def _leave() -> None:
 class RaySession:
     """A connection. Make it with `open`, end it with `close`.
 
+    Args:
+        is_ours: it ends with `close`; otherwise it is that of the actor that this process is.
+        has_started: and with it the cluster, which this process has started.
+
     Attributes:
         thread: for whatever else is to be called.
         host: the address of this node as the cluster knows it.
     """
 
-    def __init__(self, thread: RayThread, host: str, is_ours: bool) -> None:
+    def __init__(self, thread: RayThread, host: str, *, is_ours: bool, has_started: bool = False) -> None:
         self.thread = thread
         self.host = host
         self._is_ours = is_ours
+        self._has_started = has_started
         self._is_gone = False
 
     @classmethod
@@ -135,11 +141,12 @@ class RaySession:
             ConfigError: nobody answers at the address, or it cannot be used from here.
         """
         thread = RayThread()
-        is_ours = not ray.is_initialized()
+        is_ours, has_started = not ray.is_initialized(), False
         try:
             if is_ours:
-                await _connect(thread, address or os.environ.get("RAY_ADDRESS") or None, local_cpus)
-            return cls(thread, await thread.call(ray.util.get_node_ip_address), is_ours)
+                has_started = await _connect(thread, address or os.environ.get("RAY_ADDRESS") or None, local_cpus)
+            host = await thread.call(ray.util.get_node_ip_address)
+            return cls(thread, host, is_ours=is_ours, has_started=has_started)
         except BaseException:
             thread.close()
             raise
@@ -162,7 +169,8 @@ class RaySession:
         except TimeoutError:
             self._is_gone = True
             atexit.unregister(ray.shutdown)  # which would wait for the cluster once more
-            logger.warning("the Ray cluster does not answer any more: left as it is")
+            what = "our Ray ends with this process" if self._has_started else "left as it is"
+            logger.warning("the Ray cluster has not answered for %g s: %s", CLOSE_TIMEOUT_S, what)
         except Exception as error:
             logger.info("Ray: %s", error)
 
@@ -179,22 +187,20 @@ def _is_worth_telling(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("SIGTERM handler is not set")
 
 
-async def _connect(thread: RayThread, address: str | None, local_cpus: int) -> None:
-    if address is None:
-        running = await _running_here()
-        if running is None:
-            await _start(thread, local_cpus)
-        else:
-            logger.info("using Ray at %s (found on this host)", running)
-            # As Ray does for one that it has found by itself, and for no other: a cluster without tokens bears none.
-            await thread.call(maybe_enable_token_auth_if_token_available, False)
-            await _join(thread, running)
-    elif address == "local":
+async def _connect(thread: RayThread, address: str | None, local_cpus: int) -> bool:
+    """Returns whether it was to a cluster that has been started for that."""
+    running = await _running_here() if address is None else None
+    if address == "local" or (address is None and running is None):
         await _start(thread, local_cpus)
-    else:
-        if address != "auto":
-            await _check_address(address)
-        await _join(thread, address)
+        return True
+    if running is not None:
+        logger.info("using Ray at %s (found on this host)", running)
+        # As Ray does for one that it has found by itself, and for no other: a cluster without tokens bears none.
+        await thread.call(maybe_enable_token_auth_if_token_available, False)
+    elif address != "auto":
+        await _check_address(str(address))
+    await _join(thread, running or str(address))
+    return False
 
 
 async def _join(thread: RayThread, address: str) -> None:

@@ -1,0 +1,41 @@
+"""How a process that has run a worker ends: at once, with its interpreter as it is.
+
+Threads of libraries may still be at work: those of a link of torch.distributed whose peer has not answered yet, or all
+of them, where somebody else ends the process. An interpreter that is torn down unwinds each thread that asks for its
+lock; if there is C++ between, as there is in torch, the process aborts, or crashes (pytorch issue 38228). Nothing in a
+worker needs the tearing down: what it holds the kernel takes back, and what others are to know they have been told.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+EXIT_FAILURE = 1
+
+
+def leave(status: int) -> NoReturn:
+    """End this process, from any thread, once what it has said is written."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # nobody reads it any more, or it was never there
+            continue
+    os._exit(status)
+
+
+def run_and_leave(main: Callable[[], int]) -> NoReturn:
+    """End this process with the status that `main` returns, or gives to `sys.exit`; what else it raises is printed."""
+    try:
+        status = main()
+    except SystemExit as error:
+        status = int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        status = EXIT_FAILURE
+    leave(status)
