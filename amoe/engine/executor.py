@@ -91,7 +91,7 @@ class ExpertBlocks(Protocol):
     """Expert blocks of one worker."""
 
     def experts(self, step: ExpertsStep) -> torch.Tensor:
-        """[n, H] weighted sum over the experts that live here."""
+        """[n, H] weighted sum over the experts that live here, in the model's `sum_dtype`."""
         ...
 
     def keep(self, batch: Batch, slab_rows: Int32Array, kept: BoolArray) -> None:
@@ -171,7 +171,7 @@ class AttentionExecutor:
             moe_inputs = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.moe_inputs = moe_inputs
         self._residual = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        self._partials = torch.zeros((num_owners, *shape), dtype=model.dtype, device=model.device)
+        self._partials = torch.zeros((num_owners, *shape), dtype=model.sum_dtype, device=model.device)
 
     def attention(self, step: AttentionStep) -> Routed | None:
         """See `AttentionBlocks`."""

@@ -126,7 +126,8 @@ class Model:
         self.dtype = dtype
         self.device = device
         self.parameter_bytes = parameter_bytes
-        self.progress = 0  # see `WorkerModel`
+        self.sum_dtype = dtype  # see `WorkerModel`
+        self.progress = 0  # likewise
         self._scale = config.head_dim**-0.5
         self._views: dict[int, ExpertViews] = {
             layer: expert_views(experts.w13, experts.w2) for layer, experts in weights.experts.items()
@@ -252,7 +253,8 @@ class Model:
             residual: [n, H] to be added; None: nothing.
 
         Returns:
-            [n, H] in the model's dtype, the pairs summed in float32 in the order of a token's k.
+            [n, H] in the model's dtype, or in `sum_dtype` without a residual; the pairs are summed in float32 in the
+            order of a token's k.
         """
         weights = self.weights.experts[layer]
         plan = plan_pairs(expert_ids.cpu().numpy(), expert_weights.cpu().numpy(), self._local_index[layer])

@@ -100,6 +100,11 @@ class NativeModel:
         """See `WorkerModel`."""
         return self._context.progress
 
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """See `WorkerModel`. Sums of weighted outputs are exact in float32, or nearly: see `src/experts.h`."""
+        return torch.float32
+
     # ---- experts that come and go
 
     @property
@@ -218,7 +223,7 @@ class NativeModel:
         expert_ids = expert_ids.to(torch.int64).contiguous()
         expert_weights = expert_weights.to(torch.float32).contiguous()
         n, top_k = expert_ids.shape
-        out = hidden.new_empty((n, hidden.shape[1]))
+        out = hidden.new_empty((n, hidden.shape[1]), dtype=self.sum_dtype if residual is None else self.dtype)
         self._context.experts(
             self.weights.experts[layer].handle,
             _address(hidden, self.dtype),

@@ -33,6 +33,12 @@ class WorkerModel(Protocol):
     parameter_bytes: int
 
     @property
+    def sum_dtype(self) -> torch.dtype:
+        """Of what `experts` gives without a residual: float32 where it then matters little, or not at all, which
+        workers hold which experts; the model's own where the kernels round by the batch anyway."""
+        ...
+
+    @property
     def held_experts(self) -> dict[int, tuple[int, ...]]: ...
 
     @property

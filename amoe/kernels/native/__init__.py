@@ -16,7 +16,7 @@ import torch
 from amoe.errors import ConfigError
 
 # What this package calls of the extension; `module.cpp` has the same number. Another one is a build of other sources.
-INTERFACE = 1
+INTERFACE = 2
 _fault = ""
 try:
     from amoe.kernels.native import _native

@@ -46,7 +46,7 @@ def experts(
     rows: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The weighted sum of each token's experts, those that are not here left out.
+    """The sum of the weighted outputs of each token's experts, those that are not here left out.
 
     Args:
         x: [m, H].
@@ -65,7 +65,8 @@ def experts(
             if weights is not None:
                 w13, w2 = (weight.float() for weight in weights)
                 gate, up = (w13 @ x[row].float()).chunk(2)
-                out[token] += factor * (w2 @ (F.silu(gate) * up).to(x.dtype).float())
+                output = factor * (w2 @ (F.silu(gate) * up).to(x.dtype).float())
+                out[token] += output.to(x.dtype).float()
     return out
 
 

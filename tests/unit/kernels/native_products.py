@@ -66,9 +66,10 @@ def layer_of(kind, held, num_experts, hidden, intermediate):
 
 
 def experts(context, layer, x, ids, weights, *, rows=None, residual=None, out=None):
-    """out [n, H] of the activation type."""
+    """out [n, H]: of the activation type with a residual, float32 without one."""
     n, top_k = ids.shape
-    out = torch.empty(n, x.shape[1], dtype=x.dtype) if out is None else out
+    dtype = torch.float32 if residual is None else x.dtype
+    out = torch.empty(n, x.shape[1], dtype=dtype) if out is None else out
     context.experts(
         *(layer.packed.handle, x.data_ptr(), address(rows), n, ids.data_ptr(), weights.data_ptr(), top_k),
         *(layer.local_index.data_ptr(), address(residual), out.data_ptr()),

@@ -83,6 +83,28 @@ def test_bits_depend_on_the_token_alone(isa, kind):
 
 
 @each_isa
+@pytest.mark.parametrize("kind", [name for name in KINDS if name.endswith("bfloat16")])
+def test_it_does_not_matter_who_holds_which_experts(isa, kind):
+    """Bit for bit: sums of rounded outputs are exact, whoever adds up whichever of them, in whatever order."""
+    kind, everybody, n, hidden = KINDS[kind], range(8), 100, 512
+    context = native.make_context(kind.dtype, 2, isa=isa)
+    x, residual = random(n, hidden, dtype=kind.dtype), random(n, hidden, seed=3, dtype=kind.dtype)
+    ids, weights = torch.rand(n, 8, generator=torch.Generator().manual_seed(1)).argsort(dim=1), random(n, 8, seed=2).abs()
+    whole = experts(context, layer_of(kind, everybody, 8, hidden, 64), x, ids, weights, residual=residual)
+    order = torch.rand(n, 8, generator=torch.Generator().manual_seed(4)).argsort(dim=1)
+    shuffled = experts(
+        *(context, layer_of(kind, everybody, 8, hidden, 64), x, ids.gather(1, order), weights.gather(1, order)),
+        residual=residual,
+    )
+    assert torch.equal(shuffled, whole)
+    for holders in ([(0, 1, 2, 3), (4, 5, 6, 7)], [(7,), (0, 2, 4, 6), (1, 3, 5)], [(i,) for i in everybody]):
+        total = torch.zeros(n, hidden)
+        for held in holders:
+            total += experts(context, layer_of(kind, held, 8, hidden, 64), x, ids, weights)
+        assert torch.equal((total + residual.float()).to(kind.dtype), whole), holders
+
+
+@each_isa
 @each_kind
 def test_one_expert_may_have_all_tokens(isa, kind):
     layer = layer_of(kind, HELD, NUM_EXPERTS, 48, 36)

@@ -41,7 +41,7 @@ struct Experts {
     int64_t w13_scales = 0, w2_scales = 0;  // likewise, numbers of their scales
 };
 
-// See experts.h.
+// See experts.h. `out` is of the activation type with a residual, float32 without one.
 struct ExpertsArgs {
     const void* x;
     const int64_t* rows;

@@ -70,7 +70,7 @@ void add_mlp(ThreadPool& pool, Scratch& scratch, const AttentionLayer& layer, co
             factors[row] = gate == nullptr ? 1.0f : gate_of(x + row * layer.mlp.hidden, gate, layer.mlp.hidden);
         }
     });
-    experts<T>(pool, scratch, layer.mlp, x, nullptr, n, ids, factors, 1, nullptr, out, out);
+    experts<T, T>(pool, scratch, layer.mlp, x, nullptr, n, ids, factors, 1, nullptr, out, out);
 }
 
 // See AttentionLayer and AttentionArgs.

@@ -1,4 +1,8 @@
 // The experts of one layer on the pairs of a batch: gate and up in one product, SiLU in registers, down, weighted sum per token.
+//
+// Each weighted output is rounded to the activation type before it is added up. Sums of a few bf16 numbers are exact in float32 unless
+// one of them is some 2^13 times smaller than another, and then nearly so: so it does not matter in which order they are added, nor
+// which workers add up which of them.
 #pragma once
 
 #include "gemm.h"
@@ -15,7 +19,7 @@ AMOE_INLINE Weights of_expert(const Weights& first, int64_t bytes, int64_t scale
 // Pairs in the order in which they are multiplied: by expert, tokens ascending.
 struct PairOrder {
     int64_t count = 0;
-    int64_t* token = nullptr;     // [P] of each place
+    int64_t* pair = nullptr;      // [P] of each place: token * K + k
     int64_t* place = nullptr;     // [n * K] of each pair, -1: it is not here
     int64_t* experts = nullptr;   // local experts that have pairs
     int64_t* begin = nullptr;     // where theirs begin, and the end
@@ -26,8 +30,8 @@ inline PairOrder order_pairs(
     Buffer& buffer, const int64_t* ids, int64_t n, int64_t top_k, const int64_t* local_index, int64_t count) {
     PairOrder order;
     int64_t* memory = buffer.get<int64_t>(2 * n * top_k + 3 * (count + 1));
-    order.token = memory;
-    order.place = order.token + n * top_k;
+    order.pair = memory;
+    order.place = order.pair + n * top_k;
     order.experts = order.place + n * top_k;
     order.begin = order.experts + count + 1;
     int64_t* next = order.begin + count + 1;
@@ -49,7 +53,7 @@ inline PairOrder order_pairs(
     for (int64_t pair = 0; pair < n * top_k; ++pair) {
         const int64_t expert = local(ids[pair]);
         order.place[pair] = expert < 0 ? -1 : next[expert]++;
-        if (expert >= 0) order.token[order.place[pair]] = pair / top_k;
+        if (expert >= 0) order.pair[order.place[pair]] = pair;
     }
     return order;
 }
@@ -80,11 +84,25 @@ AMOE_INLINE void activate(
     }
 }
 
-// See `experts`, for so few tokens that their products fit the scratch memory.
+// to [count] = factor * c (* scales), rounded to T.
 template <class T>
+AMOE_INLINE void put_weighted(const float* c, const float* scales, float factor, int count, T* to) {
+    if (count == kPanel) {
+        for (int half = 0; half < kPanel; half += 16) {
+            f32x16 value = load_f32(c + half);
+            if (scales != nullptr) value = value * load_f32(scales + half);
+            store_f32(to + half, factor * value);
+        }
+        return;
+    }
+    for (int i = 0; i < count; ++i) put(to[i], factor * (scales == nullptr ? c[i] : c[i] * scales[i]));
+}
+
+// See `experts`, for so few tokens that their products fit the scratch memory.
+template <class T, class Out>
 void experts_of_slice(
     ThreadPool& pool, Scratch& scratch, const Experts& e, const T* x, const int64_t* rows, int64_t n, const int64_t* ids,
-    const float* weights, int64_t top_k, const int64_t* local_index, const T* residual, T* out) {
+    const float* weights, int64_t top_k, const int64_t* local_index, const T* residual, Out* out) {
     using Lane = typename Step<T>::Lane;
     const PairOrder order = order_pairs(scratch.order, ids, n, top_k, local_index, e.count);
     const int64_t hidden_steps = e.hidden / Step<T>::kDepth, inner_steps = e.intermediate / Step<T>::kDepth;
@@ -92,14 +110,14 @@ void experts_of_slice(
     Lane* activated = scratch.activated.get<Lane>(order.count * inner_steps);
     // Rows a power of two apart would fall into the same few places of the first-level cache.
     const int64_t product_stride = e.hidden + 16;
-    float* products = scratch.products.get<float>(order.count * product_stride);
+    T* products = scratch.products.get<T>(order.count * product_stride);
 
     pool.run(order.num_experts, [&](int64_t index, int) {
         const Tiles tiles(order.begin[index + 1] - order.begin[index]);
         for (int64_t tile = 0; tile < tiles.count; ++tile) {
             const int64_t first = order.begin[index] + tiles.begin(tile);
             const auto row_at = [&](int row) {
-                const int64_t token = order.token[first + row];
+                const int64_t token = order.pair[first + row] / top_k;
                 return x + (rows == nullptr ? token : rows[token]) * e.hidden;
             };
             pack_tile<T>(row_at, tiles.size(tile), e.hidden, packed + first * hidden_steps);
@@ -132,18 +150,20 @@ void experts_of_slice(
                });
     for_panels(e.w2, e.w2_bytes, e.w2_scales, activated,
                [&](const float* c, const float* scales, int64_t panel, int64_t place, int size) {
-                   const Target<T, float> target{products, product_stride};
                    const int64_t column = panel * kPanel;
                    const int count = static_cast<int>(std::min<int64_t>(kPanel, e.hidden - column));
-                   for (int row = 0; row < size; ++row) target.put_row(c + row * kPanel, scales, place + row, column, count);
+                   for (int row = 0; row < size; ++row) {
+                       T* to = products + (place + row) * product_stride + column;
+                       put_weighted<T>(c + row * kPanel, scales, weights[order.pair[place + row]], count, to);
+                   }
                });
 
     constexpr int64_t kTokensPerTask = 4;
     pool.run((n + kTokensPerTask - 1) / kTokensPerTask, [&](int64_t task, int) {
         for (int64_t token = task * kTokensPerTask; token < std::min(n, (task + 1) * kTokensPerTask); ++token) {
             const T* start = residual == nullptr ? nullptr : residual + token * e.hidden;
-            T* to = out + token * e.hidden;
-            const auto pair_row = [&](int64_t k) {
+            Out* to = out + token * e.hidden;
+            const auto pair_row = [&](int64_t k) -> const T* {
                 const int64_t place = order.place[token * top_k + k];
                 return place < 0 ? nullptr : products + place * product_stride;
             };
@@ -151,8 +171,8 @@ void experts_of_slice(
             for (; column + 16 <= e.hidden; column += 16) {
                 f32x16 total = {};
                 for (int64_t k = 0; k < top_k; ++k) {
-                    const float* product = pair_row(k);
-                    if (product != nullptr) total += weights[token * top_k + k] * load_f32(product + column);
+                    const T* product = pair_row(k);
+                    if (product != nullptr) total += load_f32(product + column);
                 }
                 if (start != nullptr) total += load_f32(start + column);
                 store_f32(to + column, total);
@@ -160,8 +180,8 @@ void experts_of_slice(
             for (; column < e.hidden; ++column) {
                 float total = 0;
                 for (int64_t k = 0; k < top_k; ++k) {
-                    const float* product = pair_row(k);
-                    if (product != nullptr) total += weights[token * top_k + k] * product[column];
+                    const T* product = pair_row(k);
+                    if (product != nullptr) total += first(product[column]);
                 }
                 if (start != nullptr) total += first(start[column]);
                 put(to[column], total);
@@ -173,18 +193,19 @@ void experts_of_slice(
 // Pairs at a time: enough for each expert to be bound by its operations, and few enough for the memory of their products.
 constexpr int64_t kPairsPerSlice = 8192;
 
-// out [n, H] = (residual +) the weighted sum over the experts here of each token's x, summed in float32 in the order of k.
+// out [n, H] = (residual +) the weighted sum over the experts here of each token's x, summed in float32 in the order of k. Out is T or,
+// for a sum that is to be added to those of others, float32.
 //
 // rows: [n] which rows of x the tokens are, null: in order. ids, weights: [n, K]; local_index: local expert of each id, -1 if
 // it is not here; null: ids are local.
-template <class T>
+template <class T, class Out>
 void experts(
     ThreadPool& pool, Scratch& scratch, const Experts& e, const T* x, const int64_t* rows, int64_t n, const int64_t* ids,
-    const float* weights, int64_t top_k, const int64_t* local_index, const T* residual, T* out) {
+    const float* weights, int64_t top_k, const int64_t* local_index, const T* residual, Out* out) {
     const int64_t num_slices = (n * top_k + kPairsPerSlice - 1) / kPairsPerSlice;
     for (int64_t slice = 0; slice < num_slices; ++slice) {
         const int64_t begin = n * slice / num_slices, end = n * (slice + 1) / num_slices;
-        experts_of_slice<T>(
+        experts_of_slice<T, Out>(
             pool, scratch, e, rows == nullptr ? x + begin * e.hidden : x, rows == nullptr ? nullptr : rows + begin, end - begin,
             ids + begin * top_k, weights + begin * top_k, top_k, local_index,
             residual == nullptr ? nullptr : residual + begin * e.hidden, out + begin * e.hidden);

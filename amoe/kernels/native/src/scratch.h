@@ -41,7 +41,7 @@ struct Scratch {
     Buffer hidden;     // normalised rows, queries, keys and values
     Buffer attended;   // what attention gives
     Buffer activated;  // packed activations between gate-up and down
-    Buffer products;   // [pairs, H] float32 products of the down projections
+    Buffer products;   // [pairs, H] weighted outputs of the experts
     Buffer logits;     // of the router
     Buffer order;      // pairs sorted by expert
     Buffer factors;    // of the tokens of an MLP
