@@ -7,8 +7,7 @@ all the time. In turn it is asked for one expert worker (the first one reads and
 then ends) and for two (a process is started, gets experts until both have as much to do, and the first one drops them).
 Each change is compared with the quiet seconds before it: gaps between the tokens of a stream, and the anonymous memory
 of the worker that stays. The start of a process, which takes processors for itself, is not counted to the move. Answers
-are compared with those of an undisturbed run: in bfloat16 some differ, because who holds which expert decides which
-partial sums are rounded.
+are compared with those of an undisturbed run.
 """
 
 from __future__ import annotations

@@ -89,7 +89,10 @@ def test_it_does_not_matter_who_holds_which_experts(isa, kind):
     kind, everybody, n, hidden = KINDS[kind], range(8), 100, 512
     context = native.make_context(kind.dtype, 2, isa=isa)
     x, residual = random(n, hidden, dtype=kind.dtype), random(n, hidden, seed=3, dtype=kind.dtype)
-    ids, weights = torch.rand(n, 8, generator=torch.Generator().manual_seed(1)).argsort(dim=1), random(n, 8, seed=2).abs()
+    ids, weights = (
+        torch.rand(n, 8, generator=torch.Generator().manual_seed(1)).argsort(dim=1),
+        random(n, 8, seed=2).abs(),
+    )
     whole = experts(context, layer_of(kind, everybody, 8, hidden, 64), x, ids, weights, residual=residual)
     order = torch.rand(n, 8, generator=torch.Generator().manual_seed(4)).argsort(dim=1)
     shuffled = experts(
