@@ -30,9 +30,9 @@ cut = functools.partial(Fault, kind="cut")
 delay = functools.partial(Fault, kind="delay")
 
 
-async def undisturbed(server: ChaosServer, model: Path) -> tuple[Load, list[Answer]]:
+async def undisturbed(server: ChaosServer, model: Path, max_tokens: int) -> tuple[Load, list[Answer]]:
     """200 requests or more, and what they get."""
-    load = make_load(225, 25, MAX_TOKENS, VOCAB_SIZE)
+    load = make_load(225, 25, max_tokens, VOCAB_SIZE)
     load, answers = clear_requests(model, load, (await run(server, load)).answers)
     assert len(load.bodies) >= 200
     return load, answers
@@ -47,8 +47,8 @@ def assert_unharmed(disturbed: Run, oracle: Sequence[Answer], load: Load) -> Non
     assert all(incident.healed is not None for incident in disturbed.incidents)
 
 
-async def suffer(server: ChaosServer, model: Path, faults: Sequence[Fault]) -> None:
-    load, oracle = await undisturbed(server, model)
+async def suffer(server: ChaosServer, model: Path, faults: Sequence[Fault], max_tokens: int = MAX_TOKENS) -> None:
+    load, oracle = await undisturbed(server, model, max_tokens)
     before = server.residue()
     disturbed = await run(server, load, faults)
     assert_unharmed(disturbed, oracle, load)
@@ -94,7 +94,8 @@ async def test_one_worker_that_runs_all_layers_at_once(checkpoint_factory: Calla
     model = checkpoint_factory("qwen3_moe")
     with ChaosServer(tmp_path, str(model), "--warm-spare", *QUIET) as server:
         assert "schedule forward" in server.printed()
-        await suffer(server, model, [kill(workers=("worker 0",), at=0.2), stop(workers=("worker 0",), at=0.6)])
+        faults = [kill(workers=("worker 0",), at=0.2), stop(workers=("worker 0",), at=0.6)]
+        await suffer(server, model, faults, 2 * MAX_TOKENS)  # it is so fast that they would be over before both
 
 
 async def test_who_may_lose_experts_goes_on_without_and_is_told(
