@@ -385,8 +385,19 @@ class AsyncEngine:
 
     def _on_output(self, rank: int, output: SequenceOutput) -> None:
         generation = self._open.get(output.request_id)
-        # Not here: aborted, or ended by a stop string, while the worker was still at it.
-        if generation is None or generation.rank != rank or (delta := generation.state.advance(output)) is None:
+        if generation is None or generation.rank != rank:
+            return  # aborted, or ended by a stop string, while the worker was still at it
+        try:
+            self._take(generation, output)
+        except Exception:  # of ours: it must not cost the worker its life, and then the next one
+            logger.exception("what worker %d has generated for a request cannot be handled", rank)
+            if output.request_id in self._open:
+                self._forget(generation, "error")
+            self._channels.send(rank, AbortRequests([generation.request_id]))
+            generation.fail(AmoeError("the server could not handle what was generated: its log says why"))
+
+    def _take(self, generation: Generation, output: SequenceOutput) -> None:
+        if (delta := generation.state.advance(output)) is None:
             return
         if output.times is not None:
             generation.take_times(output.times)
@@ -395,7 +406,7 @@ class AsyncEngine:
         if delta.finish_reason is not None:
             self._forget(generation, delta.finish_reason)
             if output.finish_reason is None:  # a stop string, which the worker does not know of
-                self._channels.send(rank, AbortRequests([generation.request_id]))
+                self._channels.send(generation.rank, AbortRequests([generation.request_id]))
         if delta.finish_reason == "error":
             blame = RequestError(output.error) if output.error else AmoeError("the worker could not serve the request")
             generation.fail(blame)

@@ -64,9 +64,10 @@ class WorkerLives:
         self.gone.pop(rank, None)
 
     def remove(self, rank: int) -> None:
-        """It has left for good."""
+        """It has left for good, and said all. One that comes in its place later is a new one."""
         self._end_present(rank)
         self.totals.pop(rank, None)
+        self.gone.pop(rank, None)
 
     @property
     def past(self) -> dict[int, WorkerStats]:

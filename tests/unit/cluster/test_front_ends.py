@@ -259,6 +259,20 @@ async def test_whoever_is_lost_already_is_not_lost_again(setup: Setup) -> None:
         assert not process.engine.died.is_set() and not process.following.done()
 
 
+async def test_a_worker_that_left_and_came_again_is_heard_whenever_it_began(setup: Setup) -> None:
+    process = await setup.call_in(0)
+    first = setup.workers[1]
+    first.beat(loops=9)  # of a short life
+    await until(lambda: 1 in process.engine.metrics.workers)
+    first.port.close()
+    await setup.fronts.lose(1, "worker 1 has left")
+    setup.fronts.metrics.worker_removed(1)
+    setup.workers[1] = second = await setup.worker(1, incarnation=1)
+    setup.fronts.attach(1, second.channel)
+    second.beat(loops=40)
+    await until(lambda: 1 in process.engine.metrics.workers and process.engine.metrics.workers[1].loops == 9 + 40)
+
+
 async def test_what_all_are_told(setup: Setup) -> None:
     setup.fronts.trouble = "expert 0 has died 5 times"
     first = await setup.call_in(0)

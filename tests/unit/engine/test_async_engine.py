@@ -381,6 +381,23 @@ async def test_refusal_by_the_worker_is_an_error(make):
     assert engine.num_open == 0
 
 
+async def test_what_the_server_cannot_handle_ends_one_request_and_no_worker(make, monkeypatch):
+    engine, (worker,) = make()
+    worker.runs.clear()
+    spoilt, other = engine.start([([1], SamplingParams()), ([2], SamplingParams())])
+
+    def fail(output):
+        raise ZeroDivisionError("a bug of ours")
+
+    monkeypatch.setattr(spoilt.state, "advance", fail)
+    worker.say(Outputs([SequenceOutput(0, [1]), SequenceOutput(1, [2], finish_reason="stop")]))
+    with pytest.raises(AmoeError, match="could not handle what was generated"):
+        await read(spoilt)
+    assert (await read(other)).token_ids == [2]
+    assert engine.num_open == 0 and engine.healthy
+    assert 0 not in worker.open, "it is told to stop"
+
+
 async def test_late_and_unknown_outputs_change_nothing(make):
     engine, (worker,) = make()
     worker.say(Outputs([SequenceOutput(77, [1], finish_reason="stop")]))
