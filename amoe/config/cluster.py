@@ -16,7 +16,8 @@ class SteeringConfig:
     """How the engine follows what it measures: shares of replicas, and where new sequences go.
 
     Attributes:
-        interval_s: seconds between plans; 0 is off.
+        interval_s: seconds between plans; 0 is off, and all pairs go to the first replica of their expert then. In
+            between each home relieves workers that answer late (`amoe.policy.relief`).
         ridge_tokens: tokens of an expert in one batch below which reading its weights takes longer than computing;
             None: `CPU_RIDGE_TOKENS` or `GPU_RIDGE_TOKENS`, as the device is.
         rebalance_interval_s: seconds between looks at whether experts should move to other workers; 0 is off.

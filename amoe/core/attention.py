@@ -14,12 +14,13 @@ from amoe.core.dispatcher import Dispatcher, Pairs
 from amoe.core.home_waves import HomeWaves
 from amoe.core.lockstep import HomeBarrier
 from amoe.core.micro_queue import MicroQueues
+from amoe.core.owner_pace import OwnerPace
 from amoe.core.recovery import Recovery
 from amoe.core.replica_shares import ReplicaShares
 from amoe.core.routed_experts import RoutedExperts
 from amoe.core.steps import NO_SLOTS, AttentionStep, ChunkSpan, HeadStep, Outgoing, PromptTokens
 from amoe.stats import JOIN_WAIT_EDGES, LayerHistograms
-from amoe.types import Batch, BlockId, BlockKind, BoolArray, Float32Array, Int32Array
+from amoe.types import Batch, BlockId, BlockKind, BoolArray, Float32Array, Int16Array, Int32Array
 
 
 class AttentionCore:
@@ -33,6 +34,7 @@ class AttentionCore:
         barrier: lockstep only.
         waves: schedule `waves` only.
         capacity: what may be dropped or rerouted; None: nothing.
+        pace: relieves expert workers that are late; None: the shares of the replicas say all.
         failure: when an answer is late, and whether tokens wait for experts that nobody holds.
 
     Attributes:
@@ -52,6 +54,7 @@ class AttentionCore:
         barrier: HomeBarrier | None = None,
         waves: HomeWaves | None = None,
         capacity: HomeCapacity | None = None,
+        pace: OwnerPace | None = None,
         failure: FailureConfig = FailureConfig(),  # noqa: B008 - frozen
     ) -> None:
         self.rank = rank
@@ -59,6 +62,7 @@ class AttentionCore:
         self.join_waits = LayerHistograms(len(sparse_layers), JOIN_WAIT_EDGES)
         self._owner_of_rank = {owner_rank: owner for owner, owner_rank in enumerate(owner_ranks)}
         self.capacity = capacity
+        self._pace = pace
         self._replicas = replicas
         self._routed = RoutedExperts(batcher.table, batcher.slots.num_slots, sparse_layers)
         self._sparse = tuple(sparse_layers)
@@ -77,6 +81,7 @@ class AttentionCore:
             routed=self._routed,
             waves=waves,
             capacity=capacity,
+            pace=pace,
             degrades=failure.on_expert_loss == "reroute",
             may_resend=barrier is None,
         )
@@ -199,11 +204,9 @@ class AttentionCore:
         else:
             top_k = topk_ids.shape[1]
             topk_ids, topk_weights = topk_ids[rows], topk_weights[rows]
+            pairs = Pairs(topk_ids, topk_weights, self._choose_replicas(layer, topk_ids, now))
             if self.capacity is not None and scores is not None and len(rows):
-                is_prefill = rows >= step.num_decodes
-                pairs = self.capacity.decide(layer, slots, is_prefill, topk_ids, topk_weights, scores[rows], now)
-            else:
-                pairs = Pairs(topk_ids, topk_weights, self._replicas.choose(layer, topk_ids))
+                pairs = self.capacity.decide(layer, slots, rows >= step.num_decodes, pairs, scores[rows], now)
             if step.num_tokens:
                 num_pairs = top_k if self.capacity is None else self.capacity.pairs_per_token(top_k)
                 self._routed.record(layer, slots, step.rows[rows], pairs.expert_ids, num_pairs)
@@ -213,6 +216,11 @@ class AttentionCore:
             self._routed.passed(step)
         return outgoing
 
+    def _choose_replicas(self, layer: int, topk_ids: npt.NDArray[np.int64], now: float) -> Int16Array:
+        if self._pace is None:
+            return self._replicas.choose(layer, topk_ids)
+        return self._pace.choose(layer, topk_ids, now)
+
     def _dispatch(
         self, block: BlockId, slots: Int32Array, rows: npt.NDArray[np.int64], pairs: Pairs, now: float
     ) -> list[Outgoing]:
@@ -220,6 +228,8 @@ class AttentionCore:
         dispatched = self._dispatcher.destinations(pairs.owners, may_be_nobody=has_missing)
         if self.capacity is not None:
             self.capacity.sent(slots, dispatched)
+        if self._pace is not None:
+            self._pace.sent(slots, pairs.expert_ids, pairs.owners, dispatched, now)
         leaders = self.batcher.tokens.leader[slots]
         if self._waves is not None:
             self._waves.leaving(slots, leaders, dispatched)
@@ -252,6 +262,8 @@ class AttentionCore:
         owner = self._owner_of_rank[batch.src]
         if self.capacity is not None:
             self.capacity.heard(owner, batch, now)
+        if self._pace is not None:
+            self._pace.heard(owner, slots, now)
         current = self.batcher.slots.is_current(slots, batch.generations)
         accepted = join.accept(slots, current, batch.layer, owner)
         self.recovery.heard(owner, now)

@@ -68,8 +68,7 @@ class HomeCapacity:
         layer: int,
         slots: Int32Array,
         is_prefill: BoolArray,
-        topk_ids: npt.NDArray[np.int64],
-        topk_weights: Float32Array,
+        wanted: Pairs,
         scores: Float32Array,
         now: float,
     ) -> Pairs:
@@ -77,10 +76,9 @@ class HomeCapacity:
 
         Args:
             is_prefill: [n] prompt tokens.
-            topk_ids, topk_weights: [n, K] what the router wants, and its weights.
+            wanted: [n, K] what the router wants, its weights, and the replicas that would compute it.
             scores: [n, E] its softmax over all experts.
         """
-        wanted = Pairs(topk_ids, topk_weights, self._replicas.choose(layer, topk_ids))
         droppable = self._droppable(slots, is_prefill)
         if self._degrades and self._replicas.has_missing[layer]:
             pairs = self.spare_missing(layer, slots, wanted, scores)
@@ -90,7 +88,7 @@ class HomeCapacity:
             pairs = self._cap(layer, slots, droppable, wanted, scores)
         else:
             pairs = self._untouched(slots, wanted)
-        width = self.pairs_per_token(topk_ids.shape[1])
+        width = self.pairs_per_token(wanted.expert_ids.shape[1])
         return pairs if pairs.expert_ids.shape[1] == width else _widened(pairs, width)
 
     def pairs_per_token(self, top_k: int) -> int:

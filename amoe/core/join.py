@@ -96,6 +96,10 @@ class Join:
         """[n] slots of the tokens that wait for an answer of any of `owners` [D]."""
         return np.flatnonzero(self._awaiting[:, owners].any(axis=1)).astype(np.int32)
 
+    def awaits(self, owner: int) -> BoolArray:
+        """[S] the token in a slot waits for an answer of an owner."""
+        return self._awaiting[:, owner]
+
     def oldest_by_owner(self) -> npt.NDArray[np.float64]:
         """[D] when the oldest of the tokens that wait for an owner's answer was dispatched; +inf: none waits."""
         slots = np.flatnonzero(self._awaiting.any(axis=1))  # few, as a rule, of very many

@@ -26,6 +26,7 @@ from amoe.core.batcher import Batcher
 from amoe.core.capacity import HomeCapacity
 from amoe.core.dispatcher import Dispatcher, Pairs
 from amoe.core.home_waves import HomeWaves
+from amoe.core.owner_pace import OwnerPace
 from amoe.core.replica_shares import ReplicaShares
 from amoe.core.routed_experts import RoutedExperts
 from amoe.core.steps import Outgoing
@@ -111,6 +112,7 @@ class Recovery:
         routed: RoutedExperts,
         waves: HomeWaves | None,
         capacity: HomeCapacity | None,
+        pace: OwnerPace | None,
         degrades: bool,
         may_resend: bool,
     ) -> None:
@@ -126,6 +128,7 @@ class Recovery:
         self._routed = routed
         self._waves = waves
         self._capacity = capacity
+        self._pace = pace
         self._may_resend = may_resend
         self._kept = KeptPairs(batcher.slots.num_slots, with_scores=degrades)
         num_owners = dispatcher.nobody
@@ -155,6 +158,8 @@ class Recovery:
         whom they were. Returns what has to be sent again; rows are slots."""
         self._replicas.place(owners, present)
         self._dispatcher.on_roster(present)
+        if self._pace is not None:
+            self._pace.on_roster(changed)
         self._heard_at[changed] = now
         self._patience_s[changed] = self._patient_s
         if self._waves is not None:
@@ -188,6 +193,8 @@ class Recovery:
         join.reopen(slots, leaders, layer, dispatched, now)
         if self._capacity is not None:
             self._capacity.sent(slots, dispatched)
+        if self._pace is not None:
+            self._pace.sent(slots, pairs.expert_ids, pairs.owners, dispatched, now)
         if len(idle := join.idle(leaders)):
             self._come_home(layer, idle, now)
         return self._dispatcher.batches(self._block(layer), None, slots, slots, pairs, dispatched)

@@ -30,6 +30,8 @@ class ReplicaShares:
         num_owners: D + 1, nobody included.
         shares: [num_layers, num_experts, R] in force.
         has_missing: [num_layers] the layer has experts that nobody holds.
+        has_choice: [num_layers] the layer has experts with several replicas that are there; has_choices: any has.
+        holders: [num_layers, num_owners, num_experts] the owner has a replica of the expert.
     """
 
     def __init__(self, owners: Int16Array, rank: int, num_owners: int, present: BoolArray | None = None) -> None:
@@ -49,6 +51,9 @@ class ReplicaShares:
         missing = ~np.any(self._here, axis=-1)
         self.owners[missing, 0] = self._nobody
         self.has_missing: BoolArray = np.any(missing, axis=1)
+        self.has_choice: BoolArray = (self._here.sum(axis=-1) > 1).any(axis=-1)
+        self.has_choices = bool(self.has_choice.any())
+        self.holders = self._find_holders()
         self._put(primary_shares(self.owners))
 
     def set(self, shares: npt.NDArray[np.floating]) -> None:
@@ -100,10 +105,12 @@ class ReplicaShares:
         exists = owners >= 0
         return np.bincount(owners[exists], weights=shares[exists], minlength=self.num_owners).astype(np.float64)
 
+    def _find_holders(self) -> BoolArray:
+        layers, experts, copies = np.nonzero(self.owners >= 0)
+        holders: BoolArray = np.zeros((len(self.owners), self.num_owners, self.owners.shape[1]), np.bool_)
+        holders[layers, self.owners[layers, experts, copies], experts] = True
+        return holders
+
     def holds(self, layer: int) -> BoolArray:
         """[E, D]: the owner has a replica of the expert."""
-        owners = self.owners[layer]
-        experts, copies = np.nonzero(owners >= 0)
-        holds: BoolArray = np.zeros((len(owners), self.num_owners), np.bool_)
-        holds[experts, owners[experts, copies]] = True
-        return holds
+        return self.holders[layer].T

@@ -30,6 +30,7 @@ from amoe.core.home_waves import HomeWaves
 from amoe.core.lockstep import ExpertsBarrier, HomeBarrier
 from amoe.core.members import NOBODY, Members, Roster
 from amoe.core.micro_queue import MicroQueues
+from amoe.core.owner_pace import OwnerPace
 from amoe.core.replica_shares import ReplicaShares
 from amoe.core.steps import BlockStep, ForwardStep, Outgoing, Step
 from amoe.core.waves import WaveController, WaveGates, make_controller
@@ -171,6 +172,7 @@ class WorkerCore:
             barrier=self._home_barrier,
             waves=self._home_waves,
             capacity=self._make_capacity(replicas, batcher),
+            pace=OwnerPace(replicas, batcher.join, config.ridge_tokens) if config.steering.interval_s > 0 else None,
             failure=config.failure,
         )
 

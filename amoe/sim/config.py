@@ -9,7 +9,15 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from amoe.config import BLOCK_SCHEDULES, CacheConfig, CapacityConfig, EngineConfig, PlacementConfig, SchedulerConfig
+from amoe.config import (
+    BLOCK_SCHEDULES,
+    CacheConfig,
+    CapacityConfig,
+    EngineConfig,
+    PlacementConfig,
+    SchedulerConfig,
+    SteeringConfig,
+)
 from amoe.core.worker import ModelShape
 from amoe.errors import ConfigError
 from amoe.profiles.devices import DeviceProfile
@@ -109,6 +117,7 @@ class SimConfig:
         owners: [num_layers, num_experts, R] where experts and their replicas live, as `amoe.policy.placement` makes
             them; None: no replicas.
         shares: [num_layers, num_experts, R] of the pairs that each replica gets; None: all at the primaries.
+        steering: nothing plans here, so the shares stay; an interval above 0 lets homes relieve workers that are late.
         max_model_len: None: the longest sequence of the workload.
         seed: of everything that is drawn.
     """
@@ -128,6 +137,7 @@ class SimConfig:
     outages: tuple[Outage, ...] = ()
     owners: Int16Array | None = None
     shares: npt.NDArray[np.float64] | None = None
+    steering: SteeringConfig = field(default_factory=lambda: SteeringConfig(interval_s=0.0))
     max_model_len: int | None = None
     seed: int = 0
 
@@ -178,4 +188,5 @@ class SimConfig:
             scheduler=self.scheduler,
             cache=self.cache,
             capacity=self.capacity,
+            steering=self.steering,
         )

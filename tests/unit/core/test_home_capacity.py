@@ -11,6 +11,7 @@ from amoe.config import CacheConfig, CapacityConfig, SchedulerConfig
 from amoe.core.backlog import OwnerBacklog, WorkMeter
 from amoe.core.batcher import Batcher
 from amoe.core.capacity import HomeCapacity
+from amoe.core.dispatcher import Pairs
 from amoe.core.micro_queue import MicroQueues
 from amoe.core.replica_shares import ReplicaShares
 from amoe.core.sequence import UsageColumn
@@ -53,7 +54,8 @@ class Home:
 
     def decide(self, is_prefill: bool = True, now: float = 0.0):
         flags = np.full(len(self.slots), is_prefill)
-        return self.capacity.decide(0, self.slots, flags, self.topk_ids, self.weights, self.scores, now)
+        wanted = Pairs(self.topk_ids, self.weights, self.replicas.choose(0, self.topk_ids))
+        return self.capacity.decide(0, self.slots, flags, wanted, self.scores, now)
 
 
 configs = st.builds(
