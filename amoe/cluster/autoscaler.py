@@ -110,7 +110,7 @@ class Autoscaler:
         flow = flow_of([passed for at, passed in self._passages.values() if now - at < SILENCE_S])
         count = status.num_expert_workers
         wanted, self._state = wanted_workers(self._config, self._state, loads, flow, count, now)
-        if wanted == count:
+        if wanted == count or status.action:  # what is under way now may change the number, or what is measured
             return
         logger.info(
             "autoscaling: %d -> %d expert workers (%s)", count, wanted, _reason(self._config, count, loads, flow)

@@ -55,11 +55,14 @@ class FakeAdmin:
         self.count = count
         self.asked: list[int] = []
         self.refuses: Exception | None = None
+        self.action = ""
 
     def status(self) -> ClusterStatus:
         roles = ["attention"] + ["experts"] * self.count
         workers = [WorkerStatus(rank=rank, title="", role=role, state="serving") for rank, role in enumerate(roles)]
-        return ClusterStatus(version=1, workers=workers, num_expert_workers=self.count, max_expert_workers=3)
+        return ClusterStatus(
+            version=1, workers=workers, num_expert_workers=self.count, max_expert_workers=3, action=self.action
+        )
 
     async def scale_experts(self, count: int) -> ClusterStatus:
         self.asked.append(count)
@@ -175,3 +178,14 @@ def test_what_cannot_be_done_is_tried_again_later(reason: Exception):
     driven.admin.refuses = None
     driven.go_on(RETRY_S + SUSTAIN_S, age_s=0.65, busy=1.0)
     assert driven.admin.asked == [2, 2] and driven.admin.count == 2
+
+
+def test_nothing_is_asked_for_while_something_is_under_way():
+    """It may be an operator's order, which would be undone when it is done."""
+    driven = Driven(1)
+    driven.admin.action = "moving 3 of 8 experts"
+    driven.go_on(2 * SUSTAIN_S, age_s=0.65, busy=1.0)
+    assert driven.admin.asked == []
+    driven.admin.action = ""
+    driven.go_on(COOLDOWN_S + SUSTAIN_S + 2, age_s=0.65, busy=1.0)
+    assert driven.admin.asked == [2]
