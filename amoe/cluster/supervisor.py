@@ -29,7 +29,7 @@ from amoe.cluster.supervised import SupervisedEngine
 from amoe.cluster.topology import TopologyBoard
 from amoe.engine.messages import Alive, Applied, Failed, Heartbeat, Pulse, ToServer, Unanswered
 from amoe.engine.roles import role_of
-from amoe.errors import AmoeError, ConfigError
+from amoe.errors import AmoeError, ConfigError, UnfinishedError
 from amoe.metrics.cluster import LossKind
 from amoe.policy.patience import Patience, StepTime
 from amoe.policy.supervision import Crashes, LifeSigns
@@ -42,6 +42,7 @@ FENCE_PATIENCE_S = 10.0
 # A link over torch.distributed takes some 16 crossings of the network and back: 1.6 s, where one takes 0.1 s.
 LINKING_S = {"distributed": 5.0}
 LEAVE_GRACE_S = 10.0
+BURIAL_PATIENCE_S = 30.0  # of whoever asked a worker to leave; it includes what the worker has said last
 
 
 class Supervisor:
@@ -335,7 +336,11 @@ class Supervisor:
         self._changed()
 
     async def remove(self, rank: int) -> None:
-        """Let a worker leave that is draining, and to which nobody sends anything any more."""
+        """Let a worker leave that is draining, and to which nobody sends anything any more.
+
+        Raises:
+            UnfinishedError: it does not end although it was killed. Its rank is free once it has ended.
+        """
         place = self._places[rank]
         place.worker = None  # its end is no loss
         self._signs.forget(rank)
@@ -346,11 +351,25 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(worker.exited.wait(), LEAVE_GRACE_S)
         place.reason = f"{place.title} has left"
-        if place.successor is not None:
-            await asyncio.gather(place.successor, return_exceptions=True)  # it has died before, and is being buried
+        place.successor = leaving = asyncio.create_task(
+            self._leave(place, place.successor), name=f"amoe-leave-{place.rank}"
+        )
+        await asyncio.wait((leaving,), timeout=BURIAL_PATIENCE_S)
+        if not leaving.done():
+            leaving.add_done_callback(self._end_if_failed)
+            raise UnfinishedError(
+                f"{place.title} does not end although it was killed (it waits for a disk or a driver, say): nothing is "
+                "sent to it any more, and it holds up nobody; its place is free once it has ended"
+            )
+        leaving.result()
+
+    async def _leave(self, place: Place, burial: asyncio.Task[None] | None) -> None:
+        """`burial`: of one that has died before, if it is not over."""
+        if burial is not None:
+            await asyncio.gather(burial, return_exceptions=True)
         await self._bury(place)
-        del self._places[rank]
-        self._engine.metrics.worker_removed(rank)
+        del self._places[place.rank]
+        self._engine.metrics.worker_removed(place.rank)
         logger.info("%s has left", place.title)
         self._changed()
 

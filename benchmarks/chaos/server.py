@@ -85,7 +85,8 @@ class ChaosServer:
         finally:
             self._reader.join(10)
             if kind is not None:  # whoever reads of the failure wants to know what the server has seen of it
-                print(f"what the server has said until {kind.__name__}:\n{self.printed()}", file=sys.stderr)
+                words = "".join(line for _, line in self.output if "request ended" not in line)
+                print(f"what the server has said until {kind.__name__}:\n{words}", file=sys.stderr)
 
     def printed(self) -> str:
         """All that it has printed."""

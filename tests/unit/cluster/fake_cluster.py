@@ -37,7 +37,7 @@ class FakeWorker:
 
     def _take(self, message: ToWorker) -> None:
         self.told.append(message)
-        if isinstance(message, Stop):
+        if isinstance(message, Stop) and not self.is_immortal:
             self.die("exited with status 0")
 
     async def wait_ready(self, on_loading: Callable[[WorkerHandle, Loading], None]) -> Ready:

@@ -15,7 +15,7 @@ from amoe.cluster.process import title_of
 from amoe.cluster.topology import NOBODY
 from amoe.config import FailureConfig
 from amoe.engine.messages import Applied, Failed, Heartbeat, Pulse, Topology, Unanswered
-from amoe.errors import ConfigError, EngineDeadError
+from amoe.errors import ConfigError, EngineDeadError, UnfinishedError
 from amoe.stats import WorkerStats
 from tests.unit.cluster.fake_cluster import Fakes
 
@@ -189,6 +189,26 @@ async def test_add_and_remove():
         assert fakes.events[-3:] == ["lose 3", "close 3.0", "removed 3"]
         await fakes.supervisor.add(3)
         assert fakes.board.incarnations[3] == 1  # never the same life twice
+
+
+async def test_who_cannot_be_killed_holds_up_nobody_who_asked_it_to_leave(monkeypatch):
+    """It waits for a disk: the operator is told, and its rank is nobody else's before it has ended."""
+    monkeypatch.setattr("amoe.cluster.supervisor.LEAVE_GRACE_S", 0.0)
+    monkeypatch.setattr("amoe.cluster.supervisor.BURIAL_PATIENCE_S", 0.01)
+    async with Fakes(CALM) as fakes:
+        await fakes.supervisor.add(3)
+        fakes.worker(3).is_immortal = True
+        await fakes.supervisor.drain(3)
+        with pytest.raises(UnfinishedError, match="expert 2 does not end although it was killed"):
+            await fakes.supervisor.remove(3)
+        assert fakes.board.incarnations[3] == NOBODY
+        with pytest.raises(ValueError, match="rank 3 is taken"):
+            await fakes.supervisor.add(3)
+        fakes.worker(3).die("was killed at last")
+        await fakes.until("removed 3")
+        assert "lost 3 exit" not in fakes.events
+        await fakes.supervisor.add(3)
+        assert fakes.board.incarnations[3] == 1
 
 
 @pytest.mark.parametrize(
