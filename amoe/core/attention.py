@@ -262,10 +262,10 @@ class AttentionCore:
         owner = self._owner_of_rank[batch.src]
         if self.capacity is not None:
             self.capacity.heard(owner, batch, now)
-        if self._pace is not None:
-            self._pace.heard(owner, slots, now)
         current = self.batcher.slots.is_current(slots, batch.generations)
         accepted = join.accept(slots, current, batch.layer, owner)
+        if self._pace is not None:
+            self._pace.heard(owner, slots, accepted, now)
         self.recovery.heard(owner, now)
         slots = slots if accepted.all() else slots[accepted]
         leaders = join.settle(slots, self.batcher.tokens.leader[slots], owner)

@@ -98,10 +98,17 @@ class OwnerPace:
         self._since[(self._owed < _NOTHING) & (work > 0)] = now
         self._owed += work
 
-    def heard(self, owner: int, slots: Int32Array, now: float) -> None:
-        """An owner has answered for the tokens in `slots` [n]."""
-        if not self._replicas.has_choices or len(slots) == 0:
+    def heard(self, owner: int, slots: Int32Array, accepted: BoolArray, now: float) -> None:
+        """An owner has answered for the tokens in `slots` [n].
+
+        Args:
+            accepted: [n] the answer is awaited, and not settled yet. Of the others those were for nobody whose slots
+                wait for nothing; a late answer or a duplicate says nothing of what its slot waits for now.
+        """
+        if not self._replicas.has_choices:
             return
+        if not accepted.all():
+            slots = slots[accepted | ~self._join.awaits(owner)[slots]]
         work = float(self._row_work[slots, owner].sum())
         if work == 0.0:
             return

@@ -40,7 +40,7 @@ class Home:
         return counts
 
     def answer(self, owner: int, slots: np.ndarray, now: float) -> None:
-        self.pace.heard(owner, slots, now)
+        self.pace.heard(owner, slots, np.ones(len(slots), np.bool_), now)
         self.join.settle(slots, slots, owner)
 
 
@@ -98,6 +98,17 @@ def test_a_lost_answer_that_nobody_waits_for_is_forgotten():
     home.join.cancel(SLOTS)
     home.now += 0.1
     assert home.batch([1e-3, 1e-3, 1e-3]) == [4, 4, 4]
+
+
+def test_a_duplicate_says_nothing_of_what_its_slot_waits_for_now():
+    home = Home()
+    home.batch([1e-3, None, 1e-3])
+    owed = home.pace._owed[1]
+    home.pace.heard(1, SLOTS, np.zeros(len(SLOTS), np.bool_), home.now)
+    assert home.pace._owed[1] == owed > 0
+    home.join.cancel(SLOTS)  # aborted: the answer comes all the same
+    home.pace.heard(1, SLOTS, np.zeros(len(SLOTS), np.bool_), home.now)
+    assert home.pace._owed[1] == 0
 
 
 @pytest.mark.parametrize("changed", [True, False])
