@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from amoe import __version__
+from amoe.cluster.leaving import is_in_a_call_of_rays, leave
 from amoe.errors import AmoeError, CheckpointError, ConfigError, RequestError
 from amoe.server import cli as server_cli
 from amoe.server import scale_cli
@@ -47,8 +48,15 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 2 for what the user can mend, 1 for what failed."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run the command. Returns the exit status: 2 for what the user can mend, 1 for what failed. With the command line
+    of this process, whose last act it is, it does not return where the process could not end in an orderly way."""
+    status = _run(sys.argv[1:] if argv is None else argv)
+    if argv is None and is_in_a_call_of_rays():
+        leave(status)
+    return status
+
+
+def _run(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="amoe: %(message)s")
     try:
         args = build_parser(argv[0] if argv else None).parse_args(argv)

@@ -1,9 +1,10 @@
-"""How a process that has run a worker ends: at once, with its interpreter as it is.
+"""How a process ends in which threads of libraries may still be at work: at once, with its interpreter as it is.
 
-Threads of libraries may still be at work: those of a link of torch.distributed whose peer has not answered yet, or all
-of them, where somebody else ends the process. An interpreter that is torn down unwinds each thread that asks for its
-lock; if there is C++ between, as there is in torch, the process aborts, or crashes (pytorch issue 38228). Nothing in a
-worker needs the tearing down: what it holds the kernel takes back, and what others are to know they have been told.
+In a worker these are those of a link of torch.distributed whose peer has not answered yet, or all of them, where
+somebody else ends the process; in a server that of a call of Ray's whose cluster does not answer. An interpreter that
+is torn down unwinds each thread that asks for its lock; if there is C++ between, as there is in torch, the process
+aborts, or crashes (pytorch issue 38228). Nothing there needs the tearing down: what the process holds the kernel takes
+back, and what others are to know they have been told.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 EXIT_FAILURE = 1
+RAY_THREAD = "amoe-ray"  # makes the calls of Ray's, and ends with the connection
 
 
 def leave(status: int) -> NoReturn:
@@ -27,6 +30,11 @@ def leave(status: int) -> NoReturn:
         except (OSError, ValueError, AttributeError):  # nobody reads it any more, or it was never there
             continue
     os._exit(status)
+
+
+def is_in_a_call_of_rays() -> bool:
+    """Some thread is, or has just come out of one."""
+    return any(thread.name == RAY_THREAD for thread in threading.enumerate())
 
 
 def run_and_leave(main: Callable[[], int]) -> NoReturn:

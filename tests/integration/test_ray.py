@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,16 +19,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import httpx
 import psutil
 import pytest
 import ray
-import yaml
 from ray.cluster_utils import Cluster
 
-from amoe.builtin import builtin_model_path
 from amoe.cluster.cluster import WorkerCluster
 from amoe.cluster.front import Front
 from amoe.cluster.ray_cluster import session
@@ -41,8 +37,6 @@ from tests.ray_nodes import CPUS_PER_NODE, OTHER_TAKES, check, running, two_node
 from tests.served import ServedModel
 
 pytestmark = pytest.mark.cluster
-
-SERVE_YAML = Path(__file__).parents[2] / "deploy" / "ray" / "serve.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +67,13 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def until_holds(condition: Callable[[], bool], what: str) -> None:
@@ -177,75 +178,6 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-class Served:
-    """`deploy/ray/serve.yaml` as Ray Serve runs it, but for the model's path and the port."""
-
-    def __init__(self, address: str, directory: Path) -> None:
-        config = yaml.safe_load(SERVE_YAML.read_text(encoding="utf-8"))
-        self.url = f"http://127.0.0.1:{(port := free_port())}"
-        config["http_options"] |= {"host": "127.0.0.1", "port": port}
-        config["applications"][0]["args"] |= {"model": str(builtin_model_path()), "dtype": "float32"}
-        (file := directory / "serve.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-        command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", address, str(file)]
-        self._log = (directory / "serve.log").open("w+")
-        self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
-
-    def until_healthy(self) -> None:
-        while True:
-            assert self._process.poll() is None, self.output()
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
-                    return
-            time.sleep(0.2)
-
-    def output(self) -> str:
-        self._log.seek(0)
-        return self._log.read()
-
-    def close(self) -> None:
-        """As Ctrl-C does: the application is deleted, and with it its workers."""
-        self._process.send_signal(signal.SIGINT)
-        self._process.wait(60)
-        self._log.close()
-
-
-@pytest.fixture
-def served(cluster: Cluster, tmp_path: Path) -> Iterator[Served]:
-    with contextlib.closing(Served(cluster.address, tmp_path)) as served:
-        served.until_healthy()
-        yield served
-
-
-def until(served: Served, *, num_requests_running: int) -> None:
-    """As `/load` tells it, which hears of the workers twice a second."""
-    while httpx.get(f"{served.url}/load").json()["num_requests_running"] != num_requests_running:
-        time.sleep(0.05)
-
-
-def stream(url: str, body: dict[str, Any]) -> Iterator[str]:
-    with httpx.stream("POST", f"{url}/v1/completions", json={**body, "stream": True}, timeout=60) as response:
-        assert response.status_code == 200
-        yield from (line.removeprefix("data: ") for line in response.iter_lines() if line)
-
-
-def test_an_application_of_ray_serve(served: Served) -> None:
-    """It streams; it says what is wrong with a request, and who it is; a client that goes frees what it had."""
-    body = {"prompt": "def add(a, b):", "max_tokens": 12, "temperature": 0}
-    *chunks, done = stream(served.url, body)
-    assert done == "[DONE]" and len(chunks) >= 12, "a chunk per token"
-    text = "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
-    whole = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).json()
-    assert whole["choices"][0]["text"] == text and whole["model"] == "model"
-    refused = httpx.post(f"{served.url}/v1/completions", json={"prompt": "a", "max_tokens": "x"})
-    assert refused.status_code == 400 and refused.json()["error"]["param"] == "max_tokens"
-    endless = stream(served.url, {"prompt": "a", "max_tokens": 1900, "ignore_eos": True})
-    next(endless)
-    until(served, num_requests_running=1)
-    endless.close()
-    until(served, num_requests_running=0)
-    assert "amoe:generation_tokens_total" in httpx.get(f"{served.url}/metrics").text
-
-
 class Refused:
     """An `amoe serve` at an address where no Ray is, which says so while other tests run."""
 
@@ -311,5 +243,45 @@ async def test_without_an_announced_ray_one_is_started(
     assert "starting a Ray of our own on this host" in caplog.text and "SIGTERM" not in caplog.text
 
 
+# The head of a Ray of its own is stopped; then the command ends.
+LEFT_ALONE = """
+import asyncio, os, signal, sys
+import ray
+from amoe import cli
+from amoe.cluster.ray_cluster import session
+
+async def serve():
+    opened = await session.RaySession.open("local", 1)
+    processes = ray._private.worker._global_node.all_processes
+    pids = {kind: processes[kind][0].process.pid for kind in ("gcs_server", "raylet")}
+    print(*(f"process {pid}" for pid in pids.values()))
+    os.kill(pids["gcs_server"], signal.SIGSTOP)
+    await opened.close()
+    return 7
+
+session.CLOSE_TIMEOUT_S = 1.0
+cli._run = lambda argv: asyncio.run(serve())
+sys.exit(cli.main())
+"""
+
+
+def test_a_ray_of_our_own_that_does_not_answer(tmp_path: Path) -> None:
+    """It ends with the server, which ends with its own status and says so."""
+    output = tmp_path / "output"  # no pipe, which Ray's processes would hold open
+    with tempfile.TemporaryDirectory(prefix="amoe-ray-", ignore_cleanup_errors=True) as directory:
+        environment = {**os.environ, "RAY_TMPDIR": directory}
+        with output.open("w") as file:
+            command = [sys.executable, "-c", LEFT_ALONE]
+            done = subprocess.run(
+                command, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=120, check=False
+            )
+    words = output.read_text()
+    assert done.returncode == 7, words
+    assert "has not answered for 1 s: our Ray ends with this process" in words
+    pids = [int(pid) for pid in re.findall(r"process (\d+)", words)]
+    assert len(pids) == 2
+    until_holds(lambda: all(map(is_gone, pids)), "its processes are gone")
+
+
 def test_an_address_that_is_no_rays(at_a_strangers_address: Refused) -> None:
-    assert f"Ray at {at_a_strangers_address.address} has not answered within 24 s" in at_a_strangers_address.words()
+    assert f"Ray at {at_a_strangers_address.address} has not answered within 20 s" in at_a_strangers_address.words()

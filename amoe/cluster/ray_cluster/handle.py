@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -47,7 +47,7 @@ class RayWorker:
         thread: RayThread,
         on_exit: Callable[[WorkerHandle], None],
         on_kill: Callable[[], None],
-        give_back: Callable[[], Awaitable[None]],
+        give_back: Callable[[], None],
     ) -> None:
         self.rank = rank
         self.incarnation = incarnation
@@ -115,7 +115,7 @@ class RayWorker:
         await asyncio.gather(self._watching, *([self._closing] if self._closing else []), return_exceptions=True)
         await self.channel.close()
         self._thread.post(lambda: end_actor(self._actor))  # one whose worker has left is still there
-        await self._give_back()
+        self._give_back()
 
     async def _watch(self, ended: asyncio.Future[int]) -> None:
         try:

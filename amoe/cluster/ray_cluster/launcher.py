@@ -140,7 +140,7 @@ class RayLauncher:
             listener.forget(rank, incarnation)
             if actor is not None:
                 self._session.thread.post(lambda: end_actor(actor))
-            await self._leave(rank, guest)
+            self._leave(rank, guest)
             raise
         title = title_of(self._config.placement, rank)
         logger.info("%s is pid %d on %s", title, where.pid, where.host)
@@ -179,9 +179,9 @@ class RayLauncher:
 
         return Guest(title_of(self._config.placement, rank), where.host, where.port, reach)
 
-    async def _leave(self, rank: int, guest: Guest | None) -> None:
+    def _leave(self, rank: int, guest: Guest | None) -> None:
         self._acquaintances.forget(rank, guest)
-        await self._room.leave(rank)
+        self._room.leave(rank)
 
     async def _create(self, rank: int, place: Place) -> Any:
         role = role_of(self._config, rank)

@@ -133,11 +133,12 @@ class Room:
             "does not hear from for lost after a while"
         )
 
-    async def leave(self, rank: int) -> None:
-        """A worker has ended: the room of one that was added is given back."""
+    def leave(self, rank: int) -> None:
+        """A worker has ended: the room of one that was added is given back, as soon as Ray takes it: its head may be
+        away for a while, and nobody has to wait for that."""
         if rank >= self._config.placement.num_workers and (place := self._places.pop(rank, None)) is not None:
             self._groups.remove(place.group)
-            await self._session.tidy(remove_placement_group, place.group)
+            self._session.thread.post(lambda: remove_placement_group(place.group))
 
     async def close(self) -> None:
         """Give all of it back. Idempotent."""

@@ -24,6 +24,7 @@ from ray._private.services import find_bootstrap_address
 from ray._private.state import available_resources_per_node  # its public sister adds the nodes up
 
 from amoe.cluster.executor import split_ray_address
+from amoe.cluster.leaving import RAY_THREAD
 from amoe.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class RayThread:
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="amoe-ray", daemon=True).start()
+        threading.Thread(target=self._run, name=RAY_THREAD, daemon=True).start()
 
     async def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """What `function` returns; cancelling does not stop it, but nobody waits for it then."""
@@ -161,7 +162,8 @@ class RaySession:
         return [resources.get("CPU", 0.0) for resources in free.values()]
 
     async def tidy(self, function: Callable[..., object], *args: Any) -> None:
-        """Give something back, for so long as Ray answers: what a cluster that is gone has kept is gone with it."""
+        """Give something back before the end, for so long as Ray answers: what a cluster that is gone has kept is gone
+        with it."""
         if self._is_gone:
             return
         try:

@@ -78,7 +78,7 @@ class Life:
     def _on_kill(self) -> None:
         self.times_given_up += 1
 
-    async def _give_back(self) -> None:
+    def _give_back(self) -> None:
         self.places_given_back += 1
 
 
