@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -24,6 +23,7 @@ from amoe.kernels.attention import AttentionBatch, ChunkSpan
 from amoe.models.config import load_model_config
 from amoe.models.loader import Blocks, load_native_model
 from amoe.models.native_model import NativeModel
+from benchmarks.chaos.residue import children_of
 from tests.served import ServedModel
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="the native kernels are not built")
@@ -105,8 +105,7 @@ def cluster_of(server: ServedModel) -> dict[str, Any]:
 
 
 def pid_of(server: ServedModel, title: str) -> int:
-    children = psutil.Process(server.pid).children(recursive=True)
-    return next(child.pid for child in children if f"amoe: {title}" in " ".join(child.cmdline()))
+    return dict(children_of(server.pid))[f"amoe: {title}"].pid
 
 
 def until(condition: Callable[[], bool]) -> None:

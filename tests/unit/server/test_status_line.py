@@ -60,17 +60,23 @@ async def test_it_is_logged_while_there_is_traffic_and_once_more(server: Harness
     caplog.set_level(logging.INFO, "amoe.status")
     engine: AsyncEngine = server.engine
     task = asyncio.create_task(log_status(engine, interval_s=0.002))
-    await asyncio.sleep(0.05)
+    await some_intervals()
     assert not lines_of(caplog)
     await server.complete(prompt="abc", max_tokens=3)
     while len(lines_of(caplog)) < 2:  # noqa: ASYNC110 - a test has nothing else to wait for
         await asyncio.sleep(0.002)
-    await asyncio.sleep(0.05)  # as many as there were intervals with traffic, and the last one
+    await some_intervals()  # as many lines as there were intervals with traffic, and the last one
     count = len(lines_of(caplog))
-    await asyncio.sleep(0.05)
+    await some_intervals()
     task.cancel()
     assert len(lines_of(caplog)) == count
     assert "generation throughput" in lines_of(caplog)[0]
+
+
+async def some_intervals() -> None:
+    """Each pause gives the other task its turn, however long this process was kept from running."""
+    for _ in range(20):
+        await asyncio.sleep(0.003)
 
 
 def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:

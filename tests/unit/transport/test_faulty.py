@@ -145,7 +145,7 @@ def test_links_that_a_file_cuts(tmp_path: Path) -> None:
 
 def test_slow_links_keep_order_and_wake_their_reader() -> None:
     pair = Pair()
-    pair.faulty.set_links(LinkFaults(delay_s={0: 0.05}))
+    pair.faulty.set_links(LinkFaults(delay_s={0: 0.5}))  # longer than this process may be kept from running
     pair.send(3)
     pair.send(2, src=2)
     assert [batch.src for batch in pair.poll()] == [2, 2]
