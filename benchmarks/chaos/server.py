@@ -27,7 +27,7 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 KEY = "chaos"
 SPARE = "amoe: spare"
 _START_TIMEOUT_S = 120.0
-_LEAK_LOOKS, _LEAK_PAUSE_S = 30, 0.5
+_LEAK_PATIENCE_S, _LEAK_PAUSE_S = 15.0, 0.5
 _HELD = ("kv_cache_usage_perc", "token_slots_used", "num_requests_running", "num_requests_waiting")
 
 
@@ -200,9 +200,8 @@ class ChaosServer:
     def leaks(self, before: Residue) -> list[str]:
         """What it holds and did not hold before, for a person. What goes soon is no leak: a connection is open for a
         moment after its last answer, and so is what the server has to close."""
-        for _ in range(_LEAK_LOOKS):
-            if not (found := self.residue().leaks(before)):
-                return []
+        deadline = time.monotonic() + _LEAK_PATIENCE_S
+        while (found := self.residue().leaks(before)) and time.monotonic() < deadline:
             time.sleep(_LEAK_PAUSE_S)
         return found
 
