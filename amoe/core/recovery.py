@@ -12,6 +12,8 @@ token's pairs and its MoE input can ask anybody who holds its experts:
   The very same dispatch goes out once more. Whatever is answered first counts; the other answer is a duplicate. The
   time until the next attempt doubles, so that a slow worker is not drowned in copies. A single answer may be lost as
   well, while the owner answers others all the time: what has been owed for much longer than that is asked for again.
+- *strays*: experts have moved, and a token is on its way to an owner that has given its expert away. It will never be
+  answered there, however much the owner says to others: it is redone as soon as it is late.
 """
 
 from __future__ import annotations
@@ -135,6 +137,7 @@ class Recovery:
         self._heard_at = np.full(num_owners, -np.inf)
         self._patience_s = np.full(num_owners, self._patient_s)
         self._next_try = -np.inf
+        self._moved_at = -np.inf  # when experts last were elsewhere
 
     @property
     def num_parked(self) -> int:
@@ -157,6 +160,7 @@ class Recovery:
         """Experts are at `owners` [L, E, R] from now on; `present` [D] of the owners are there, `changed` [D] are not
         whom they were. Returns what has to be sent again; rows are slots."""
         self._replicas.place(owners, present)
+        self._moved_at = now
         self._dispatcher.on_roster(present)
         if self._pace is not None:
             self._pace.on_roster(changed)
@@ -221,9 +225,10 @@ class Recovery:
         if now < self._next_try or not self._may_resend:
             return []
         self._next_try = now + self._retry_s
-        waited, join = self._waited(now), self._batcher.join
+        join = self._batcher.join
+        outgoing = self._redo_strays(now)
+        waited = self._waited(now)
         oldest = now - join.oldest_by_owner()[: self._dispatcher.nobody]
-        outgoing: list[Outgoing] = []
         for owner in np.flatnonzero(waited >= self._patience_s).tolist():
             self._patience_s[owner] *= 2
             outgoing += self._ask_again(owner, self._owed(owner, self._patient_s, now), now)
@@ -240,14 +245,24 @@ class Recovery:
         slots = self._batcher.join.owed_by(owes)
         return slots[now - self._batcher.join.asked_at[slots] >= seconds]
 
-    def _ask_again(self, owner: int, slots: Int32Array, now: float) -> list[Outgoing]:
-        join = self._batcher.join
+    def _redo_strays(self, now: float) -> list[Outgoing]:
+        oldest = self._batcher.join.oldest_by_owner()[: self._dispatcher.nobody]
+        outgoing: list[Outgoing] = []
+        for owner in np.flatnonzero((oldest <= self._moved_at) & (now - oldest >= self._patient_s)).tolist():
+            slots = self._owed(owner, self._patient_s, now)
+            outgoing += self._redo(slots[self._are_stray(owner, slots)], now)
+        return outgoing
+
+    def _are_stray(self, owner: int, slots: Int32Array) -> BoolArray:
+        """[n] the owner has given away an expert that tokens in `slots` [n] wait for: it will never answer for it."""
         pairs = self._kept.pairs(slots)
-        # An owner that has given an expert away since will never answer for it.
-        holds = self._replicas.holds_pairs(owner, join.layer[slots], pairs.expert_ids)
-        stray = ((pairs.owners == owner) & ~holds).any(axis=1)
-        outgoing = self._redo(slots[stray], now) if stray.any() else []
-        return outgoing + self._resend(owner, slots[~stray])
+        holds = self._replicas.holds_pairs(owner, self._batcher.join.layer[slots], pairs.expert_ids)
+        stray: BoolArray = ((pairs.owners == owner) & ~holds).any(axis=1)
+        return stray
+
+    def _ask_again(self, owner: int, slots: Int32Array, now: float) -> list[Outgoing]:
+        stray = self._are_stray(owner, slots)
+        return self._redo(slots[stray], now) + self._resend(owner, slots[~stray])
 
     def _resend(self, owner: int, slots: Int32Array) -> list[Outgoing]:
         self.losses.resent += len(slots)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -57,16 +59,16 @@ class Home:
         scores = np.tile(SCORES, (len(ids), 1))
         return said(self.attention.on_attention(step, ids, SCORES[ids], 0.0, scores))
 
-    def tell(self, left: int, right: int) -> list[Batch]:
-        """The lives of the two workers are others now."""
+    def tell(self, left: int, right: int, owners: np.ndarray = OWNERS) -> list[Batch]:
+        """The lives of the two workers are others now, or experts live elsewhere."""
         self.version += 1
-        return said(self.core.on_roster(Roster(self.version, (0, left, right), OWNERS), 0.0))
+        return said(self.core.on_roster(Roster(self.version, (0, left, right), owners), 0.0))
 
-    def answer(self, dispatch: Batch, incarnation: int = 0) -> None:
+    def answer(self, dispatch: Batch, incarnation: int = 0, now: float = 0.0) -> None:
         columns = {"slots": dispatch.slots, "generations": dispatch.generations}
         batch = Batch(BatchKind.RESULT, dispatch.dst, HOME, dispatch.layer, count=dispatch.count, **columns)
         batch.src_incarnation = incarnation
-        assert self.core.on_batch(batch, 0.0).all()
+        assert self.core.on_batch(batch, now).all()
 
 
 def said(outgoing: list[Outgoing]) -> list[Batch]:
@@ -86,6 +88,24 @@ def test_a_step_without_tokens_makes_nobody_forget_what_others_wait_for():
     home.batcher.abort(2)
     home.attend()  # of the one that is gone
     assert pairs_at(home.tell(left=1, right=0)) == {LEFT: [[0]], RIGHT: [[2]]}
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_token_for_an_expert_that_has_moved_is_redone_though_its_owner_answers_others(moves):
+    home = Home()
+    for request_id in (1, 2):
+        home.add(request_id)
+    left, right = home.attend((0, 2), (1, 2))
+    patience = 1.0  # half the timeout
+    one = replace(left, slots=left.slots[1:], generations=left.generations[1:], count=1)
+    others = OWNERS.copy()
+    others[:, 0] = 1
+    assert home.tell(left=0, right=0, owners=others if moves else OWNERS) == []
+    home.answer(right)
+    home.answer(one, now=patience - 0.1)  # it had got the other token before
+    assert said(home.attention.recovery.retry(patience - 0.05)) == []
+    again = said(home.attention.recovery.retry(patience + 0.5))
+    assert pairs_at(again) == ({RIGHT: [[0, 2]]} if moves else {})
 
 
 def test_what_is_told_of_experts_is_what_computes_in_the_end():
