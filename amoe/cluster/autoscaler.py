@@ -11,7 +11,7 @@ from amoe.clock import Clock, MonotonicClock
 from amoe.cluster.admin import ClusterAdmin
 from amoe.config import AutoscaleConfig
 from amoe.errors import AmoeError
-from amoe.policy.autoscaling import AutoscaleState, ExpertLoad, Flow, queue_age, wanted_workers
+from amoe.policy.autoscaling import AutoscaleState, ExpertLoad, Flow, Trial, queue_age, wanted_workers
 from amoe.stats import WorkerStats
 
 logger = logging.getLogger(__name__)
@@ -109,11 +109,16 @@ class Autoscaler:
         loads = {rank: load for rank, (at, load) in self._loads.items() if rank in serving and now - at < SILENCE_S}
         flow = flow_of([passed for at, passed in self._passages.values() if now - at < SILENCE_S])
         count = status.num_expert_workers
+        before = self._state.futile
         wanted, self._state = wanted_workers(self._config, self._state, loads, flow, count, now)
+        futile = None if self._state.futile is before else self._state.futile
         if wanted == count or status.action:  # what is under way now may change the number, or what is measured
             return
         logger.info(
-            "autoscaling: %d -> %d expert workers (%s)", count, wanted, _reason(self._config, count, loads, flow)
+            "autoscaling: %d -> %d expert workers (%s)",
+            count,
+            wanted,
+            _reason(self._config, count, loads, flow) if futile is None else _complaint(futile),
         )
         try:
             await self._admin.scale_experts(wanted)
@@ -134,6 +139,14 @@ def _reason(config: AutoscaleConfig, count: int, loads: Mapping[int, ExpertLoad]
     return (
         f"of {flow.pace_s(age) * 1e3:.1f} ms that a layer takes, tokens wait {age * 1e3:.1f} ms for "
         f"others at the experts; the busiest worker uses {busy:.0%} of its time"
+    )
+
+
+def _complaint(futile: Trial) -> str:
+    return (
+        f"one more has not helped: tokens waited {futile.age_s * 1e3:.1f} ms for others at the experts before, and "
+        f"{futile.age_after_s * 1e3:.1f} ms since; there will be none again for this load. Replicas of hot experts may "
+        "help: --redundant-experts, amoe scale --replicas"
     )
 
 

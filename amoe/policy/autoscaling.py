@@ -21,6 +21,11 @@ A pure step: what was measured, and what the last step remembered, give the numb
   more slowly. Then the next one takes twice as long to be taken, and so on up to `MOST_PATIENCE` times `IDLE_S`.
 - After a change nothing is decided for `COOLDOWN_S`: experts are moved meanwhile, and the queues are not yet what the
   new number makes of them.
+- A step up that leaves tokens waiting as long as before, to within `RELIEF`, was futile: one expert may be hot, and no
+  further worker relieves whoever holds it. The worker that was added goes, and none is added to so many workers again
+  for the same cause: until there is clearly more to do (`MORE`), or `FUTILE_S` have passed. What is judged is the mean
+  since the queues settled; if tokens do not wait too long for `TRIAL_S`, the worker stays. If there are more sequences
+  than before the step, they may be why tokens wait, and nothing is concluded.
 
 A larger distance from the bounds is no reason for larger steps: each step moves weights, and the next is seconds away.
 """
@@ -38,6 +43,10 @@ COOLDOWN_S = 10.0
 REGRET_S = 120.0
 MOST_PATIENCE = 64.0
 AGE_PART = 0.5  # of the pace, above which tokens wait too long
+RELIEF = 0.1  # part of the wait that a further worker has to spare tokens to be worth it
+MORE = 1.25  # times the sequences, or the wait, for which a worker more was futile, are another cause
+TRIAL_S = 60.0
+FUTILE_S = 600.0
 CALM = 0.6  # of the bound, above which no worker is taken away
 BUSY_AFTER = 0.75  # of a remaining worker's time: what goes beyond it makes tokens wait
 
@@ -81,6 +90,49 @@ class Flow:
 
 
 @dataclass(frozen=True, slots=True)
+class Trial:
+    """A step up that has to prove itself.
+
+    Attributes:
+        count: workers before it.
+        age_s: queue age before it; sequences: that were running.
+        until: when it has proved itself, if tokens do not wait too long by then; None: the queues are not settled yet.
+        total_s, steps: sum of the queue ages of the steps since the queues settled, and how many those are.
+    """
+
+    count: int
+    age_s: float
+    sequences: float
+    until: float | None = None
+    total_s: float = 0.0
+    steps: int = 0
+
+    @property
+    def age_after_s(self) -> float:
+        """Queue age since it."""
+        return self.total_s / max(1, self.steps)
+
+    @property
+    def is_futile(self) -> bool:
+        """Tokens wait as long as they did."""
+        return self.age_after_s > (1 - RELIEF) * self.age_s
+
+    def is_over(self, now: float) -> bool:
+        """It says nothing any more."""
+        return self.until is not None and now > self.until
+
+    def saw(self, age_s: float, now: float) -> Trial | None:
+        """The same after a step that found such a queue age; None: it has proved itself."""
+        until = now + TRIAL_S if self.until is None else self.until
+        seen = replace(self, until=until, total_s=self.total_s + age_s, steps=self.steps + 1)
+        return None if self.is_over(now) else seen
+
+    def explains(self, age_s: float, sequences: float) -> bool:
+        """What is there now is still what it was tried for."""
+        return age_s <= MORE * self.age_s and sequences <= MORE * self.sequences
+
+
+@dataclass(frozen=True, slots=True)
 class AutoscaleState:
     """What a step remembers for the next one; all in seconds of the caller's clock.
 
@@ -89,6 +141,9 @@ class AutoscaleState:
         settled_at: until then nothing is decided.
         shrunk_at: when the last worker was sent away; None: none has been.
         patience: times `IDLE_S` that there have to be too many before one is sent away.
+        late_total_s, late_steps: sum of the queue ages of the steps since `late_since`, and how many those are.
+        trial: the last step up, while it has to prove itself; None: it has.
+        futile: one that did not, and because of which none is added to as many workers; `until` when.
     """
 
     late_since: float | None = None
@@ -96,10 +151,32 @@ class AutoscaleState:
     settled_at: float = 0.0
     shrunk_at: float | None = None
     patience: float = 1.0
+    late_total_s: float = 0.0
+    late_steps: int = 0
+    trial: Trial | None = None
+    futile: Trial | None = None
 
     def settling(self, until: float) -> AutoscaleState:
         """The same, with nothing to be decided before `until`."""
-        return replace(self, late_since=None, idle_since=None, settled_at=until)
+        return replace(self.unmoved(), settled_at=until)
+
+    def unmoved(self) -> AutoscaleState:
+        """The same, with all that asks for a change forgotten."""
+        return replace(self, late_since=None, idle_since=None, late_total_s=0.0, late_steps=0)
+
+    def saw(self, age_s: float, *, is_late: bool, is_idle: bool, now: float) -> AutoscaleState:
+        """The same after a step that found such a queue age, and too few workers, or too many."""
+        trial = None if self.trial is None else self.trial.saw(age_s, now)
+        futile = self.futile
+        return replace(
+            self,
+            late_since=_since(self.late_since, is_late, now),
+            idle_since=_since(self.idle_since, is_idle, now),
+            late_total_s=self.late_total_s + age_s if is_late else 0.0,
+            late_steps=self.late_steps + 1 if is_late else 0,
+            trial=trial,
+            futile=None if futile is None or futile.is_over(now) else futile,
+        )
 
 
 def wanted_workers(
@@ -122,24 +199,39 @@ def wanted_workers(
         The number, which differs from `count` by at most one unless that is out of bounds, and what to remember.
     """
     if now < state.settled_at:
-        return count, replace(state, late_since=None, idle_since=None)
+        return count, state.unmoved()
     bounded = min(max(count, config.min_workers), config.max_workers)
     if bounded != count:
         return bounded, state.settling(now + COOLDOWN_S)
     if len(loads) != count:
-        return count, replace(state, late_since=None, idle_since=None)
+        return count, state.unmoved()
     age = queue_age(loads, flow)
-    is_late = count < config.max_workers and age > _bound(config, flow.pace_s(age))
+    is_late = age > _bound(config, flow.pace_s(age))
     is_idle = count > config.min_workers and _can_spare_one(config, loads, flow)
-    late_since = _since(state.late_since, is_late, now)
-    idle_since = _since(state.idle_since, is_idle, now)
-    if late_since is not None and now - late_since >= SUSTAIN_S:
-        is_regret = state.shrunk_at is not None and now - state.shrunk_at < REGRET_S
-        patience = min(2 * state.patience, MOST_PATIENCE) if is_regret else 1.0
-        return count + 1, replace(state.settling(now + COOLDOWN_S), patience=patience)
-    if idle_since is not None and now - idle_since >= IDLE_S * state.patience:
-        return count - 1, replace(state.settling(now + COOLDOWN_S), shrunk_at=now)
-    return count, replace(state, late_since=late_since, idle_since=idle_since)
+    state = state.saw(age, is_late=is_late, is_idle=is_idle, now=now)
+    if state.late_since is not None and now - state.late_since >= SUSTAIN_S:
+        return _when_late(config, state, flow.sequences, count, now)
+    if state.idle_since is not None and now - state.idle_since >= IDLE_S * state.patience:
+        return count - 1, replace(state.settling(now + COOLDOWN_S), shrunk_at=now, trial=None)
+    return count, state
+
+
+def _when_late(
+    config: AutoscaleConfig, state: AutoscaleState, sequences: float, count: int, now: float
+) -> tuple[int, AutoscaleState]:
+    """One more, or one fewer if the last one was of no use, or as many as there are."""
+    age, trial, futile = state.late_total_s / state.late_steps, state.trial, state.futile
+    is_on_trial = trial is not None and trial.count == count - 1 >= config.min_workers
+    if trial is not None and is_on_trial and trial.is_futile and sequences <= MORE * trial.sequences:
+        settled = state.settling(now + COOLDOWN_S)
+        return count - 1, replace(settled, trial=None, futile=replace(trial, until=now + FUTILE_S))
+    is_in_vain = futile is not None and count >= futile.count and futile.explains(age, sequences)
+    if is_in_vain or count == config.max_workers:
+        return count, state.unmoved()  # the next `SUSTAIN_S` are looked at by themselves
+    is_regret = state.shrunk_at is not None and now - state.shrunk_at < REGRET_S
+    patience = min(2 * state.patience, MOST_PATIENCE) if is_regret else 1.0
+    settled = state.settling(now + COOLDOWN_S)
+    return count + 1, replace(settled, patience=patience, trial=Trial(count, age, sequences), futile=None)
 
 
 def queue_age(loads: Mapping[int, ExpertLoad], flow: Flow) -> float:

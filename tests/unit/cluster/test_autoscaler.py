@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import replace
 
 import pytest
@@ -111,13 +112,21 @@ class Driven:
 
 def test_up_and_down():
     driven = Driven(1)
-    driven.go_on(SUSTAIN_S + 2, age_s=0.65, busy=1.0)
+    driven.go_on(SUSTAIN_S + 2, age_s=0.85, busy=1.0)
     assert driven.admin.asked == [2]
     driven.go_on(COOLDOWN_S + SUSTAIN_S + 2, age_s=0.65, busy=1.0)
-    driven.go_on(60, age_s=0.65, busy=1.0)
+    driven.go_on(60, age_s=0.55, busy=1.0)
     assert driven.admin.asked == [2, 3]
     driven.go_on(300)
     assert driven.admin.asked == [2, 3, 2, 1]
+
+
+def test_who_has_not_helped_goes_and_the_log_says_why(caplog: pytest.LogCaptureFixture):
+    driven = Driven(1)
+    with caplog.at_level(logging.INFO, "amoe"):
+        driven.go_on(COOLDOWN_S + 2 * SUSTAIN_S + 60, age_s=0.65, busy=1.0)
+    assert driven.admin.asked == [2, 1]
+    assert "2 -> 1 expert workers (one more has not helped: tokens waited 639.8 ms" in caplog.messages[-1]
 
 
 def test_a_wait_that_is_a_small_part_of_a_tokens_time_asks_for_nobody():
