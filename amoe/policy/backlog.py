@@ -246,7 +246,7 @@ def linear_cost(sums: npt.NDArray[np.float64]) -> tuple[float, float]:
     return max(0.0, (seconds - slope * rows) / weight), slope
 
 
-def observe_cost(sums: npt.NDArray[np.float64], rows: int, seconds: float, memory: float = 0.99) -> None:
+def observe_cost(sums: npt.NDArray[np.float64], rows: float, seconds: float, memory: float = 0.99) -> None:
     """A step of `rows` rows took so long. Older ones weigh `memory` of what they did; `sums` [5] changes."""
     sums *= memory
     sums += (1.0, rows, seconds, rows * rows, rows * seconds)

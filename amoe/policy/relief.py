@@ -32,38 +32,46 @@ from amoe.types import BoolArray, Int16Array, Int64Array
 
 FloatArray = npt.NDArray[np.float64]
 
-LATE = 1.4  # times the others' end: later than that, on the average of the last batches, is late
+LATE = 1.5  # times the others' end: later than that, on the average of the last batches, is late
 STOPPED = 4.0  # later than that is late at once
-IN_TIME = 1.1  # and who has been late is so until he is within this
+IN_TIME = 1.2  # and who has been late is so until he is within this
+_TINY_S = 1e-12
+_ROUNDING = 1e-9
+_PASSES = 2  # what seemed to end first has got much by then: the rest may go elsewhere
 OVERDUE = 2.0  # times what was expected, after which silence is taken for a sign of more silence
 
 
 @dataclass(frozen=True, slots=True)
 class OwnerPaces:
-    """What a home expects of the expert workers, both [D].
+    """What a home expects of the expert workers, all [D].
 
     Attributes:
         wait_s: seconds until a worker would begin with what is sent now.
-        unit_s: seconds that a unit of work takes it.
+        unit_s: seconds that a unit of work more takes it.
+        step_s: seconds that it takes anyway, the way there and back in them: less work does not spare them.
     """
 
     wait_s: FloatArray
     unit_s: FloatArray
+    step_s: FloatArray
+
+    def ends(self, work: Int64Array) -> FloatArray:
+        """[D] seconds until each would have answered, if it got so many units of work [D]."""
+        return self.wait_s + np.where(work > 0, self.step_s + work * self.unit_s, 0.0)
 
 
-def expected_waits(owed: FloatArray, unit_s: FloatArray, passed_s: FloatArray) -> FloatArray:
+def expected_waits(expected_s: FloatArray, passed_s: FloatArray) -> FloatArray:
     """[D] seconds until a worker is through with what it owes.
 
     A worker that has been silent for much longer than its work takes has met something that nobody has measured: it is
     expected to be silent for as long again. So one that has stopped looks later with every moment.
 
     Args:
-        owed: [D] units of work without an answer.
+        expected_s: [D] seconds that what it owes should take it; 0: it owes nothing.
         passed_s: [D] seconds since the worker's last answer, or since it was given something to do after that.
     """
-    expected = owed * unit_s
-    left = np.maximum(expected - passed_s, passed_s - OVERDUE * expected)
-    return np.where(owed > 0, np.maximum(left, 0.0), 0.0)
+    left = np.maximum(expected_s - passed_s, passed_s - OVERDUE * expected_s)
+    return np.where(expected_s > 0, np.maximum(left, 0.0), 0.0)
 
 
 def count_cells(topk_ids: Int64Array, owners: Int16Array, num_owners: int, num_experts: int) -> Int64Array:
@@ -118,10 +126,11 @@ def relieve(cells: Int64Array, holds: BoolArray, paces: OwnerPaces, ridge_tokens
     target = np.broadcast_to(np.arange(len(cells))[:, None], cells.shape).copy()
     amount = np.zeros_like(cells)
     loaded = cells.copy()
-    ends = paces.wait_s + work_of(cells, ridge_tokens).sum(axis=1) * paces.unit_s
+    ends = paces.ends(work_of(cells, ridge_tokens).sum(axis=1))
     can_take = holds & ~late[:, None]
-    for owner in np.flatnonzero(late)[np.argsort(-ends[late], kind="stable")].tolist():
-        experts = np.flatnonzero((loaded[owner] > 0) & can_take.any(axis=0))
+    latest_first = np.flatnonzero(late)[np.argsort(-ends[late], kind="stable")]
+    for owner in np.repeat(latest_first, _PASSES).tolist():
+        experts = np.flatnonzero((loaded[owner] > 0) & (amount[owner] == 0) & can_take.any(axis=0))
         places = np.where(can_take[:, experts], ends[:, None], np.inf).argmin(axis=0)
         for place in sorted(set(places.tolist()), key=lambda place: ends[place]):
             movable = experts[places == place]
@@ -149,7 +158,7 @@ def _moved(
     here, there = cells[owner, experts], cells[place, experts]
     spared = work_of(here, ridge_tokens) * unit_s[owner]
     cost = (work_of(here + there, ridge_tokens) - work_of(there, ridge_tokens)) * unit_s[place]
-    order = np.lexsort((spared, cost / spared))
+    order = np.lexsort((spared, cost / np.maximum(spared, _TINY_S)))
     spared, cost = spared[order], cost[order]
     end_here, end_there = ends[owner] - np.cumsum(spared), ends[place] + np.cumsum(cost)
     goes = end_there <= end_here
@@ -161,7 +170,9 @@ def _moved(
         left = end_here[num_whole] + spared[num_whole]
         gap = left - (end_there[num_whole] - cost[num_whole])
         part = _divided(int(here[last]), int(there[last]), gap, unit_s[owner], unit_s[place], ridge_tokens)
-        if end_there[num_whole] < left - part * unit_s[owner]:  # what would stay ends later here than all does there
+        if end_there[num_whole] < (1 - _ROUNDING) * (
+            left - part * unit_s[owner]
+        ):  # what would stay ends later here than all does there
             part = here[last]
         counts[last] = part
     return counts
@@ -170,7 +181,7 @@ def _moved(
 def _divided(here: int, there: int, gap: float, unit_here: float, unit_there: float, ridge_tokens: int) -> int:
     """Pairs of one expert that go, so that two owners whose ends are `gap` seconds apart become level; 0: some would
     spare the old owner nothing, or be read by the new one for too little."""
-    count = max(0, int(gap / (unit_here + unit_there)))
+    count = max(0, int(gap / max(unit_here + unit_there, _TINY_S)))
     return count if here - count >= ridge_tokens and there + count >= ridge_tokens else 0
 
 

@@ -11,7 +11,7 @@ from amoe.core.replica_shares import ReplicaShares
 
 NUM_OWNERS, NUM_EXPERTS, NUM_SLOTS = 3, 6, 24
 SLOTS = np.arange(12, dtype=np.int32)
-IDS = np.arange(12)[:, None] % NUM_EXPERTS  # two tokens for each expert
+IDS = np.arange(24).reshape(12, 2) % NUM_EXPERTS  # four tokens for each expert
 ALL = np.array([[[e % 3, (e + 1) % 3, (e + 2) % 3] for e in range(NUM_EXPERTS)]], np.int16)
 
 
@@ -27,15 +27,16 @@ class Home:
     def batch(self, seconds: list[float | None], slots: np.ndarray = SLOTS) -> list[int]:
         """Pairs of each owner."""
         chosen = self.pace.choose(0, IDS, self.now)
-        dispatched = chosen == np.arange(NUM_OWNERS + 1)
+        dispatched = np.zeros((len(IDS), NUM_OWNERS + 1), np.bool_)
+        dispatched[np.arange(len(IDS))[:, None], chosen] = True
         self.join.open(slots, slots, 0, dispatched, self.now)
         self.pace.sent(slots, IDS, chosen, dispatched, self.now)
-        counts = np.bincount(chosen[:, 0], minlength=NUM_OWNERS).tolist()
+        counts = np.bincount(chosen.ravel(), minlength=NUM_OWNERS).tolist()
         answers = [
             (count * each, owner) for owner, (count, each) in enumerate(zip(counts, seconds, strict=True)) if each
         ]
         for after, owner in sorted(answers):
-            self.answer(owner, slots[chosen[:, 0] == owner], self.now + after)
+            self.answer(owner, slots[dispatched[:, owner]], self.now + after)
         self.now += max((after for after, _ in answers), default=0.0) + 1e-3
         return counts
 
@@ -46,7 +47,7 @@ class Home:
 
 def test_equal_workers_get_equal_shares():
     home = Home()
-    assert all(home.batch([1e-3, 1e-3, 1e-3]) == [4, 4, 4] for _ in range(100))
+    assert all(home.batch([1e-3, 1e-3, 1e-3]) == [8, 8, 8] for _ in range(100))
     assert home.pace.num_relieved == 0
 
 
@@ -54,10 +55,10 @@ def test_a_slow_worker_gets_what_it_can_do_in_the_same_time():
     home = Home()
     for _ in range(100):
         counts = home.batch([1e-3, 4e-3, 1e-3])
-    assert counts[1] == 2
+    assert counts[1] == 3, "the others do 9 and 12 meanwhile"
     for _ in range(200):
         counts = home.batch([1e-3, 1e-3, 1e-3])
-    assert counts == [4, 4, 4], "it is as fast as the others again"
+    assert counts == [8, 8, 8], "it is as fast as the others again"
 
 
 def test_a_worker_that_stops_gets_nothing_new():
@@ -76,7 +77,7 @@ def test_what_only_one_worker_holds_stays_there():
     home = Home(owners)
     for _ in range(100):
         counts = home.batch([1e-3, 50e-3, 1e-3])
-    assert counts[1] == 2
+    assert counts[1] == 4
 
 
 def test_who_got_nothing_for_a_while_is_tried_again():
@@ -87,7 +88,7 @@ def test_who_got_nothing_for_a_while_is_tried_again():
     home.now += FORGET_S
     for _ in range(3):
         home.batch([1e-3, 1e-3, 1e-3])
-    assert home.batch([1e-3, 1e-3, 1e-3]) == [4, 4, 4]
+    assert home.batch([1e-3, 1e-3, 1e-3]) == [8, 8, 8]
 
 
 def test_a_lost_answer_that_nobody_waits_for_is_forgotten():
@@ -97,7 +98,7 @@ def test_a_lost_answer_that_nobody_waits_for_is_forgotten():
     home.batch([1e-3, None, 1e-3])
     home.join.cancel(SLOTS)
     home.now += 0.1
-    assert home.batch([1e-3, 1e-3, 1e-3]) == [4, 4, 4]
+    assert home.batch([1e-3, 1e-3, 1e-3]) == [8, 8, 8]
 
 
 def test_a_duplicate_says_nothing_of_what_its_slot_waits_for_now():
@@ -118,11 +119,11 @@ def test_of_another_life_nothing_is_known(changed):
         home.batch([1e-3, 4e-3, 1e-3])
     home.pace.on_roster(np.array([False, changed, False]))
     home.replicas.place(ALL, np.ones(NUM_OWNERS, np.bool_))
-    assert (home.batch([1e-3, 4e-3, 1e-3])[1] == 4) == changed
+    assert (home.batch([1e-3, 4e-3, 1e-3])[1] == 8) == changed
 
 
 def test_without_replicas_nothing_is_measured():
     home = Home(ALL[..., :1])
     for _ in range(20):
-        assert home.batch([1e-3, 50e-3, 1e-3]) == [4, 4, 4]
-    assert not home.pace._work.any()
+        assert home.batch([1e-3, 50e-3, 1e-3]) == [8, 8, 8]
+    assert not home.pace._costs.any()

@@ -17,15 +17,17 @@ from amoe.sim.workload import Lengths, Workload
 from tests.unit.sim.cases import SIZES, make_config
 
 RIDGE_TOKENS = 20  # about the toy device's
-NOISE = 0.02  # batches meet in another order as soon as anything takes another time
+NOISE = 0.03  # batches meet in another order as soon as anything takes another time
 
 
-def tokens_per_s(num_homes: int, schedule: str, slowdown: Slowdown | None, *, relieves: bool) -> float:
+def tokens_per_s(
+    num_homes: int, schedule: str, slowdown: Slowdown | None, *, relieves: bool, length: int = 12
+) -> float:
     """All experts at each of three workers; the shares are planned for workers of one speed."""
     config = make_config(
         routing=log_normal_routing(SIZES, 0.5, 0),
         workload=Workload(concurrency=48, input=Lengths(mean=4), output=Lengths(mean=24, kind="uniform", spread=0.5)),
-        window=Window(warmup=3, length=12, unit="iterations"),
+        window=Window(warmup=3, length=length, unit="iterations"),
         placement=PlacementConfig(attention_workers=num_homes, expert_workers=3),
         scheduler=SchedulerConfig(schedule=schedule, max_num_seqs=48, max_num_batched_tokens=256),
     )
@@ -52,5 +54,5 @@ def test_a_worker_that_is_slower_than_planned_holds_nobody_up(num_homes, schedul
 
 def test_it_is_followed_when_it_slows_down_in_the_middle():
     slow = Slowdown(rank=2, factor=4.0, at_s=0.006)
-    alone, relieved = (tokens_per_s(1, "waves", slow, relieves=relieves) for relieves in (False, True))
-    assert relieved > 1.05 * alone
+    alone, relieved = (tokens_per_s(1, "waves", slow, relieves=relieves, length=40) for relieves in (False, True))
+    assert relieved > 1.1 * alone
