@@ -105,13 +105,13 @@ def to_device(array: IntArray, device: torch.device) -> torch.Tensor:
 
 
 def _store(table: torch.Tensor, rows: Int32Array, batch: Batch, kept: BoolArray) -> None:
-    """table[rows] = the batch's payload, where `kept`."""
+    """table[rows] = the batch's payload, where `kept`. Kernels of another kind may have made it, in another dtype."""
     payload = batch.payload
     assert payload is not None
     if not kept.all():
         chosen = np.flatnonzero(kept)
         payload, rows = payload[torch.from_numpy(chosen)], rows[chosen]
-    table.index_copy_(0, to_device(rows, table.device), payload.to(table.device))
+    table.index_copy_(0, to_device(rows, table.device), payload.to(table.device, table.dtype))
 
 
 def attention_batch(

@@ -1,7 +1,7 @@
 """In bfloat16 and int8 the native kernels give a token the same bits whichever workers compute it, in whatever order.
 
-Whatever the schedule, the placement, the replicas, the batches: tokens and log-probabilities are, to the last bit, those
-of one worker that runs all layers in one step.
+Whatever the schedule, the placement, the replicas, the batches: tokens and log-probabilities are, to the last bit,
+those of one worker that runs all layers in one step.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from amoe.config import BLOCK_SCHEDULES, EngineConfig, PlacementConfig, QuantizationName
+from amoe.engine import model_loading
 from amoe.kernels import native
 from tests.cluster import InprocCluster
 from tests.integration.exactness import BUILTIN, Case, checkpoint
@@ -68,6 +69,19 @@ def test_any_schedule_and_placement(
     for placement, replicas in (("colocated2", 0), ("2A2E", 2), ("1A1E", 0)):
         case = Case(schedule, count, arch, placement, "preempted", 0, replicas=replicas, kernels="native")
         assert said(case, configure(case, quantization)) == undisturbed(arch, quantization), case
+
+
+@pytest.mark.parametrize("kernels", [("native", "torch"), ("torch", "native")])
+def test_workers_with_other_kernels_work_together(
+    kernels: tuple[str, str], configure: Callable[..., EngineConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `auto` has it on processors of two kinds; their sums then come in the dtype of whoever computes them."""
+    by_turns = iter(kernels)
+    monkeypatch.setattr(model_loading, "uses_native", lambda *_: next(by_turns) == "native")
+    case = Case("waves", 0, "olmoe", "1A1E", "plain", 0)
+    told = said(case, configure(case, None))
+    assert next(by_turns, None) is None, "each worker has asked once"
+    assert [len(token_ids) for token_ids, _ in told] == [case.params.max_tokens] * len(case.prompts)
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
