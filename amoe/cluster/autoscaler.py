@@ -105,6 +105,9 @@ class Autoscaler:
     async def step(self) -> None:
         """Look once; where the number is wrong, change it, and wait until that is done."""
         status, now = self._admin.status(), self._clock.now()
+        if status.action:  # it may change the number, or what is measured
+            self._state = self._state.unmoved()
+            return
         serving = {worker.rank for worker in status.workers if worker.role == "experts" and worker.state == "serving"}
         loads = {rank: load for rank, (at, load) in self._loads.items() if rank in serving and now - at < SILENCE_S}
         flow = flow_of([passed for at, passed in self._passages.values() if now - at < SILENCE_S])
@@ -112,7 +115,7 @@ class Autoscaler:
         before = self._state.futile
         wanted, self._state = wanted_workers(self._config, self._state, loads, flow, count, now)
         futile = None if self._state.futile is before else self._state.futile
-        if wanted == count or status.action:  # what is under way now may change the number, or what is measured
+        if wanted == count:
             return
         logger.info(
             "autoscaling: %d -> %d expert workers (%s)",

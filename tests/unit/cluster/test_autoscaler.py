@@ -196,5 +196,7 @@ def test_nothing_is_asked_for_while_something_is_under_way():
     driven.go_on(2 * SUSTAIN_S, age_s=0.65, busy=1.0)
     assert driven.admin.asked == []
     driven.admin.action = ""
-    driven.go_on(COOLDOWN_S + SUSTAIN_S + 2, age_s=0.65, busy=1.0)
-    assert driven.admin.asked == [2]
+    driven.go_on(SUSTAIN_S, age_s=0.65, busy=1.0)
+    assert driven.admin.asked == [], "what was seen meanwhile does not count"
+    driven.go_on(2, age_s=0.65, busy=1.0)
+    assert driven.admin.asked == [2], "and nothing is remembered as decided"
