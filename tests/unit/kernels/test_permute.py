@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import sys
 
 import numpy as np
 from hypothesis import given, settings
@@ -66,14 +66,19 @@ def test_the_plan_owns_its_arrays():
     assert all(getattr(plan, name).flags.writeable for name in ("token_rows", "pair_positions", "token_offsets"))
 
 
-def test_16_tokens_of_top_8_take_well_under_a_step():
-    """Measured 25 µs; the bound leaves room for a loaded machine but not for a loop over tokens."""
-    rng = np.random.default_rng(0)
-    ids = np.stack([rng.permutation(64)[:8] for _ in range(16)]).astype(np.int16)
-    weights, local_index = rng.random((16, 8), np.float32), np.arange(64)
-    best = float("inf")
-    for _ in range(300):
-        start = time.perf_counter()
-        plan_pairs(ids, weights, local_index)
-        best = min(best, time.perf_counter() - start)
-    assert best < 60e-6
+def test_more_tokens_take_no_more_calls():
+    """A loop over tokens would be felt at every step; how long a call takes depends on what else the machine does."""
+
+    def num_calls(num_tokens: int) -> int:
+        rng = np.random.default_rng(0)
+        ids = np.stack([rng.permutation(64)[:8] for _ in range(num_tokens)]).astype(np.int16)
+        weights, local_index = rng.random((num_tokens, 8), np.float32), np.arange(64)
+        calls = []
+        sys.setprofile(lambda frame, event, what: calls.append(event) if event in ("call", "c_call") else None)
+        try:
+            plan_pairs(ids, weights, local_index)
+        finally:
+            sys.setprofile(None)
+        return len(calls)
+
+    assert num_calls(16) == num_calls(256) < 100
