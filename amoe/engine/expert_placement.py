@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from amoe.config import EngineConfig
+from amoe.config import EngineConfig, PlacementConfig
 from amoe.engine.emulated_device import Shape
 from amoe.errors import ConfigError
 from amoe.policy.placement import place_experts, replicate_experts
@@ -24,17 +24,31 @@ def expert_owners(config: EngineConfig, shape: Shape) -> Int16Array:
     Every process that needs it computes it anew: the same configuration and the same file give the same owners.
 
     Raises:
-        ConfigError: the workers cannot hold the experts, or the file of loads is none of this model.
+        ConfigError: the workers cannot hold the experts, or no more of them, or the file of loads is none of this
+            model.
     """
     placement, num_layers, num_experts = config.placement, shape.num_layers, shape.num_experts
     num_owners = len(placement.expert_ranks)
     if not placement.redundant_experts:
         return place_experts(num_layers, num_experts, num_owners)
+    _check_redundant(placement, num_experts)
     load = np.ones((num_layers, num_experts))
     if placement.expert_load is not None:
         load = read_expert_load(placement.expert_load, num_layers, num_experts)
     slots = -(-num_experts // num_owners) + placement.redundant_experts
     return replicate_experts(load, num_owners, slots)
+
+
+def _check_redundant(placement: PlacementConfig, num_experts: int) -> None:
+    """Nobody holds an expert twice: of as many workers as there may be, each has room for those that it has not."""
+    num_owners = len(placement.owner_ranks)
+    share = num_experts // num_owners
+    if placement.redundant_experts > num_experts - share:
+        raise ConfigError(
+            f"--redundant-experts {placement.redundant_experts} is too much: of the model's {num_experts} experts per "
+            f"layer each of {num_owners} expert workers holds {share} anyway, and can hold {num_experts - share} more "
+            "at most"
+        )
 
 
 def placement_digest(owners: Int16Array) -> int:

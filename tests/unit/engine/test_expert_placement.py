@@ -45,6 +45,19 @@ def test_replicas_are_of_the_experts_that_the_file_calls_hot(tmp_path: Path) -> 
     assert placement_digest(owners) == placement_digest(owners.copy())
 
 
+def test_no_worker_holds_more_than_all_experts() -> None:
+    model = load_model_config(builtin_model_path())
+    rest = model.num_experts - model.num_experts // 3
+    owners = expert_owners(config_of(builtin_model_path(), expert_workers=3, redundant_experts=rest), model)
+    assert ((owners >= 0).sum(axis=-1) == 3).all()
+    with pytest.raises(
+        ConfigError, match=f"--redundant-experts {rest + 1} .* holds 5 anyway, and can hold {rest} more"
+    ):
+        expert_owners(config_of(builtin_model_path(), expert_workers=3, redundant_experts=rest + 1), model)
+    later = {"expert_workers": 2, "max_expert_workers": 3, "redundant_experts": rest}
+    assert ((expert_owners(config_of(builtin_model_path(), **later), model) >= 0).sum(axis=-1) == 2).all()
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
