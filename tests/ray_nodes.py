@@ -32,21 +32,21 @@ _NO_SPARES = {"prestart_worker_first_driver": False, "enable_worker_prestart": F
 def head_node(host: str | None = None, num_cpus: int = CPUS_PER_NODE) -> Iterator[Cluster]:
     """The head alone, at that address of this host, or at the one that Ray finds. Nothing of it is left afterwards."""
     directory = tempfile.mkdtemp(prefix="amoe-ray-")  # short: sockets' paths are
-    head: dict[str, Any] = {
-        "num_cpus": num_cpus,
-        "resources": HEAD_TAKES,
-        "include_dashboard": False,
-        "temp_dir": directory,
-        "_system_config": _NO_SPARES,
-    }
-    if host is not None:
-        head["node_ip_address"] = host
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = Cluster()
+    start_head(cluster, host, num_cpus=num_cpus, temp_dir=directory)
     try:
         yield cluster
     finally:
         cluster.shutdown()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def start_head(cluster: Cluster, host: str | None, *, num_cpus: int, **options: Any) -> None:
+    """Give a cluster its head, or another one. Call it in the main thread."""
+    head = {"num_cpus": num_cpus, "resources": HEAD_TAKES, "include_dashboard": False, "_system_config": _NO_SPARES}
+    if host is not None:
+        head["node_ip_address"] = host
+    cluster.add_node(**head, **options)
 
 
 @contextlib.contextmanager

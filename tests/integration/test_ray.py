@@ -173,6 +173,18 @@ async def test_too_little_room_is_told(cluster: Cluster, root: Path) -> None:
     assert not ray.is_initialized()
 
 
+async def test_a_deployment_that_is_there_already(cluster: Cluster, root: Path) -> None:
+    """Whoever comes second is told to take another name, and the first one serves on."""
+    case = Case("waves", 0, "mixtral", "1A1E", "plain", 2)
+    config = replace(case.config(checkpoint(root, case.arch, case.variant)), transport="tcp", threads_per_worker=1)
+    async with running(cluster.address, config) as (front, _):
+        with pytest.raises(ConfigError, match=r"amoe/amoe/.*: another server has this --deployment-name: choose"):
+            async with running(cluster.address, config):
+                pass
+        async with running(cluster.address, config, deployment="another") as (other, _):
+            await asyncio.gather(check(front, case, root), check(other, case, root))
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]

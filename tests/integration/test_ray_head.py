@@ -1,8 +1,9 @@
-"""Ray's head node loses its GCS, whose tables are kept by Redis, and gets another: what is served goes on."""
+"""Ray's head node is lost, with the GCS, whose tables Redis keeps, and another one comes: what is served goes on."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import shutil
 import signal
@@ -14,19 +15,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
 from amoe.cluster.front import Front
 from amoe.cluster.ray_cluster.handle import RayWorker
+from amoe.cluster.ray_cluster.listeners import PatientErrorSubscriber, PatientLogSubscriber
 from amoe.types import SamplingParams
 from tests.integration.exactness import Case, checkpoint
 from tests.processes import generate
-from tests.ray_nodes import running, two_nodes
+from tests.ray_nodes import CPUS_PER_NODE, HEAD_TAKES, OTHER_TAKES, head_node, running, start_head
 
 REDIS = shutil.which("redis-server")
 NUM_TOKENS = 200
 PROMPT = [5, 6, 7]
-DOWN_S = 2.0
+HEAD, APART = "127.0.0.2", "127.0.0.3"
 
 pytestmark = [
     pytest.mark.cluster,
@@ -58,8 +61,12 @@ def redis_address(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def cluster(redis_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head that takes no workers, and a node of the server and its workers: Ray tells them apart by their addresses,
+    and would have the server join the head."""
     monkeypatch.setenv("RAY_REDIS_ADDRESS", redis_address)
-    with two_nodes() as cluster:
+    monkeypatch.setattr(ray, "init", functools.partial(ray.init, _node_ip_address=APART))
+    with head_node(HEAD, num_cpus=0) as cluster:
+        cluster.add_node(num_cpus=CPUS_PER_NODE, resources=HEAD_TAKES | OTHER_TAKES, node_ip_address=APART)
         yield cluster
 
 
@@ -90,17 +97,20 @@ class Streams:
 
 
 async def test_streams_go_on_and_workers_are_replaced(cluster: Cluster, tmp_path: Path) -> None:
-    """While the GCS is away, nobody notices; once it is back, a worker that is killed is replaced."""
+    """While there is no head, nobody notices; once there is one again, a worker that is killed is replaced."""
     case = Case("waves", 0, "qwen3_moe", "1A1E", "plain", 0)
     config = case.config(checkpoint(tmp_path, case.arch, case.variant))
     config = replace(config, transport="tcp", max_model_len=NUM_TOKENS + len(PROMPT))
+    port, directory = int(cluster.address.rpartition(":")[2]), cluster.head_node.temp_dir
     async with running(cluster.address, config) as (front, workers):
+        driver = ray._private.worker.global_worker
+        assert isinstance(driver.gcs_log_subscriber, PatientLogSubscriber), "it would starve the server otherwise"
+        assert isinstance(driver.gcs_error_subscriber, PatientErrorSubscriber)
         streams = Streams(front)
         await streams.more(1)
-        cluster.head_node.kill_gcs_server()
-        await asyncio.sleep(DOWN_S)
-        await streams.more(1)
-        await asyncio.to_thread(cluster.head_node.start_gcs_server)
+        await asyncio.to_thread(cluster.remove_node, cluster.head_node, False)
+        await streams.more(2)
+        start_head(cluster, HEAD, num_cpus=0, gcs_server_port=port, temp_dir=directory)  # Ray wants the main thread
         await streams.more(1)
         worker = workers.workers[1]
         assert isinstance(worker, RayWorker)

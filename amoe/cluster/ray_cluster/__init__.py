@@ -2,6 +2,7 @@
 keeps their logs. Tokens and control messages go between the workers by themselves, as on one host.
 
     session.py    a connection to a Ray cluster, or a new local one
+    listeners.py  what Ray asks the head of, in this process
     names.py      names in the cluster, each of which one may have
     placement.py  room for workers: which resources each needs, and placement groups of them
     actor.py      a worker inside its actor

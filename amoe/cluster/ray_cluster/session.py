@@ -25,6 +25,7 @@ from ray._private.state import available_resources_per_node  # its public sister
 
 from amoe.cluster.executor import split_ray_address
 from amoe.cluster.leaving import RAY_THREAD
+from amoe.cluster.ray_cluster.listeners import be_patient
 from amoe.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -257,13 +258,15 @@ async def _init(thread: RayThread, address: str, timeout_s: float = INIT_TIMEOUT
         ConfigError: it has not answered.
     """
     logging.getLogger("ray._private.worker").addFilter(_is_worth_telling)
+    be_patient()
     call = thread.call(ray.init, address, namespace=NAMESPACE, logging_level=_LOG_LEVEL, **options)
     try:
         await asyncio.wait_for(call, timeout_s)
     except TimeoutError:
         raise ConfigError(
-            f"Ray at {address} has not answered within {timeout_s:g} s: `ray status --address={address}` should "
-            "(what listens there may be something else than the head of a Ray cluster)"
+            f"Ray at {address} has not answered within {timeout_s:g} s: is this host one of its nodes (`ray start "
+            f"--address={address}`), and does `ray status --address={address}` answer (what listens there may be "
+            "something else than the head of a Ray cluster)?"
         ) from None
 
 
