@@ -107,8 +107,7 @@ class ElasticCluster:
         async with self._acting():
             members = self._members()
             if count > len(members):
-                spare = [rank for rank in self._placement.owner_ranks if rank not in self._supervisor.ranks]
-                await self._grow(spare[: count - len(members)], count)
+                await self._grow(self._free_ranks(count - len(members)), count)
             for rank in sorted(members, reverse=True)[: max(0, len(members) - count)]:
                 try:
                     await self._shrink(rank)
@@ -135,6 +134,18 @@ class ElasticCluster:
     @property
     def _num_serving(self) -> int:
         return sum(p.role != "attention" and p.state == "serving" for p in self._supervisor.places)
+
+    def _free_ranks(self, count: int) -> list[int]:
+        """Places for `count` more workers.
+
+        Raises:
+            UnfinishedError: a worker that shall leave has not ended, and keeps its place until then.
+        """
+        free = [rank for rank in self._placement.owner_ranks if rank not in self._supervisor.ranks]
+        if len(free) < count:
+            draining = ", ".join(place.title for place in self._supervisor.places if place.state == "draining")
+            raise UnfinishedError(f"there is no place for {count} more: {draining} has not ended yet; ask again later")
+        return free[:count]
 
     def _check_count(self, count: int) -> None:
         placement = self._placement
@@ -180,10 +191,10 @@ class ElasticCluster:
             if result is None:
                 try:
                     await self._take_in(rank)
-                except ConfigError as error:  # the next one may get its share all the same
+                except (ConfigError, UnfinishedError) as error:  # the next one may get its share all the same
                     failures.append(error)
         for failure in failures:
-            if not isinstance(failure, ConfigError):
+            if not isinstance(failure, ConfigError | UnfinishedError):
                 raise failure
         if failures:
             reasons = "; ".join(map(str, failures))

@@ -42,7 +42,9 @@ def run_and_leave(main: Callable[[], int]) -> NoReturn:
     try:
         status = main()
     except SystemExit as error:
-        status = int(error.code or 0)
+        status = error.code if isinstance(error.code, int) else EXIT_FAILURE if error.code else 0
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         status = EXIT_FAILURE

@@ -56,3 +56,7 @@ def test_by_sys_exit() -> None:
     assert ended("import sys\nfrom amoe.cluster.leaving import run_and_leave\nrun_and_leave(sys.exit)").returncode == 0
     code = "import sys\nfrom amoe.cluster.leaving import run_and_leave\nrun_and_leave(lambda: sys.exit(3))"
     assert ended(code).returncode == 3
+    words = ended(
+        "import sys\nfrom amoe.cluster.leaving import run_and_leave\nrun_and_leave(lambda: sys.exit('no room'))"
+    )
+    assert (words.returncode, words.stderr) == (1, "no room\n")

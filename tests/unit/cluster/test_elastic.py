@@ -28,12 +28,14 @@ class Elastic(Fakes):
 
     Attributes:
         refuses: ranks that cannot load experts.
+        immortal: ranks whose next lives cannot be killed.
         held: by rank, the experts of layer 1 that were ordered last.
     """
 
     def __init__(self) -> None:
         super().__init__(CALM)
         self.refuses: set[int] = set()
+        self.immortal: set[int] = set()
         self.held: dict[int, list[int]] = {}
         self.board.owners = place_experts(2, 6, 2)
         cast(Any, self.engine).measured_load = lambda: None
@@ -43,6 +45,7 @@ class Elastic(Fakes):
 
     async def launch(self, rank: int, *args: Any, **kwargs: Any) -> Any:
         worker = cast(FakeWorker, await super().launch(rank, *args, **kwargs))
+        worker.is_immortal = rank in self.immortal
         take = worker.channel.send
 
         def answer(message: ToWorker) -> None:
@@ -148,6 +151,27 @@ async def test_one_that_cannot_hold_its_share_leaves_again(elastic: Elastic) -> 
         await elastic.admin.scale_experts(3)
     assert elastic.supervisor.ranks == {0, 1, 2}
     assert elastic.owned()[3] == []
+
+
+async def test_one_that_can_neither_hold_its_share_nor_be_killed(
+    elastic: Elastic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its storage hangs. The next one joins all the same; and nobody says that there are as many as asked for."""
+    monkeypatch.setattr("amoe.cluster.supervisor.LEAVE_GRACE_S", 0.0)
+    monkeypatch.setattr("amoe.cluster.supervisor.BURIAL_PATIENCE_S", 0.01)
+    await elastic.admin.scale_experts(1)
+    elastic.refuses.add(2)
+    elastic.immortal.add(2)
+    with pytest.raises(UnfinishedError, match=r"expert 1 does not end although it was killed.*2 of 3 expert workers"):
+        await elastic.admin.scale_experts(3)
+    assert {rank: len(experts) for rank, experts in elastic.owned().items()} == {1: 3, 2: 0, 3: 3}
+    with pytest.raises(UnfinishedError, match="no place for 1 more: expert 1 has not ended yet"):
+        await elastic.admin.scale_experts(3)
+    elastic.worker(2).die("was killed at last")
+    await elastic.until_holds(lambda: 2 not in elastic.supervisor.ranks)
+    elastic.refuses.clear()
+    elastic.immortal.clear()
+    assert (await elastic.admin.scale_experts(3)).num_expert_workers == 3
 
 
 async def test_one_whose_experts_nobody_can_take_stays(elastic: Elastic) -> None:
