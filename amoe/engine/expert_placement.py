@@ -40,8 +40,8 @@ def expert_owners(config: EngineConfig, shape: Shape) -> Int16Array:
 
 
 def _check_redundant(placement: PlacementConfig, num_experts: int) -> None:
-    """Nobody holds an expert twice: each has room for those that it has not."""
-    num_owners = len(placement.expert_ranks)
+    """Nobody holds an expert twice: of as many workers as there may be, each has room for those that it has not."""
+    num_owners = len(placement.owner_ranks)
     share = num_experts // num_owners
     if placement.redundant_experts > num_experts - share:
         raise ConfigError(

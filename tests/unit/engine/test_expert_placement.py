@@ -54,6 +54,8 @@ def test_no_worker_holds_more_than_all_experts() -> None:
         ConfigError, match=f"--redundant-experts {rest + 1} .* holds 5 anyway, and can hold {rest} more"
     ):
         expert_owners(config_of(builtin_model_path(), expert_workers=3, redundant_experts=rest + 1), model)
+    later = {"expert_workers": 2, "max_expert_workers": 3, "redundant_experts": rest}
+    assert ((expert_owners(config_of(builtin_model_path(), **later), model) >= 0).sum(axis=-1) == 2).all()
 
 
 @pytest.mark.parametrize(
