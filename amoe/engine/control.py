@@ -251,6 +251,11 @@ class AsyncControlChannel:
                 raise TransportError(f"a worker sent what is not a message: {error}") from error
         return self._decoded.popleft()
 
+    def abort(self) -> None:
+        """Hear and say nothing more, from now on; what has not been sent is dropped, which to a host that is cut off
+        may be something. `close` still gives the socket back."""
+        self._writer.transport.abort()
+
     async def close(self) -> None:
         """Close the socket, which tells the worker to stop. Idempotent."""
         self._writer.close()

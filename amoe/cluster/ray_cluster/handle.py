@@ -125,7 +125,7 @@ class RayWorker:
             self._exit(describe_death(error))
 
     async def _fence(self) -> None:
-        await self.channel.close()
+        self.channel.abort()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.exited.wait(), FENCE_S)
         self._exit("was killed, and its host has not confirmed it")

@@ -43,6 +43,9 @@ class FakeChannel:
             raise StopAsyncIteration
         return self.messages.pop(0)
 
+    def abort(self) -> None:
+        self.is_closed = True
+
     async def close(self) -> None:
         self.is_closed = True
 

@@ -281,6 +281,18 @@ async def test_channel_sends_and_ends(ends: Ends) -> None:
     await channel.close()
 
 
+async def test_a_channel_that_is_aborted_waits_for_no_reader(ends: Ends) -> None:
+    """Its worker's host is cut off: what was on its way never arrives, and what it says is not heard."""
+    channel = await AsyncControlChannel.open(ends.server)
+    channel.send(of_size(8 << 20))
+    ends.port.send(Loading(1, 2))
+    channel.abort()
+    await asyncio.wait_for(channel.close(), 60)
+    assert [message async for message in channel] == []
+    with pytest.raises(BrokenPipeError):
+        channel.send(Stop())
+
+
 async def test_channel_survives_cancelled_iteration(ends: Ends) -> None:
     channel = await AsyncControlChannel.open(ends.server)
     messages = [Loading(number, 50) for number in range(50)]
