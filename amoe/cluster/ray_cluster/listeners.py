@@ -1,7 +1,7 @@
 """What listens to the head of a Ray cluster in a driver, for the output of workers and for errors.
 
-While the head does not answer, each of Ray's two threads asks again at once, for ever, and holds the interpreter's lock
-for it: the server beside them serves a tenth of its tokens. Here they pause between two questions.
+While the head does not answer, a thread of Ray's asks again at once, for ever, and holds the interpreter's lock for it:
+streams of the server beside it were four times slower and more. Here both threads pause between two questions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 from ray import _raylet
 
 PAUSE_S = 0.2  # it also holds up the end of the connection
-
 
 # Nobody has told the type checker of what is compiled.
 _compiled: Any = _raylet
