@@ -30,16 +30,17 @@ from amoe.engine.messages import (
     ToServer,
 )
 from amoe.engine.model_info import ModelInfo as ModelInfo
+from amoe.engine.open_sequences import OpenSequences
 from amoe.engine.readmission import count_vain_lives, families, resumed_request
 from amoe.engine.shared_control import REQUESTS_PER_FRONT
 from amoe.engine.steering import Float64Array, Steering
 from amoe.engine.tokenizer import Tokenizer
 from amoe.engine.vigil import Vigil
 from amoe.engine.watchdog import HEARTBEAT_TIMEOUT_S, STALL_TIMEOUT_S, Watchdog
-from amoe.errors import AmoeError, EngineDeadError, EngineOverloadedError, RequestError
+from amoe.errors import AmoeError, EngineDeadError, EngineOverloadedError
 from amoe.metrics import EngineMetrics
 from amoe.stats import SteeringStats
-from amoe.types import FinishReason, Int16Array, SamplingParams, SequenceOutput
+from amoe.types import Int16Array, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -97,17 +98,17 @@ class AsyncEngine:
         self._supervised = supervised
         self._channels = Channels(channels, self._on_message, self._on_gone)
         self._clock = clock or MonotonicClock()
-        self._open: dict[int, Generation] = {}
-        self._parked: dict[int, Generation] = {}  # of those, whose worker is gone: they wait for another one
         self._load = OpenLoad(config, front.count)
         self._accounts = Accounts(self._load, self.metrics, self._clock)
+        self._all_closed = asyncio.Event()
+        self._all_closed.set()
+        self._open = OpenSequences(self._channels, self._accounts, self._all_closed.set)
+        self._parked: list[Generation] = []  # whose worker is gone, and that may have ended: they wait for another one
         self._next_id = front.index * REQUESTS_PER_FRONT
         self._tasks: list[asyncio.Task[None]] = []
         self._death: EngineDeadError | None = None
         self._draining = False
         self.died = asyncio.Event()  # some worker has, or nothing can go on
-        self._all_closed = asyncio.Event()
-        self._all_closed.set()
         if supervised:  # whoever replaces a worker that is silent is given the time for it
             stall_timeout_s = max(stall_timeout_s, REPLACING_TIMEOUTS * config.failure.timeout_s)
         self._watchdog = Watchdog(range(len(channels)), heartbeat_timeout_s, stall_timeout_s)
@@ -177,9 +178,8 @@ class AsyncEngine:
             return
         self._death = EngineDeadError(reason)
         self.metrics.healthy(False)
-        for generation in list(self._open.values()):
-            self._forget(generation, "error")
-            generation.fail(EngineDeadError(reason))
+        for generation in self._open:
+            self._open.fail(generation, EngineDeadError(reason))
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -231,10 +231,10 @@ class AsyncEngine:
 
     def abort(self, generation: Generation) -> None:
         """Free the sequence now. Nothing happens if it has ended."""
-        if generation.request_id not in self._open:
+        if generation not in self._open:
             return
         self._channels.send(generation.rank, AbortRequests([generation.request_id]))
-        self._forget(generation, "abort")
+        self._open.close(generation, "abort")
         generation.fail(None)
 
     def _check_room(self, count: int, num_prompt_tokens: int) -> None:
@@ -270,11 +270,10 @@ class AsyncEngine:
         sibling_of = None if sibling is None else sibling.request_id
         # First of all: what cannot be sent raises here, and must not stay open for ever.
         self._channels.send(rank, AddRequest(generation.request_id, list(prompt_token_ids), params, sibling_of))
-        self._open[generation.request_id] = generation
-        if not self._channels.is_attached(rank):
-            self._parked[generation.request_id] = generation
-        self._accounts.open(generation, is_first=sibling is None)
+        self._open.add(generation, is_first=sibling is None)
         self._all_closed.clear()
+        if not self._channels.is_attached(rank):
+            self._parked.append(generation)
         return generation
 
     def _choose_home(self) -> int:
@@ -282,15 +281,6 @@ class AsyncEngine:
         it is sent again when it, or any other, comes."""
         shares = self._steering.state.home_share
         return self._load.choose({r: share for r, share in shares.items() if self._channels.answers(r)} or shares)
-
-    def _forget(self, generation: Generation, reason: FinishReason) -> None:
-        """Take a sequence, which ends now, out of all tables."""
-        del self._open[generation.request_id]
-        self._parked.pop(generation.request_id, None)
-        generation.finish_reason = reason
-        if not self._open:
-            self._all_closed.set()
-        self._accounts.close(generation, reason)
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
@@ -328,34 +318,36 @@ class AsyncEngine:
         if not await self._channels.detach(rank, LAST_WORDS_S):
             return
         self._watchdog.forget(rank)
-        lost = {i: generation for i, generation in self._open.items() if generation.rank == rank}
-        count_vain_lives(lost.values(), self.config.scheduler.max_num_seqs)
-        self._parked |= lost
-        self._give_up()
+        self._park([generation for generation in self._open if generation.rank == rank])
         num_moved = self._readmit()
         if num_moved or self._parked:
             logger.warning(
                 "%s: open at other workers from now on: %d, waiting: %d", reason, num_moved, len(self._parked)
             )
 
+    def _park(self, lost: list[Generation]) -> None:
+        """The worker of these is gone. Those end that would kill one worker after the other: whoever gets tokens in
+        between is only their neighbour."""
+        count_vain_lives(lost, self.config.scheduler.max_num_seqs)
+        limit = self.config.failure.max_crashes
+        for generation in [item for item in lost if item.num_vain_lives >= limit]:
+            error = f"{limit} workers in a row have died before they gave this request a token"
+            self._open.fail(generation, AmoeError(error))
+        known = {id(generation) for generation in self._parked}
+        self._parked += [generation for generation in lost if id(generation) not in known]
+
     def _readmit(self) -> int:
         """Let those whose worker is gone go on where somebody is. Returns how many do."""
+        self._parked = [generation for generation in self._parked if generation in self._open]
         if not any(map(self._channels.answers, self.config.placement.attention_ranks)):
             return 0
-        lost, self._parked = self._parked, {}
-        for family in families(lost.values()):
+        lost, self._parked = self._parked, []
+        for family in families(lost):
             rank = self._choose_home()
             for generation in family:
                 self._accounts.move(generation, rank)
                 self._channels.send(rank, resumed_request(generation, family[0], self.model.routed_bytes))
         return len(lost)
-
-    def _give_up(self) -> None:
-        """End what would kill one worker after the other. Whoever gets tokens in between is only its neighbour."""
-        limit = self.config.failure.max_crashes
-        for generation in [item for item in self._parked.values() if item.num_vain_lives >= limit]:
-            self._forget(generation, "error")
-            generation.fail(AmoeError(f"{limit} workers in a row have died before they gave this request a token"))
 
     def _on_gone(self, rank: int, reason: str) -> None:
         if not self._supervised:
@@ -366,7 +358,7 @@ class AsyncEngine:
     def _on_message(self, rank: int, message: ToServer) -> None:
         if isinstance(message, Outputs):
             for output in message.each():
-                self._on_output(rank, output)
+                self._open.on_output(rank, output)
         elif isinstance(message, Heartbeat):
             self._watchdog.beat(rank, message.stats)
             self.metrics.worker(message.stats)
@@ -382,36 +374,6 @@ class AsyncEngine:
             self.die(f"worker {rank} failed: {message.message}")
         if self.on_message is not None:
             self.on_message(rank, message)
-
-    def _on_output(self, rank: int, output: SequenceOutput) -> None:
-        generation = self._open.get(output.request_id)
-        if generation is None or generation.rank != rank:
-            return  # aborted, or ended by a stop string, while the worker was still at it
-        try:
-            self._take(generation, output)
-        except Exception:  # of ours: it must not cost the worker its life, and then the next one
-            logger.exception("what worker %d has generated for a request cannot be handled", rank)
-            if output.request_id in self._open:
-                self._forget(generation, "error")
-            self._channels.send(rank, AbortRequests([generation.request_id]))
-            generation.fail(AmoeError("the server could not handle what was generated: its log says why"))
-
-    def _take(self, generation: Generation, output: SequenceOutput) -> None:
-        if (delta := generation.state.advance(output)) is None:
-            return
-        if output.times is not None:
-            generation.take_times(output.times)
-        if delta.token_ids:
-            self._accounts.count_tokens(generation, delta)
-        if delta.finish_reason is not None:
-            self._forget(generation, delta.finish_reason)
-            if output.finish_reason is None:  # a stop string, which the worker does not know of
-                self._channels.send(generation.rank, AbortRequests([generation.request_id]))
-        if delta.finish_reason == "error":
-            blame = RequestError(output.error) if output.error else AmoeError("the worker could not serve the request")
-            generation.fail(blame)
-        else:
-            generation.deliver(delta)
 
     async def _watch(self) -> None:
         vigil = Vigil(
