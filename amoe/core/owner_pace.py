@@ -25,7 +25,7 @@ MEMORY = 0.9  # of what was measured, with each answer: an owner's pace is that 
 STEADY = 0.95  # of what batches bring on average, with each batch
 LOOK_EVERY = 16  # batches, while nobody is late: to look costs more than to choose
 LOOK_S = 5e-3  # or after so long: where steps are long a look costs nothing
-FEW_PAIRS = 4  # per owner: so few are uneven by chance
+FEW_PAIRS = 4  # per owner that is there: so few are uneven by chance
 FORGET_S = 2.0  # an owner that was slow and gets nothing since is tried again after so long
 _NOTHING = 1e-6  # units of work that rounding leaves
 
@@ -68,7 +68,7 @@ class OwnerPace:
         """[n, K] owners of the pairs `topk_ids` [n, K]: by the shares, but for what late owners give up."""
         owners = self._replicas.choose(layer, topk_ids)
         self._is_measured = False
-        if not self._replicas.has_choice[layer] or topk_ids.size < FEW_PAIRS * len(self._owed):
+        if not self._replicas.has_choice[layer] or topk_ids.size < FEW_PAIRS * self._replicas.num_holders[layer]:
             return owners
         self._num_batches += 1
         if not self._is_anyone_late and self._num_batches % LOOK_EVERY and now < self._look_at:
@@ -103,6 +103,7 @@ class OwnerPace:
             dispatched: [n, D] owners that they wait for.
         """
         if not self._is_measured or len(slots) == 0:
+            self._forget(slots)
             return
         cells = count_cells(expert_ids, owners, len(self._owed), self._replicas.shape[1])
         num_rows = dispatched.sum(axis=0)
@@ -174,6 +175,12 @@ class OwnerPace:
         if self._usual_ends is not None:  # what was not measured takes as long as usual
             expected_s = np.where(is_busy & (self._owed == 0), self._usual_ends, expected_s)
         return expected_waits(expected_s, passed_s)
+
+    def _forget(self, slots: Int32Array) -> None:
+        """What is owed for `slots` [n] is not awaited any more: it has been sent elsewhere, without being measured."""
+        if self._owed.any() and (stale := self._row_work[slots].sum(axis=0)).any():
+            self._row_work[slots] = 0.0
+            self._owed = np.where(self._owed - stale < _NOTHING, 0.0, self._owed - stale)
 
     def _forget_aborted(self, owner: int) -> None:
         """An answer that was lost, and that nobody waits for any more, must not make an owner look late for ever."""

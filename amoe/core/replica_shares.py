@@ -32,6 +32,7 @@ class ReplicaShares:
         has_missing: [num_layers] the layer has experts that nobody holds.
         has_choice: [num_layers] the layer has experts with several replicas that are there; has_choices: any has.
         holders: [num_layers, num_owners, num_experts] the owner has a replica of the expert.
+        num_holders: [num_layers] owners that hold any, nobody not counted.
     """
 
     def __init__(self, owners: Int16Array, rank: int, num_owners: int, present: BoolArray | None = None) -> None:
@@ -54,6 +55,7 @@ class ReplicaShares:
         self.has_choice: BoolArray = (self._here.sum(axis=-1) > 1).any(axis=-1)
         self.has_choices = bool(self.has_choice.any())
         self.holders = self._find_holders()
+        self.num_holders: list[int] = self.holders[:, :-1].any(axis=2).sum(axis=1).tolist()
         self._put(primary_shares(self.owners))
 
     def set(self, shares: npt.NDArray[np.floating]) -> None:

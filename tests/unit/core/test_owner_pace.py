@@ -122,6 +122,22 @@ def test_of_another_life_nothing_is_known(changed):
     assert (home.batch([1e-3, 4e-3, 1e-3])[1] == 8) == changed
 
 
+def test_what_is_sent_again_elsewhere_is_not_owed_any_more():
+    home = Home()
+    home.batch([1e-3, None, 1e-3])
+    assert home.pace._owed[1] > 0
+    few = IDS[:1]
+    chosen = home.pace.choose(0, few, home.now)  # too few to be measured
+    home.pace.sent(SLOTS, few, chosen, np.ones((1, NUM_OWNERS + 1), np.bool_), home.now)
+    assert not home.pace._owed.any() and not home.pace._row_work.any()
+
+
+def test_workers_that_may_come_one_day_make_no_batch_a_small_one():
+    home = Home()
+    wide = ReplicaShares(ALL, 0, 64)
+    assert wide.num_holders == home.replicas.num_holders == [NUM_OWNERS]
+
+
 def test_without_replicas_nothing_is_measured():
     home = Home(ALL[..., :1])
     for _ in range(20):
