@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 from amoe.builtin import builtin_model_path
 
 YAML = Path(__file__).parents[1] / "deploy" / "ray" / "serve.yaml"
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 
 
 class ServedByRay:

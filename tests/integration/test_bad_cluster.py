@@ -28,7 +28,7 @@ from benchmarks.chaos.server import ChaosServer
 from benchmarks.chaos.streams import make_load
 
 HERE = Path(__file__).parent
-# 30 are promised to users, whose machine runs no other tests; which limits make them: tests/unit/cluster/test_bounds.py.
+# 30 are promised to users, whose machine runs no other tests; the limits behind it: unit/cluster/test_bounds.py.
 SOON_S = 90.0
 HOST = "127.0.0.1"
 GARBAGE = (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\xff\x00\x00\x00\x00\x00\x00\x01\x7f" * 100, bytes(1 << 16), b"")

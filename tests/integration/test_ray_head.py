@@ -27,7 +27,7 @@ from tests.processes import generate
 from tests.ray_nodes import CPUS_PER_NODE, HEAD_TAKES, OTHER_TAKES, head_node, running, start_head
 
 REDIS = shutil.which("redis-server")
-NUM_TOKENS = 200
+NUM_TOKENS = 120
 PROMPT = [5, 6, 7]
 HEAD, APART = "127.0.0.2", "127.0.0.3"
 
