@@ -18,7 +18,8 @@ class WorkerStatus:
     Attributes:
         rank, title, role: who it is; `role` is "attention", "experts" or "colocated".
         state: `waiting`: it has died, and is started anew after a pause.
-        incarnation: which life it is in, or was.
+        incarnation: which life of this rank it is in, or was: workers that have been removed count as well.
+        lives: of this worker, since it was added.
         num_crashes: deaths in a row.
         reason: how it died last; "" if it never did.
         retry_s: seconds until it is started anew, while `waiting`.
@@ -30,6 +31,7 @@ class WorkerStatus:
     role: str
     state: WorkerState
     incarnation: int = 0
+    lives: int = 1
     num_crashes: int = 0
     reason: str = ""
     retry_s: float = 0.0

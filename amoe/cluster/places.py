@@ -21,7 +21,7 @@ class Place:
         crashes: its deaths in a row.
         worker: its present life; None: there is none.
         state: see `WorkerStatus`.
-        incarnation: of the present life, or of the last.
+        incarnation: of the present life, or of the last; first_incarnation: of the first, since it was added.
         since: when the present life began to serve.
         lost_at: when service ended; None: it never has.
         reason: of the last death, for a person.
@@ -38,6 +38,7 @@ class Place:
     worker: WorkerHandle | None = None
     state: WorkerState = "starting"
     incarnation: int = 0
+    first_incarnation: int = 0
     since: float = 0.0
     lost_at: float | None = None
     reason: str = ""
@@ -88,6 +89,7 @@ class Place:
             role=self.role,
             state=self.state,
             incarnation=self.incarnation,
+            lives=max(1, self.incarnation - self.first_incarnation + 1),
             num_crashes=self.crashes.count,
             reason=self.reason,
             retry_s=max(0.0, self.retry_at - now) if self.state == "waiting" else 0.0,

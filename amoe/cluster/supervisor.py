@@ -127,6 +127,7 @@ class Supervisor:
             title_of(self._config.placement, rank),
             role_of(self._config, rank),
             Crashes(backoff_s=failure.backoff_s, max_backoff_s=failure.max_backoff_s),
+            first_incarnation=self._lives.get(rank, -1) + 1,  # another worker may have had this rank
         )
         return place
 

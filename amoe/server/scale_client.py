@@ -225,8 +225,7 @@ def show_workers(console: Console, before: Cluster, after: Cluster) -> None:
     for rank in sorted(old | new):
         worker = new.get(rank) or old[rank]
         state = _history(old.get(rank), new.get(rank))
-        lives = str(worker["incarnation"] + 1)
-        cells = (worker["title"], str(rank), worker["role"], state, lives, _last_end(worker))
+        cells = (worker["title"], str(rank), worker["role"], state, str(worker["lives"]), _last_end(worker))
         table.add_row(*map(Text, cells))
     console.print(table)
     figures = [f"replicas {_change(before, after, 'num_replicas')}", f"topology {_change(before, after, 'version')}"]

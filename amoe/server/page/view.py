@@ -174,7 +174,7 @@ def _life(place: WorkerStatus | None, silent_s: float) -> dict[str, Any]:
         "title": place.title,
         "state": place.state,
         "silent_s": silence,
-        "life": place.incarnation + 1,
+        "life": place.lives,
         "crashes": place.num_crashes,
         "retry_s": _round(place.retry_s) if place.state == "waiting" else None,
         "last_end": place.reason or None,

@@ -189,6 +189,11 @@ async def test_add_and_remove():
         assert fakes.events[-3:] == ["lose 3", "close 3.0", "removed 3"]
         await fakes.supervisor.add(3)
         assert fakes.board.incarnations[3] == 1  # never the same life twice
+        status = fakes.supervisor.statuses()[3]
+        assert (status.incarnation, status.lives) == (1, 1), "for an operator it is another worker"
+        fakes.worker(3).die("was killed by SIGKILL")
+        await fakes.until("back 3")
+        assert [worker.lives for worker in fakes.supervisor.statuses()] == [1, 1, 1, 2]
 
 
 async def test_who_cannot_be_killed_holds_up_nobody_who_asked_it_to_leave(monkeypatch):

@@ -133,7 +133,7 @@ class TestLives:
     CLUSTER = ClusterStatus(
         version=9,
         workers=[
-            WorkerStatus(rank=0, title="attention 0", role="attention", state="serving", incarnation=1),
+            WorkerStatus(rank=0, title="attention 0", role="attention", state="serving", incarnation=1, lives=2),
             WorkerStatus(rank=1, title="expert 0", role="experts", state="lost", reason="killed by SIGKILL"),
             WorkerStatus(rank=2, title="expert 1", role="experts", state="waiting", num_crashes=3, retry_s=2.04),
             WorkerStatus(rank=3, title="expert 2", role="experts", state="starting"),
