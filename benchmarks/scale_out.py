@@ -11,7 +11,7 @@ streams of different lengths runs all the time. Each part has a server of its ow
             one of the hottest expert of every layer, and for one worker again
     auto    `--autoscale-experts 1:3`: one stream at first, then all of them
     uneven  three expert workers, one of which is four times slower, each with a third of the experts; then a rebalance,
-            which goes by measured speeds; then replicas of all at each, first unused, then shared by measured speeds
+            which goes by measured speeds; then replicas of all at each, first unused, then shared by measured speeds and by backlog
 
 The *queue age* is the time that a token waits for others at an expert worker, at each layer (what autoscaling goes by,
 `amoe.policy.autoscaling`); the *wait for experts* that from its dispatch to its last answer. Both are means over 2 s.
@@ -234,7 +234,7 @@ def runs_of(part: str, device: str) -> list[tuple[str, Callable[[Run, int], Any]
     return [
         ("an even split, one worker 4 times slower", uneven, slow, three),
         ("replicas of all, none of them used", steady, slow, (*replicas, "--steer-interval", "0")),
-        ("replicas of all, used by measured speeds", steady, slow, replicas),
+        ("replicas of all, used by speed and backlog", steady, slow, replicas),
     ]
 
 
