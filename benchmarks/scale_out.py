@@ -11,7 +11,8 @@ streams of different lengths runs all the time. Each part has a server of its ow
             one of the hottest expert of every layer, and for one worker again
     auto    `--autoscale-experts 1:3`: one stream at first, then all of them
     uneven  three expert workers, one of which is four times slower, each with a third of the experts; then a rebalance,
-            which goes by measured speeds; then replicas of all at each, first unused, then shared by measured speeds and by backlog
+            which goes by measured speeds; then replicas of all at each, first unused, then shared by measured speeds
+            and by backlog
 
 The *queue age* is the time that a token waits for others at an expert worker, at each layer (what autoscaling goes by,
 `amoe.policy.autoscaling`); the *wait for experts* that from its dispatch to its last answer. Both are means over 2 s.
