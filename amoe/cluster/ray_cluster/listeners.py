@@ -6,17 +6,20 @@ streams of the server beside it were four times slower and more. Here both threa
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
 from ray import _raylet
 
+logger = logging.getLogger(__name__)
+
 PAUSE_S = 0.2  # it also holds up the end of the connection
 
-# Nobody has told the type checker of what is compiled.
-_compiled: Any = _raylet
-_LogSubscriber: Any = _compiled.GcsLogSubscriber
-_ErrorSubscriber: Any = _compiled.GcsErrorSubscriber
+# Ray's, by names that it may change: without them it works as well, as long as the head answers.
+_LOGS, _ERRORS = "GcsLogSubscriber", "GcsErrorSubscriber"
+_LogSubscriber: Any = getattr(_raylet, _LOGS, object)
+_ErrorSubscriber: Any = getattr(_raylet, _ERRORS, object)
 
 
 class PatientLogSubscriber(_LogSubscriber):
@@ -43,5 +46,8 @@ class PatientErrorSubscriber(_ErrorSubscriber):
 
 def be_patient() -> None:
     """For drivers of this process that connect from now on: Ray looks for the classes by these names when they do."""
-    _compiled.GcsLogSubscriber = PatientLogSubscriber
-    _compiled.GcsErrorSubscriber = PatientErrorSubscriber
+    for name, patient in ((_LOGS, PatientLogSubscriber), (_ERRORS, PatientErrorSubscriber)):
+        if hasattr(_raylet, name):
+            setattr(_raylet, name, patient)
+        else:
+            logger.warning("this version of Ray has no %s: while its head is away, it will slow this server down", name)
