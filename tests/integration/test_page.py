@@ -415,12 +415,12 @@ def test_a_worker_dies_and_comes_back_and_another_one_joins(
     browser.driver.save_screenshot(str(tmp_path / "lost.png"))
     cluster.tell(expert(state="waiting", reason=killed, num_crashes=3, retry_s=4.0), num_expert_workers=1)
     browser.until(lambda: browser.text("status-text").startswith("expert 0 has died 3 times in a row"), "a pause")
-    cluster.tell(expert(state="starting", incarnation=3, reason=killed), num_expert_workers=1, missing=32)
+    cluster.tell(expert(state="starting", lives=4, reason=killed), num_expert_workers=1, missing=32)
     shown = "expert 0 is being started; 32 experts are held by nobody"
     browser.until(lambda: browser.text("status-text") == shown, "a new life")
     assert "life 4" in row(1) and state(1) == "worker changing"
     cluster.tell(
-        expert(state="serving", incarnation=3, reason=killed),
+        expert(state="serving", lives=4, reason=killed),
         WorkerStatus(rank=2, title="expert 1", role="experts", state="starting"),
         num_expert_workers=2,
         num_replicas=3,
@@ -431,7 +431,7 @@ def test_a_worker_dies_and_comes_back_and_another_one_joins(
     shown = "2 of at most 6 expert workers · 3 replicas of experts · moving 4 of 12 experts"
     assert browser.text("cluster") == shown
     browser.driver.save_screenshot(str(tmp_path / "joining.png"))
-    cluster.tell(expert(state="serving", incarnation=3), num_expert_workers=1)
+    cluster.tell(expert(state="serving", lives=4), num_expert_workers=1)
     browser.until(lambda: row(2) == "", "gone")
     assert browser.text("status-text") == "live"
     assert browser.console() == []

@@ -18,6 +18,8 @@ from benchmarks.chaos.server import KEY, ChaosServer
 from benchmarks.chaos.streams import Answer, Load, make_load
 from benchmarks.chaos.ties import clear_requests
 
+pytestmark = pytest.mark.cluster
+
 FLAGS = ("--attention-workers", "1", "--expert-workers", "1", "--max-expert-workers", "3")
 QUIET = ("--uvicorn-log-level", "warning", "--disable-uvicorn-access-log")
 
