@@ -30,7 +30,7 @@ class ReplicaShares:
         num_owners: D + 1, nobody included.
         shares: [num_layers, num_experts, R] in force.
         has_missing: [num_layers] the layer has experts that nobody holds.
-        has_choice: [num_layers] the layer has experts with several replicas that are there; has_choices: any has.
+        has_choice: [num_layers] the layer has experts with several replicas that are there.
         holders: [num_layers, num_owners, num_experts] the owner has a replica of the expert.
         num_holders: [num_layers] owners that hold any, nobody not counted.
     """
@@ -53,7 +53,6 @@ class ReplicaShares:
         self.owners[missing, 0] = self._nobody
         self.has_missing: BoolArray = np.any(missing, axis=1)
         self.has_choice: BoolArray = (self._here.sum(axis=-1) > 1).any(axis=-1)
-        self.has_choices = bool(self.has_choice.any())
         self.holders = self._find_holders()
         self.num_holders: list[int] = self.holders[:, :-1].any(axis=2).sum(axis=1).tolist()
         self._put(primary_shares(self.owners))
